@@ -1,0 +1,31 @@
+# `make` alone lists the targets. Each that needs Python makes .venv first, once.
+
+PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+
+setup:  ## make .venv with everything in requirements.txt; nothing to do when it is up to date
+	@bash tools/setup_env.sh
+
+demo: setup  ## search, freeze, retrain and evaluate on the embedded data set (minutes on a CPU)
+	@$(PYTHON) tools/demo.py
+
+test: setup  ## run all tests
+	@$(PYTHON) -m pytest tests
+
+lint: setup  ## check the formatting and style
+	@$(PYTHON) -m black --quiet --check --diff .
+	@$(PYTHON) -m isort --quiet --check-only --diff .
+	@$(PYTHON) -m flake8 .
+
+format: setup  ## rewrite the code in the project's format
+	@$(PYTHON) -m isort --quiet .
+	@$(PYTHON) -m black --quiet .
+
+clean:  ## remove .venv and caches; keep output/ and datasets/
+	rm -rf .venv build dist .pytest_cache .hypothesis projects/NATS/*.egg-info
+	find projects tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
