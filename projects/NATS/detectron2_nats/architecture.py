@@ -1,0 +1,251 @@
+"""The result of a search: which dilation each output channel of each conv uses (section 3.3)."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
+
+import numpy as np
+import yaml
+
+from .errors import NATSError
+from .files import MAX_FILE_BYTES, read_yaml, write_atomically
+from .search_space import Dilation, _short, check_dilation
+
+__all__ = ["Architecture", "Run", "decode_alpha", "intensities", "votes"]
+
+FORMAT = "detectron2-nats/1"
+DECODE_ORDERS = ("paper", "voted")
+
+# Far above any ResNet (R-152 has 50 convs of at most 2048 channels), far below what hurts.
+MAX_LAYERS = 1000
+MAX_CHANNELS = 65536
+
+Run = Tuple[int, int, int]
+"""(output channels, d_h, d_w): consecutive output channels of one dilation."""
+
+
+def votes(alpha: np.ndarray) -> np.ndarray:
+    """The genotype index that each group chose: (N, G) → (N,). A tie goes to the first."""
+    alpha = np.asarray(alpha)
+    if not np.isfinite(alpha).all():
+        raise NATSError("alpha holds values that are not finite: nothing can be decoded from it")
+    return alpha.argmax(axis=1)
+
+
+def intensities(alpha: np.ndarray) -> np.ndarray:
+    """The share of the groups that chose each genotype, I^g: (N, G) → (G,), adding up to 1."""
+    return np.bincount(votes(alpha), minlength=np.shape(alpha)[1]) / np.shape(alpha)[0]
+
+
+def decode_alpha(
+    alpha: np.ndarray, genotypes: Sequence[Dilation], channels: int, order: str = "paper"
+) -> Tuple[Run, ...]:
+    """Decode one conv's α (N, G) into runs over its `channels` output channels.
+
+    Args:
+        order: "paper": rows in their own order, cut into consecutive pieces in genotype order,
+            so that only the counts of the vote survive; "voted": each group keeps its own rows
+            and gets the dilation it voted for.
+    """
+    if order not in DECODE_ORDERS:
+        raise NATSError(f"unknown DECODE_ORDER {order!r}: expected one of {list(DECODE_ORDERS)}")
+    chosen = votes(alpha)
+    if order == "paper":
+        chosen = np.sort(chosen)
+    per_group = channels // len(chosen)
+    return _merged((per_group, *genotypes[g]) for g in chosen)
+
+
+def _merged(runs) -> Tuple[Run, ...]:
+    """Join neighbours of equal dilation, so that equal architectures compare equal."""
+    merged: List[Run] = []
+    for channels, d_h, d_w in runs:
+        if merged and merged[-1][1:] == (d_h, d_w):
+            channels += merged.pop()[0]
+        merged.append((channels, d_h, d_w))
+    return tuple(merged)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a value that stands twice twice, not as an alias, which the loader refuses."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Runs of dilations per layer.
+
+    Args:
+        layers: layer name inside the residual network ("res3.0.conv2") → runs (output channels,
+            d_h, d_w) in channel order. Every 3×3 conv of each stage that is touched.
+        search: where it came from (space, iteration, seed, …); plain values, may be empty.
+
+    Raises:
+        NATSError: anything malformed; the message names the layer.
+    """
+
+    layers: Mapping[str, Tuple[Run, ...]]
+    search: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self):
+        if not isinstance(self.layers, Mapping) or not self.layers:
+            raise NATSError("architecture: 'layers' must map layer names to runs, and is empty")
+        if len(self.layers) > MAX_LAYERS:
+            raise NATSError(
+                f"architecture: {len(self.layers)} layers, at most {MAX_LAYERS} allowed"
+            )
+        if not isinstance(self.search, Mapping):
+            raise NATSError("architecture: 'search' must be a mapping")
+        layers = {_check_name(name): _check_runs(name, runs) for name, runs in self.layers.items()}
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "search", dict(self.search))
+
+    # -- from a search ------------------------------------------------------------------------
+
+    @classmethod
+    def decode(cls, alphas: Mapping[str, Any], order: str = "paper", **search) -> "Architecture":
+        """Decode a search's result (section 3.3).
+
+        Args:
+            alphas: layer name → :class:`MixedDilationConv2d`, as
+                :func:`transform.searched_layers` gives them.
+            order: "paper" or "voted", see :func:`decode_alpha`.
+            search: provenance to note in the file.
+        """
+        layers = {
+            name: decode_alpha(
+                conv.alpha.detach().cpu().numpy(), conv.genotypes, conv.out_channels, order
+            )
+            for name, conv in alphas.items()
+        }
+        return cls(layers, {**search, "order": order})
+
+    # -- files and configs --------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Architecture":
+        """Read the content of an architecture file."""
+        if not isinstance(content, Mapping):
+            raise NATSError(f"not an architecture file: expected a mapping with 'format: {FORMAT}'")
+        unknown = sorted(_short(key) for key in set(content) - {"format", "layers", "search"})
+        if content.get("format") != FORMAT:
+            raise NATSError(
+                f"not an architecture file of this version: format is "
+                f"{_short(content.get('format'))}, expected {FORMAT!r}"
+            )
+        if unknown:
+            raise NATSError(f"architecture: unknown keys {', '.join(unknown[:5])}")
+        return cls(content.get("layers"), content.get("search") or {})
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The content of an architecture file, plain values only."""
+        content = {
+            "format": FORMAT,
+            "layers": {k: [list(r) for r in v] for k, v in self.layers.items()},
+        }
+        if self.search:
+            content["search"] = dict(self.search)
+        return content
+
+    @classmethod
+    def from_config(cls, value: Sequence[Any]) -> "Architecture":
+        """Read ``MODEL.NATS.ARCHITECTURE``: a list of [layer name, runs]."""
+        is_list = isinstance(value, (list, tuple))
+        if not is_list or not all(isinstance(v, (list, tuple)) and len(v) == 2 for v in value):
+            raise NATSError("MODEL.NATS.ARCHITECTURE must be a list of [layer name, runs]")
+        names = [_check_name(name) for name, _ in value]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise NATSError(f"MODEL.NATS.ARCHITECTURE names layers twice: {', '.join(twice[:5])}")
+        return cls(dict(value))
+
+    def to_config(self) -> List[List[Any]]:
+        """The value of ``MODEL.NATS.ARCHITECTURE``."""
+        return [[name, [list(run) for run in runs]] for name, runs in self.layers.items()]
+
+    @classmethod
+    def load(cls, path: str) -> "Architecture":
+        """Read an architecture file (YAML, safe loader, at most 8 MiB).
+
+        Raises:
+            NATSError: missing, too large, not YAML, malformed; names the file.
+        """
+        content = read_yaml(path, aliases=False)
+        try:
+            return cls.from_dict(content)
+        except NATSError as error:
+            raise NATSError(f"{path}: {error}") from None
+
+    def save(self, path: str) -> None:
+        """Write an architecture file, aside and renamed."""
+        lines = [f"format: {FORMAT}", "layers:"]
+        for name, runs in self.layers.items():
+            lines.append(f"  {name}: {[list(run) for run in runs]}")
+        if self.search:
+            lines.append(
+                yaml.dump({"search": dict(self.search)}, Dumper=_Dumper, sort_keys=False).rstrip()
+            )
+        text = "\n".join(lines) + "\n"
+        if len(text) > MAX_FILE_BYTES:
+            raise NATSError(f"{path}: architecture of {len(text)} bytes, at most {MAX_FILE_BYTES}")
+        write_atomically(path, text)
+
+    # -- questions ----------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> Tuple[str, ...]:
+        """The stages that it touches, in order of first mention."""
+        return tuple(dict.fromkeys(name.split(".")[0] for name in self.layers))
+
+    def restrict(self, stages: Sequence[str]) -> "Architecture":
+        """The part that lies in `stages`."""
+        layers = {k: v for k, v in self.layers.items() if k.split(".")[0] in stages}
+        return Architecture(layers, self.search)
+
+    def channels_per_dilation(self, layer: str) -> Dict[Dilation, int]:
+        """Output channels of each dilation in one layer."""
+        counts: Dict[Dilation, int] = {}
+        for channels, d_h, d_w in self.layers[layer]:
+            counts[d_h, d_w] = counts.get((d_h, d_w), 0) + channels
+        return dict(sorted(counts.items()))
+
+
+def _check_name(name: Any) -> str:
+    # in a file it stands unquoted
+    if (
+        not isinstance(name, str)
+        or len(name) > 200
+        or not re.fullmatch(r"res[\w.]+", name, re.ASCII)
+    ):
+        raise NATSError(
+            f"architecture: layer name {_short(name)}: expected one like 'res3.0.conv2'"
+        )
+    return name
+
+
+def _check_runs(name: str, runs: Any) -> Tuple[Run, ...]:
+    if not isinstance(runs, (list, tuple)) or not runs or len(runs) > MAX_CHANNELS:
+        raise NATSError(f"architecture: {name}: expected a list of [channels, d_h, d_w]")
+    checked, total = [], 0
+    for run in runs:
+        if not isinstance(run, (list, tuple)) or len(run) != 3:
+            raise NATSError(
+                f"architecture: {name}: expected [channels, d_h, d_w], got {_short(run)}"
+            )
+        channels = run[0]
+        if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
+            raise NATSError(f"architecture: {name}: {_short(channels)} is no number of channels")
+        try:
+            dilation = check_dilation(list(run[1:]))
+        except NATSError as error:
+            raise NATSError(f"architecture: {name}: {error}") from None
+        checked.append((channels, *dilation))
+        total += channels
+    if total > MAX_CHANNELS:
+        raise NATSError(f"architecture: {name}: {total} channels, at most {MAX_CHANNELS} allowed")
+    return _merged(checked)
+
+
+ArchitectureLike = Union[Architecture, str]

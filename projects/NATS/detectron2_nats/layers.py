@@ -1,0 +1,233 @@
+"""The two convs of NATS: the mixture that is searched and the frozen choice.
+
+Shapes: B batch, C_in and C_out channels, N channel groups, G genotypes.
+
+Both take over the parameters of the plain conv that they replace, under the same names: nothing
+is renamed, split or permuted, so plain checkpoints load into either as they are.
+"""
+
+from typing import List, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from detectron2.layers import Conv2d
+
+from .errors import NATSError
+from .search_space import Dilation
+
+__all__ = ["MixedDilationConv2d", "GroupedDilationConv2d"]
+
+
+class _DilationConv2d(Conv2d):
+    """A 3×3 conv whose dilation is chosen per output channel; `dilation` is the base one."""
+
+    def __init__(self, conv: nn.Conv2d):
+        if conv.kernel_size != (3, 3) or conv.padding != conv.dilation:
+            raise NATSError(f"expected a 3x3 conv whose padding equals its dilation, got {conv}")
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            kernel_size=3,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            norm=getattr(conv, "norm", None),
+            activation=getattr(conv, "activation", None),
+            device="meta",  # the parameters are taken over just below
+        )
+        self.weight = conv.weight
+        self.bias = conv.bias
+        self.training = conv.training  # the norm keeps its own mode
+
+    def _effective(self, genotype: Dilation) -> Tuple[int, int]:
+        """A base dilation (DC5's res5) multiplies the genotype's."""
+        return self.dilation[0] * genotype[0], self.dilation[1] * genotype[1]
+
+    def _finish(self, y: torch.Tensor) -> torch.Tensor:
+        if self.norm is not None:
+            y = self.norm(y)
+        if self.activation is not None:
+            y = self.activation(y)
+        return y
+
+
+class MixedDilationConv2d(_DilationConv2d):
+    """The super-network's conv: a mixture of genotypes per channel group (section 3.2).
+
+    Every genotype g convolves the whole input into all C_out channels, y^g; channel group i is
+    then y_i = Σ_g softmax(α_i)^g · y^g_i. One norm and activation, shared by all, follow.
+
+    Args:
+        conv: the plain conv to replace; its parameters and norm are taken over.
+        genotypes: G dilation pairs, the first (1, 1).
+        num_groups: N; must divide C_out, and hold whole conv groups.
+        share_weights: no replicas, one weight under all dilations.
+
+    Attributes:
+        weight: (C_out, C_in / groups, 3, 3), genotype 0's replica.
+        replicas: (G - 1, C_out, C_in / groups, 3, 3), the others', copies of `weight` at the
+            start; absent when weights are shared.
+        alpha: (N, G), zero at the start.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        *,
+        genotypes: Sequence[Dilation],
+        num_groups: int,
+        share_weights: bool = False,
+    ):
+        super().__init__(conv)
+        self.genotypes = tuple(genotypes)
+        self.num_groups = num_groups
+        num_replicas = 0 if share_weights else len(self.genotypes) - 1
+        if num_replicas:
+            self.replicas = nn.Parameter(
+                self.weight.detach().expand(num_replicas, *self.weight.shape).clone(),
+                requires_grad=self.weight.requires_grad,
+            )
+        else:
+            self.register_parameter("replicas", None)
+        # float32 whatever the weights are: Adam's steps of 0.01 are lost in half precision
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.alpha = nn.Parameter(
+            torch.zeros(num_groups, len(self.genotypes), dtype=dtype, device=self.weight.device)
+        )
+
+    def replica(self, index: int) -> torch.Tensor:
+        """The weight of genotype `index`, (C_out, C_in / groups, 3, 3)."""
+        if index == 0 or self.replicas is None:
+            return self.weight
+        return self.replicas[index - 1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: (B, C_in, H, W).
+
+        Returns:
+            (B, C_out, H / stride, W / stride).
+        """
+        # (C_out, G): the weight of each genotype in each output channel
+        mixture = self.alpha.softmax(dim=1).repeat_interleave(
+            self.out_channels // self.num_groups, dim=0
+        )
+        # Two equal forms. When α needs a gradient, the outputs are scaled: <grad, y^g> is cheap.
+        # When it does not, conv(x, s·W) = s·conv(x, W) spares keeping every y^g for backward.
+        scale_outputs = torch.is_grad_enabled() and self.alpha.requires_grad
+        mixed = None
+        for index, genotype in enumerate(self.genotypes):
+            scale = mixture[:, index]
+            weight = self.replica(index)
+            if not scale_outputs:
+                weight = scale.to(weight.dtype).view(-1, 1, 1, 1) * weight
+            dilation = self._effective(genotype)
+            y = F.conv2d(x, weight, None, self.stride, dilation, dilation, self.groups)
+            if scale_outputs:
+                scale = scale.to(y.dtype).view(1, -1, 1, 1)
+                mixed = y * scale if mixed is None else torch.addcmul(mixed, y, scale)
+            else:
+                # in place: a sum keeps none of its terms for backward
+                mixed = y if mixed is None else mixed.add_(y)
+        if self.bias is not None:
+            mixed = mixed + self.bias.to(mixed.dtype).view(1, -1, 1, 1)
+        return self._finish(mixed)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # A plain conv's checkpoint: every replica starts from its weight, α stays as it is. So do
+        # the replicas when the checkpoint's weights were shared.
+        if prefix + "weight" in state_dict:
+            state_dict.setdefault(prefix + "alpha", self.alpha.detach())
+            if self.replicas is not None and prefix + "replicas" not in state_dict:
+                weight = state_dict[prefix + "weight"]
+                state_dict[prefix + "replicas"] = weight.expand(len(self.replicas), *weight.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        shared = ", shared weights" if self.replicas is None else ""
+        return f"{super().extra_repr()}, {self.num_groups} groups of {list(self.genotypes)}{shared}"
+
+
+class GroupedDilationConv2d(_DilationConv2d):
+    """The frozen network's conv: each output channel has its own dilation (section 3.3).
+
+    One conv per distinct dilation, over the rows of `weight` that use it and all input channels;
+    the outputs are put back in channel order in one pass. Same parameters and FLOPs as the plain
+    conv. With conv groups (ResNeXt) a run holds whole ones and each reads its own input slice.
+
+    Args:
+        conv: the plain conv to replace; its parameters and norm are taken over.
+        runs: (output channels, d_h, d_w), in channel order; the channels add up to C_out.
+
+    Raises:
+        NATSError: the runs do not add up, or cut a conv group.
+    """
+
+    def __init__(self, conv: nn.Conv2d, runs: Sequence[Tuple[int, int, int]]):
+        super().__init__(conv)
+        self.runs = [tuple(run) for run in runs]
+        total = sum(channels for channels, _, _ in self.runs)
+        if total != self.out_channels:
+            raise NATSError(f"runs of {total} channels do not fit {self.out_channels} channels")
+        rows_per_group = self.out_channels // self.groups
+        if self.groups > 1 and any(channels % rows_per_group for channels, _, _ in self.runs):
+            raise NATSError(f"runs {self.runs} cut conv groups of {rows_per_group} channels")
+
+        spans = {}  # dilation -> [(first, last + 1)] of its output channels
+        order = []  # per run, in channel order: (branch, first, length) within the branch's output
+        start = 0
+        for channels, d_h, d_w in self.runs:
+            branch = spans.setdefault((d_h, d_w), [])
+            index = list(spans).index((d_h, d_w))
+            order.append((index, sum(b - a for a, b in branch), channels))
+            branch.append((start, start + channels))
+            start += channels
+        # plain lists of ints, so that TorchScript can read them
+        self._dilations: List[List[int]] = [list(self._effective(d)) for d in spans]
+        self._rows: List[List[Tuple[int, int]]] = list(spans.values())
+        self._order: List[Tuple[int, int, int]] = order
+        self._rows_per_group = rows_per_group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: (B, C_in, H, W).
+
+        Returns:
+            (B, C_out, H / stride, W / stride).
+        """
+        branches: List[torch.Tensor] = []
+        for dilation, rows in zip(self._dilations, self._rows):
+            inputs, weight, bias, groups = x, self.weight, self.bias, self.groups
+            if len(self._dilations) > 1:
+                weight = self._select(weight, rows, 0)
+                if bias is not None:
+                    bias = self._select(bias, rows, 0)
+                if self.groups > 1:
+                    per_row = x.shape[1] // self.groups
+                    groups = weight.shape[0] // self._rows_per_group
+                    columns = [
+                        (a // self._rows_per_group * per_row, b // self._rows_per_group * per_row)
+                        for a, b in rows
+                    ]
+                    inputs = self._select(x, columns, 1)
+            branches.append(F.conv2d(inputs, weight, bias, self.stride, dilation, dilation, groups))
+        if len(branches) == 1:
+            y = branches[0]
+        else:
+            pieces = [branches[b].narrow(1, first, length) for b, first, length in self._order]
+            y = torch.cat(pieces, 1)
+        return self._finish(y)
+
+    def _select(self, tensor: torch.Tensor, spans: List[Tuple[int, int]], dim: int) -> torch.Tensor:
+        """The spans of `tensor` along `dim`, as a view where it is a single one."""
+        pieces = [tensor.narrow(dim, a, b - a) for a, b in spans]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, runs={self.runs}"
