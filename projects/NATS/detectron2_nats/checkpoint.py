@@ -1,0 +1,199 @@
+"""Checkpoints that survive kills and full disks, and pretrained weights that are known to fit."""
+
+import logging
+import os
+import pickle
+import re
+import zipfile
+from typing import Any, Dict, List
+
+import torch
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from .errors import NATSError
+from .files import write_atomically
+from .transform import conv3x3_layers
+
+__all__ = ["SafeCheckpointer"]
+
+logger = logging.getLogger(__name__)
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, with three differences.
+
+    - Files are written aside and renamed; old ones are deleted. When the newest is damaged, a
+      warning names it and the one before it is taken.
+    - Files are read as tensors and plain types only, `.pkl` as NumPy arrays and plain types.
+    - Pretrained weights that match nothing in the backbone are an error, not a warning.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``name.pth`` and make it the one to resume from."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info(f"Saving checkpoint to {path}")
+        try:
+            write_atomically(path, lambda file: torch.save(data, file))
+            self.tag_last_checkpoint(f"{name}.pth")
+        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+            raise NATSError(
+                f"checkpoint {path} could not be written ({str(error).splitlines()[0]}): make room "
+                f"and go on with --resume from {self.get_checkpoint_file() or 'the start'}"
+            ) from error
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_atomically(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` periodic checkpoints (the final one has no number)."""
+        if self.save_to_disk:
+            for path in self._periodic_checkpoints()[keep:]:
+                os.unlink(path)
+
+    def _periodic_checkpoints(self) -> List[str]:
+        """Paths, newest first."""
+        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
+        names = sorted((n for n in names if re.fullmatch(r"model_\d+\.pth", n)), reverse=True)
+        return [os.path.join(self.save_dir, name) for name in names]
+
+    def find_usable_checkpoint(self) -> str:
+        """The newest checkpoint that is whole, the same on all ranks; "" if there is none."""
+        found = ""
+        if comm.is_main_process():
+            newest = self.get_checkpoint_file() if self.has_checkpoint() else ""
+            older = [path for path in self._periodic_checkpoints() if path != newest]
+            for path in filter(None, [newest, *older]):
+                fault = _damage(path)
+                if not fault:
+                    found = path
+                    break
+                logger.warning(f"checkpoint {path} is damaged ({fault}): trying the one before it")
+        found, any_exists = comm.all_gather((found, self.has_checkpoint()))[0]
+        if any_exists and not found:
+            raise NATSError(f"no checkpoint in {self.save_dir} is whole: start anew elsewhere")
+        return found
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        """Load the newest whole checkpoint if `resume` and there is one, else the file `path`."""
+        usable = self.find_usable_checkpoint() if resume else ""
+        return self.load(usable) if usable else self.load(path, checkpointables=[])
+
+    def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
+        if path and not PathManager.isfile(path.split("?")[0]):
+            raise NATSError(f"weights not found: {path} (MODEL.WEIGHTS)")
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename: str) -> Dict[str, Any]:
+        if filename.endswith(".pkl"):
+            return _read_pkl(filename)
+        try:
+            loaded = super()._load_file(filename)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise NATSError(f"{filename}: not readable as weights: {reason}") from None
+        if "layer1.0.conv1.weight" in loaded["model"]:
+            loaded["model"] = _from_torchvision(loaded["model"])
+            loaded["matching_heuristics"] = True
+        return loaded
+
+    def _torch_load(self, filename: str) -> Dict[str, Any]:
+        return torch.load(filename, map_location="cpu", weights_only=True)
+
+    def _load_model(self, checkpoint: Dict[str, Any]):
+        given = list(checkpoint["model"])
+        incompatible = super()._load_model(checkpoint)
+        unmatched = set(incompatible.missing_keys)
+        unmatched.update(key for key, _, _ in incompatible.incorrect_shapes)
+        backbone = getattr(self.model, "backbone", self.model)
+        prefix = "backbone." if backbone is not self.model else ""
+        wanted = _residual_weights(backbone, prefix)
+        matched = [key for key in wanted if key not in unmatched]
+        if wanted and not matched:
+            raise NATSError(
+                f"the pretrained weights match nothing in the backbone: it wants {wanted[0]} of "
+                f"shape {tuple(self.model.state_dict()[wanted[0]].shape)}, the file holds "
+                f"{', '.join(given[:3])}, …: check MODEL.WEIGHTS and MODEL.RESNETS"
+            )
+        if len(matched) < len(wanted):
+            logger.warning(
+                f"the weights match only {len(matched)} of {len(wanted)} convs of the backbone's "
+                "residual stages"
+            )
+        return incompatible
+
+
+def _residual_weights(backbone: torch.nn.Module, prefix: str) -> List[str]:
+    """State-dict keys of the weights of the residual stages' 3×3 convs."""
+    try:
+        convs = {id(conv) for conv in conv3x3_layers(backbone).values()}
+    except NATSError:  # not a residual network: nothing to say
+        return []
+    names = backbone.named_modules()
+    return [f"{prefix}{name}.weight" for name, module in names if id(module) in convs]
+
+
+def _damage(path: str) -> str:
+    """What is wrong with a checkpoint file; empty if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # reads everything, compares checksums
+        return f"bad checksum of {broken}" if broken else ""
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+
+
+def _read_pkl(filename: str) -> Dict[str, Any]:
+    """Read a `.pkl` of Detectron2's or Caffe2's model zoo, which are both told by their content."""
+    with PathManager.open(filename, "rb") as file:
+        try:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
+            raise NATSError(f"{filename}: not readable as weights: {error}") from None
+    if "model" in content and "__author__" in content:
+        return content
+    blobs = content.get("blobs", content)
+    blobs = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+    return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads NumPy arrays and plain types, and runs nothing else."""
+
+    ALLOWED = {
+        ("collections", "OrderedDict"),
+        ("_codecs", "encode"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+    }
+
+    def find_class(self, module: str, name: str):
+        reconstructs = re.fullmatch(r"numpy\.(_?core)\.multiarray", module)
+        if (module, name) in self.ALLOWED or (reconstructs and name in ("_reconstruct", "scalar")):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is neither array nor plain")
+
+
+def _from_torchvision(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """torchvision's ResNet names → Detectron2's.
+
+    torchvision's networks take RGB images in [0, 1] with their own mean and deviation:
+    INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD must say so.
+    """
+    renamed = {}
+    for key, value in state_dict.items():
+        if not key.startswith("layer"):
+            key = "stem." + key
+        key = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", key)
+        key = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", key)
+        key = key.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+        if "fc." not in key and not key.endswith("num_batches_tracked"):
+            renamed[key] = value
+    return renamed

@@ -1,0 +1,244 @@
+"""Training batches that depend only on a seed and a position, so that a run can be resumed exactly.
+
+Which images form batch k is computed in the main process from sizes that the annotations give,
+before anything is read; the random numbers of an image's augmentation are seeded by its position.
+So the batches are the same with any number of loader workers, and after any resume.
+"""
+
+import contextlib
+import itertools
+import logging
+import random
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from detectron2.utils import comm
+
+from ..errors import NATSError
+from ..stopping import ignore_signals, kill_children_at_exit
+
+__all__ = ["ResumableLoader", "build_resumable_loader", "dataset_dicts", "preserved_rng"]
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def preserved_rng(seed: Optional[Sequence[int]] = None) -> Iterator[None]:
+    """Put the CPU's global random states back at the end; meanwhile seeded by `seed`, if given."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        if seed is not None:
+            a, b, c = (int(word) for word in np.random.SeedSequence(seed).generate_state(3))
+            random.seed(a)
+            np.random.seed(b)
+            torch.default_generator.manual_seed(c)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class _Samples(Dataset):
+    """(position, index) → (mapped sample, [(file name, reason) that could not be read])."""
+
+    MAX_TRIES = 20
+
+    def __init__(self, dicts: List[dict], mapper: Callable[[dict], Any], seed: int):
+        self.dicts, self.mapper, self.seed = dicts, mapper, seed
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, item: Tuple[int, int]):
+        position, index = item
+        unreadable = []
+        # A bad image is replaced by its successor: the choice must not depend on the worker.
+        for index in range(index, index + self.MAX_TRIES):
+            record = self.dicts[index % len(self.dicts)]
+            with preserved_rng((self.seed, position)):
+                try:
+                    sample = self.mapper(record)
+                except Exception as error:
+                    if not _is_bad_image(record, error):
+                        raise
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                    unreadable.append((record["file_name"], reason))
+                    continue
+            if sample is not None:
+                return sample, unreadable
+        files = ", ".join(name for name, _ in unreadable[:3])
+        raise NATSError(f"{self.MAX_TRIES} images in a row cannot be used, among them {files}")
+
+
+def _is_bad_image(record: dict, error: Exception) -> bool:
+    """Whether the file is at fault, not the code that handles it."""
+    if isinstance(error, utils.SizeMismatchError):
+        return True
+    try:
+        utils.read_image(record["file_name"])
+    except Exception:
+        return True
+    return False
+
+
+class ResumableLoader:
+    """An endless iterable of this rank's batches (lists of mapped samples).
+
+    Args:
+        dicts: Detectron2's dataset dicts; with `width` and `height` when grouping.
+        mapper: dataset dict → sample.
+        make_sampler: seed → endless iterable of this rank's indices, the same for the same seed.
+        batch_size: samples of this rank's batch.
+        aspect_ratio_grouping: a batch holds only wide images or only tall ones.
+        num_workers: loader processes; 0 reads in this one.
+        seed: of order and augmentation. The same on all ranks.
+        max_bad_share: the share of the data set's images that may be unreadable.
+    """
+
+    def __init__(
+        self,
+        dicts: List[dict],
+        mapper: Callable[[dict], Any],
+        make_sampler: Callable[[int], Iterator[int]],
+        *,
+        batch_size: int,
+        aspect_ratio_grouping: bool,
+        num_workers: int,
+        seed: int,
+        max_bad_share: float,
+    ):
+        self.dicts, self.mapper, self.make_sampler = dicts, mapper, make_sampler
+        self.batch_size, self.aspect_ratio_grouping = batch_size, aspect_ratio_grouping
+        self.num_workers, self.seed, self.max_bad_share = num_workers, seed, max_bad_share
+        self.batches = 0  # handed out so far
+        self.bad_files: Dict[str, str] = {}  # file name → why it could not be read
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"seed": self.seed, "batches": self.batches, "bad_files": dict(self.bad_files)}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Takes effect at the next ``iter()``."""
+        self.seed, self.batches = state["seed"], state["batches"]
+        self.bad_files = dict(state["bad_files"])
+
+    def _batch_items(self) -> Iterator[List[Tuple[int, int]]]:
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        buckets: List[List[Tuple[int, int]]] = [[], []]
+        for step, index in enumerate(self.make_sampler(self.seed)):
+            record = self.dicts[index] if self.aspect_ratio_grouping else None
+            bucket = buckets[0 if record is None or record["width"] > record["height"] else 1]
+            bucket.append((step * world_size + rank, index))
+            if len(bucket) == self.batch_size:
+                yield list(bucket)
+                bucket.clear()
+
+    def __iter__(self) -> Iterator[List[Any]]:
+        kill_children_at_exit()
+        loader = DataLoader(
+            _Samples(self.dicts, self.mapper, self.seed),
+            batch_sampler=itertools.islice(self._batch_items(), self.batches, None),
+            num_workers=self.num_workers,
+            collate_fn=list,
+            worker_init_fn=ignore_signals,
+            # its own generator: the global one's state must not depend on when workers start
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            self.batches += 1
+            for _, unreadable in batch:
+                for file_name, reason in unreadable:
+                    self._note_bad(file_name, reason)
+            yield [sample for sample, _ in batch]
+
+    def _note_bad(self, file_name: str, reason: str) -> None:
+        if file_name in self.bad_files:
+            return
+        self.bad_files[file_name] = reason
+        logger.warning(
+            f"skipping image {file_name}, the {len(self.bad_files)}. of {len(self.dicts)} that "
+            f"cannot be read: {reason}"
+        )
+        if len(self.bad_files) > self.max_bad_share * len(self.dicts):
+            raise NATSError(
+                f"{len(self.bad_files)} of {len(self.dicts)} images cannot be read, the last "
+                f"{file_name} ({reason}): mend the data, or raise RUN.MAX_BAD_DATA "
+                f"({self.max_bad_share})"
+            )
+
+
+def dataset_dicts(cfg: CfgNode, names: Sequence[str]) -> List[dict]:
+    """The dataset dicts of `names`, filtered as the config says for training."""
+    keypoint_head = cfg.MODEL.ROI_KEYPOINT_HEAD
+    return get_detection_dataset_dicts(
+        names,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoint_head.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+
+
+def build_resumable_loader(
+    cfg: CfgNode, dicts: List[dict], *, total_batch_size: int, seed: int
+) -> ResumableLoader:
+    """A training loader over `dicts`, as ``cfg.DATALOADER`` and ``cfg.INPUT`` describe it.
+
+    Args:
+        total_batch_size: images of a batch on all ranks together.
+        seed: the same on all ranks.
+    """
+    world_size = comm.get_world_size()
+    if total_batch_size < 1 or total_batch_size % world_size:
+        raise NATSError(
+            f"a batch of {total_batch_size} images cannot be shared by {world_size} processes: "
+            "choose a multiple (SOLVER.IMS_PER_BATCH, SEARCH.ALPHA_IMS_PER_BATCH)"
+        )
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+
+        def make_sampler(seed):
+            return TrainingSampler(len(dicts), seed=seed)
+
+    elif name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+
+        def make_sampler(seed):
+            return RepeatFactorTrainingSampler(factors, seed=seed)
+
+    elif name == "RandomSubsetTrainingSampler":
+
+        def make_sampler(seed):
+            ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+            return RandomSubsetTrainingSampler(
+                len(dicts), ratio, seed_shuffle=seed, seed_subset=seed
+            )
+
+    else:
+        raise NATSError(
+            f"DATALOADER.SAMPLER_TRAIN {name!r} cannot be resumed exactly: use TrainingSampler, "
+            "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"
+        )
+    return ResumableLoader(
+        dicts,
+        DatasetMapper(cfg, is_train=True),
+        make_sampler,
+        batch_size=total_batch_size // world_size,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=seed,
+        max_bad_share=cfg.RUN.MAX_BAD_DATA,
+    )

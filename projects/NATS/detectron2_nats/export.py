@@ -1,0 +1,189 @@
+"""From an architecture to a plain config, and from a super-network's weights to a frozen one's."""
+
+import os
+from typing import Any, Dict, Optional
+
+import torch
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_backbone
+
+from .architecture import Architecture
+from .config import add_nats_config
+from .errors import NATSError
+from .files import MAX_FILE_BYTES, parse_yaml, read_yaml, write_atomically
+from .transform import apply_architecture, conv3x3_layers
+
+__all__ = [
+    "export_config",
+    "export_weights",
+    "load_config",
+    "load_detector_config",
+    "write_config",
+]
+
+
+def load_config(path: str, opts=()) -> CfgNode:
+    """Detectron2's config with this project's keys, merged from a file and KEY VALUE pairs.
+
+    Args:
+        path: a config file, or the name of a Detectron2 zoo config; "" for none.
+
+    Raises:
+        NATSError: missing, not plain YAML, unknown key, wrong type; names file or key.
+    """
+    cfg = get_cfg()
+    add_nats_config(cfg)
+    if path:
+        path = _find_config(path)
+        _check_bases(path)
+        _merge(path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
+    _merge("command line", lambda: cfg.merge_from_list(list(opts)))
+    return cfg
+
+
+def _find_config(path: str) -> str:
+    if os.path.isfile(path):
+        return path
+    try:
+        return model_zoo.get_config_file(path)
+    except RuntimeError:
+        raise NATSError(
+            f"config {path} not found: neither a file here nor the name of a Detectron2 zoo config "
+            "such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+        ) from None
+
+
+def _check_bases(path: str, depth: int = 0) -> None:
+    """Read a config and its bases under our limits, before Detectron2's reader does."""
+    if depth > 20:
+        raise NATSError(f"{path}: more than 20 configs deep in _BASE_: do they name each other?")
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise NATSError(f"{path}: not a config: expected KEY: VALUE lines")
+    base = content.get("_BASE_")
+    if base is None:
+        return
+    if not isinstance(base, str):
+        raise NATSError(f"{path}: _BASE_ must be the path of one config")
+    base = os.path.expanduser(base)
+    _check_bases(os.path.join(os.path.dirname(path), base), depth + 1)
+
+
+def _merge(name: str, merge) -> None:
+    try:
+        merge()
+    except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        raise NATSError(f"{name}: {' '.join(str(reason).split())[:300]}") from None
+
+
+def load_detector_config(path: str, searched: Optional[CfgNode] = None) -> CfgNode:
+    """The config of a detector to export to: a file, a zoo name, or "" for the searched one."""
+    if path:
+        return load_config(path)
+    if searched is None:
+        raise NATSError("no detector config given")
+    cfg = searched.clone()
+    cfg.defrost()
+    defaults = load_config("")
+    cfg.SEARCH, cfg.DATASETS.CALIBRATION = defaults.SEARCH, defaults.DATASETS.CALIBRATION
+    for key in ("STAGES", "SPACE", "NUM_GROUPS", "CHANNELS_PER_GROUP", "SHARE_WEIGHTS"):
+        cfg.MODEL.NATS[key] = defaults.MODEL.NATS[key]
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "retrain")
+    return cfg
+
+
+def export_config(base: CfgNode, architecture: Architecture) -> CfgNode:
+    """A plain config: the detector `base` with the searched backbone, architecture inline.
+
+    Stages that the base's backbone does not build (C4 keeps res5 in its heads) are left out.
+
+    Raises:
+        NATSError: the architecture does not fit the base's backbone.
+    """
+    cfg = base.clone()
+    cfg.defrost()
+    if cfg.MODEL.BACKBONE.NAME != "build_nats_backbone":
+        cfg.MODEL.NATS.BASE_BACKBONE = cfg.MODEL.BACKBONE.NAME
+    plain = cfg.clone()
+    plain.MODEL.BACKBONE.NAME = cfg.MODEL.NATS.BASE_BACKBONE
+    with torch.device("meta"):  # shapes are enough to see whether it fits
+        backbone = build_backbone(plain)
+    built = {name.split(".")[0] for name in conv3x3_layers(backbone)}
+    if not built & set(architecture.stages):
+        raise NATSError(f"the architecture touches {architecture.stages}, the detector has {built}")
+    architecture = architecture.restrict(built)
+    apply_architecture(backbone, architecture)
+    cfg.MODEL.BACKBONE.NAME = "build_nats_backbone"
+    cfg.MODEL.NATS.ARCHITECTURE = architecture.to_config()
+    return cfg
+
+
+def write_config(cfg: CfgNode, path: str) -> None:
+    """Write what differs from the defaults; loads after ``get_cfg(); add_nats_config(cfg)``."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    # One line per layer, written by hand in the place of a stand-in: it is meant to be read.
+    rows = ",\n".join(f"      [{name}, {runs}]" for name, runs in cfg.MODEL.NATS.ARCHITECTURE)
+    cfg.MODEL.NATS.ARCHITECTURE = ["@rows@"]
+    text = CfgNode(_difference(cfg, load_config(""))).dump(default_flow_style=None)
+    lines = [
+        "# A plain detector with searched dilations. Loads after: import detectron2_nats;",
+        "# cfg = get_cfg(); detectron2_nats.add_nats_config(cfg)",
+        "VERSION: 2",
+        text.replace("'@rows@'", f"\n{rows}"),
+    ]
+    text = "\n".join(lines)
+    if len(text) > MAX_FILE_BYTES:
+        raise NATSError(f"{path}: config of {len(text)} bytes, at most {MAX_FILE_BYTES}")
+    parse_yaml(text, path)
+    write_atomically(path, text)
+
+
+def _difference(cfg: CfgNode, default: CfgNode) -> Dict[str, Any]:
+    difference: Dict[str, Any] = {}
+    for key, value in cfg.items():
+        if key not in default:
+            difference[key] = value
+        elif isinstance(value, CfgNode):
+            inner = _difference(value, default[key])
+            if inner:
+                difference[key] = inner
+        elif value != default[key]:
+            difference[key] = value
+    return difference
+
+
+def export_weights(state_dict: Dict[str, torch.Tensor], architecture: Architecture, genotypes):
+    """The super-network's own weights as a state dict of the frozen network (voted order).
+
+    Each output channel takes its row from the replica of the dilation that it was given.
+
+    Args:
+        state_dict: of a detector or backbone that holds the super-network.
+        architecture: decoded in voted order.
+        genotypes: layer name → its genotypes, in the order of the replicas.
+    """
+    if architecture.search.get("order") != "voted":
+        raise NATSError(
+            "the super-network's weights fit only an architecture in voted order (in paper order "
+            "a channel's dilation is not the one that its weights were trained under)"
+        )
+    frozen = {k: v for k, v in state_dict.items() if not k.endswith((".alpha", ".replicas"))}
+    for name, runs in architecture.layers.items():
+        keys = [k for k in state_dict if k.endswith(f"{name}.weight")]
+        if len(keys) != 1 or keys[0][: -len("weight")] + "alpha" not in state_dict:
+            raise NATSError(f"the checkpoint holds no searched conv {name}")
+        weight = state_dict[keys[0]].clone()
+        replicas = state_dict.get(keys[0][: -len("weight")] + "replicas")
+        start = 0
+        for channels, *dilation in runs:
+            index = genotypes[name].index(tuple(dilation))
+            if index and replicas is not None:
+                rows = slice(start, start + channels)
+                weight[rows] = replicas[index - 1, rows]
+            start += channels
+        frozen[keys[0]] = weight
+    return frozen

@@ -1,0 +1,120 @@
+"""Starting a script: arguments, processes (our own, torchrun's, several machines), errors."""
+
+import argparse
+import logging
+import os
+import sys
+from datetime import timedelta
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+
+from .data.embedded import ensure_embedded_dataset
+from .data.registry import check_datasets, register_datasets
+from .errors import NATSError
+from .export import load_config
+from .stopping import handle_signals
+
+__all__ = ["run_script", "setup"]
+
+logger = logging.getLogger(__name__)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Read the config, check it and the data sets that it names, start the log."""
+    cfg = load_config(args.config_file, args.opts)
+    if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
+        raise NATSError(
+            f"SOLVER.AMP.PRECISION {cfg.SOLVER.AMP.PRECISION!r}: expected float16 or bfloat16"
+        )
+    register_datasets(cfg)
+    names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.CALIBRATION}
+    if any(name.startswith("nats_embedded") for name in names):
+        ensure_embedded_dataset()
+    if not args.eval_only:
+        if not cfg.DATASETS.TRAIN:
+            raise NATSError("DATASETS.TRAIN is empty: name the data set to train on")
+        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    cfg.freeze()
+    if args.config_file and not os.path.isfile(args.config_file):
+        args.config_file = ""  # a zoo name: default_setup would look for a file
+    default_setup(cfg, args)
+    logging.getLogger("detectron2_nats").parent = logging.getLogger("detectron2")
+    return cfg
+
+
+def run_script(main: Callable[[argparse.Namespace], object], description: str, epilog: str) -> None:
+    """Parse the command line and call ``main(args)`` in each process; never returns.
+
+    Exit status: 0 done, 2 bad input (one line on stderr), 75 stopped on request with a checkpoint
+    written, 130 interrupted twice, 1 anything else.
+    """
+    parser = default_argument_parser(epilog=epilog)
+    parser.description = description
+    args = parser.parse_args()
+    under_torchrun = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+    try:
+        if under_torchrun:
+            _run_under_torchrun(main, args)
+        elif args.num_gpus * args.num_machines > 1:
+            handle_signals("launcher")
+            if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
+                args.dist_url = "auto"  # any free port: two runs on one machine must not meet
+            launch(
+                _worker,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+            )
+        else:
+            handle_signals("alone")
+            _call(main, args)
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else 1)
+    except ProcessRaisedException as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _worker(main, args) -> None:
+    handle_signals("worker")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.num_gpus))
+    _call(main, args)
+
+
+def _run_under_torchrun(main, args) -> None:
+    handle_signals("alone")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        args.resume = True  # a worker died and the group was started again
+    _call(main, args)
+
+
+def _call(main, args) -> None:
+    try:
+        main(args)
+    except NATSError as error:
+        if comm.is_main_process():
+            logging.getLogger("detectron2").debug("", exc_info=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if dist.is_initialized():
+        comm.synchronize()
+        dist.destroy_process_group()

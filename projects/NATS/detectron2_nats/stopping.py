@@ -1,0 +1,80 @@
+"""Stopping on request: SIGTERM, SIGUSR1 or Ctrl-C finish the step and write a checkpoint first."""
+
+import multiprocessing
+import os
+import signal
+from multiprocessing import util
+
+__all__ = [
+    "STOPPED_EXIT_CODE",
+    "handle_signals",
+    "ignore_signals",
+    "kill_children_at_exit",
+    "stop_requested",
+]
+
+STOPPED_EXIT_CODE = 75
+"""Exit status of a run that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again)."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_stop = False
+
+
+def stop_requested() -> bool:
+    """Whether this process has been asked to stop."""
+    return _stop
+
+
+def handle_signals(role: str = "alone") -> None:
+    """Let SIGTERM, SIGUSR1 and SIGINT request a stop; a second SIGINT leaves at once, status 130.
+
+    Args:
+        role: "alone"; "launcher", which passes the request on to the workers that it started; or
+            "worker" of a launcher: Ctrl-C reaches it too, and is the launcher's to pass on.
+    """
+    global _stop
+    _stop = False
+
+    def handle(number, frame):
+        global _stop
+        if number == signal.SIGINT and _stop:
+            if role == "launcher":
+                _send_to_children(signal.SIGKILL)
+            os._exit(130)
+        _stop = True
+        if role == "launcher":
+            _send_to_children(signal.SIGTERM)
+
+    for number in _SIGNALS:
+        signal.signal(number, handle)
+    if role == "worker":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ignore_signals(worker_id: int = 0) -> None:
+    """For loader processes: a scheduler signals them too, and the run still needs their images.
+
+    The process that starts them must call :func:`kill_children_at_exit`, for Python ends what is
+    left of them with SIGTERM and then waits.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def kill_children_at_exit() -> None:
+    """End child processes with SIGKILL when this one exits, by whatever way Python knows of."""
+    # Above priority 0 it runs before multiprocessing's own clean-up; atexit is not run in children.
+    util.Finalize(None, _kill_children, exitpriority=100)
+
+
+def _kill_children() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a crash
+    _send_to_children(signal.SIGKILL)
+
+
+def _send_to_children(number: int) -> None:
+    for process in multiprocessing.active_children():
+        try:
+            os.kill(process.pid, number)
+        except ProcessLookupError:
+            pass

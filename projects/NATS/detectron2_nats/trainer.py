@@ -1,0 +1,243 @@
+"""The search: SGD trains the weights on one split while Adam trains α on another (section 4.2)."""
+
+import contextlib
+import logging
+import os
+from typing import Dict, Iterator, List
+
+import numpy as np
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+from .architecture import Architecture, intensities, votes
+from .data.loader import build_resumable_loader, dataset_dicts
+from .data.registry import check_disjoint
+from .errors import NATSError
+from .export import export_config, load_detector_config, write_config
+from .training import Phase, ResumableTrainer, config_differences
+from .transform import searched_layers
+
+__all__ = ["SearchTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class SearchTrainer(ResumableTrainer):
+    """Trains a super-network; leaves ``architecture.yaml`` and ``retrain.yaml`` in OUTPUT_DIR.
+
+    Each iteration takes a weight step on ``DATASETS.TRAIN`` and, from ``SEARCH.ALPHA_START`` of
+    the run on, an α step on ``DATASETS.CALIBRATION``. First order: the α step's gradient takes the
+    weights as they are (the paper is silent).
+
+    Args:
+        cfg: with :func:`add_nats_config`'s keys and an empty ``MODEL.NATS.ARCHITECTURE``.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        if not 0 <= cfg.SEARCH.ALPHA_START < 1:
+            raise NATSError(
+                f"SEARCH.ALPHA_START {cfg.SEARCH.ALPHA_START}: expected a fraction of the run, "
+                "from 0 up to but not 1"
+            )
+        # Wrong paths should not come to light after days
+        self.retrain_base = load_detector_config(cfg.SEARCH.RETRAIN_CONFIG, cfg)
+        super().__init__(cfg)
+        cfg = self.cfg  # scaled to the number of processes
+        self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.max_iter)
+        calibration = dataset_dicts(cfg, cfg.DATASETS.CALIBRATION)
+        check_disjoint(self.train_dicts, calibration)
+        loader = build_resumable_loader(
+            cfg,
+            calibration,
+            total_batch_size=cfg.SEARCH.ALPHA_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH,
+            seed=self.seed + 1,
+        )
+        optimizer = torch.optim.Adam(
+            [conv.alpha for conv in self.searched.values()],
+            lr=cfg.SEARCH.ALPHA_LR,
+            weight_decay=cfg.SEARCH.ALPHA_WEIGHT_DECAY,
+        )
+        self.alpha = self.new_phase("alpha", self._alpha_losses, loader, optimizer)
+
+    def prepare_model(self, model: nn.Module) -> None:
+        self.searched = searched_layers(model)
+        if not self.searched:
+            raise NATSError(
+                "nothing to search: set MODEL.BACKBONE.NAME to build_nats_backbone and leave "
+                "MODEL.NATS.ARCHITECTURE empty"
+            )
+        # Switched off, α is passed over by the weights' optimizer and by data parallelism alike.
+        for conv in self.searched.values():
+            conv.alpha.requires_grad_(False)
+        self._trained_weights = [p for p in model.parameters() if p.requires_grad]
+
+    def phases(self) -> List[Phase]:
+        return [self.weights, self.alpha]
+
+    def run_step(self) -> None:
+        self.take_step(self.weights)
+        if self.iter >= self.alpha_start:
+            with self._alpha_trained():
+                self.take_step(self.alpha)
+                # The batch norms saw the calibration split, which is not theirs to learn from.
+                self._bn_state.restore()
+
+    @contextlib.contextmanager
+    def _alpha_trained(self) -> Iterator[None]:
+        """α takes gradients and the weights do not, so that backward ends at the first α."""
+        for parameter in self._trained_weights:
+            parameter.requires_grad_(False)
+        for conv in self.searched.values():
+            conv.alpha.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for conv in self.searched.values():
+                conv.alpha.requires_grad_(False)
+            for parameter in self._trained_weights:
+                parameter.requires_grad_(True)
+
+    def _alpha_losses(self, batch: List[dict]) -> Dict[str, torch.Tensor]:
+        # The scope keeps what the heads log apart from the weight step's.
+        with get_event_storage().name_scope("alpha"):
+            return self._loss_module(batch)
+
+    def reduce_gradients(self, phase: Phase) -> None:
+        """α is outside of data parallelism: average its gradient in one message."""
+        if phase is not self.alpha or comm.get_world_size() == 1:
+            return
+        gradients = [conv.alpha.grad for conv in self.searched.values()]
+        flat = torch.cat([g.flatten() for g in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= comm.get_world_size()
+        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(piece.view_as(gradient))
+
+    # -- results --------------------------------------------------------------------------------
+
+    def architecture(self) -> Architecture:
+        """What α says now."""
+        nats = self.cfg.MODEL.NATS
+        space = "C" if nats.SPACE is None else nats.SPACE
+        return Architecture.decode(
+            self.searched,
+            self.cfg.SEARCH.DECODE_ORDER,
+            space=space,
+            num_groups=(
+                {name: conv.num_groups for name, conv in self.searched.items()}
+                if nats.CHANNELS_PER_GROUP
+                else nats.NUM_GROUPS
+            ),
+            iteration=self.iter + 1,
+            max_iter=self.max_iter,
+            seed=self.seed,
+        )
+
+    def after_checkpoint(self) -> None:
+        if not comm.is_main_process():
+            return
+        architecture = self.architecture()
+        path = os.path.join(self.cfg.OUTPUT_DIR, "architecture.yaml")
+        architecture.save(os.path.join(self.cfg.OUTPUT_DIR, f"architecture_{self.iter:07d}.yaml"))
+        architecture.save(path)
+        if self.iter + 1 >= self.max_iter:
+            retrain = os.path.join(self.cfg.OUTPUT_DIR, "retrain.yaml")
+            write_config(export_config(self.retrain_base, architecture), retrain)
+            logger.info(f"Search done: wrote {path} and the plain config {retrain}")
+
+    def check_same_run(self, saved_config: str) -> None:
+        differences = config_differences(saved_config, self.cfg)
+        if differences:
+            raise NATSError(
+                f"{self.cfg.OUTPUT_DIR} holds another search; these settings differ: "
+                f"{'; '.join(differences[:5])}. Choose another OUTPUT_DIR or restore the settings"
+            )
+
+    def build_hooks(self) -> List[HookBase]:
+        # before the writer
+        built = super().build_hooks()
+        return [
+            built[0],
+            _AlphaHook(self.cfg.RUN.LOG_PERIOD, self.cfg.RUN.RANK_CHECK_PERIOD),
+        ] + built[1:]
+
+    def state_dict(self):
+        hook = next(h for h in self._hooks if isinstance(h, _AlphaHook))
+        return {**super().state_dict(), "last_votes": hook.last_votes}
+
+    def load_state_dict(self, state) -> None:
+        super().load_state_dict(state)
+        hook = next(h for h in self._hooks if isinstance(h, _AlphaHook))
+        hook.last_votes = state["last_votes"]
+
+
+class _AlphaHook(HookBase):
+    """Logs where α stands, and checks that all ranks hold the same."""
+
+    def __init__(self, log_period: int, check_period: int):
+        self._log_period, self._check_period = log_period, check_period
+        self.last_votes: Dict[str, List[int]] = {}
+
+    def after_step(self):
+        done = self.trainer.iter + 1
+        if done > self.trainer.alpha_start and done % self._check_period == 0:
+            check_ranks_agree(self.trainer.searched)
+        if done % self._log_period == 0 or done == self.trainer.max_iter:
+            self._log()
+
+    def _log(self):
+        storage, changed, groups, entropies = get_event_storage(), 0, 0, []
+        overall: Dict[tuple, List[float]] = {}
+        for name, conv in self.trainer.searched.items():
+            alpha = conv.alpha.detach().double().cpu().numpy()
+            chosen = votes(alpha)
+            before = self.last_votes.get(name, [0] * len(chosen))
+            changed += int(np.count_nonzero(chosen != np.asarray(before)))
+            groups += len(chosen)
+            self.last_votes[name] = chosen.tolist()
+            entropies.append(normalised_entropy(alpha))
+            for (d_h, d_w), share in zip(conv.genotypes, intensities(alpha)):
+                storage.put_scalar(f"intensity/{name}/{d_h}x{d_w}", share, smoothing_hint=False)
+                overall.setdefault((d_h, d_w), []).append(share)
+        entropy = float(np.mean(entropies))
+        storage.put_scalar("alpha/entropy", entropy, smoothing_hint=False)
+        storage.put_scalar("alpha/votes_changed", changed, smoothing_hint=False)
+        layers = len(self.trainer.searched)
+        shares = ", ".join(f"{h}x{w} {sum(s) / layers:.0%}" for (h, w), s in overall.items())
+        logger.info(
+            f"alpha: entropy {entropy:.4f} of 1, {changed} of {groups} votes changed since the "
+            f"last line, intensity over all layers: {shares}"
+        )
+
+
+def normalised_entropy(alpha: np.ndarray) -> float:
+    """Mean entropy of softmax(α_i) over the groups, as a share of its maximum log G."""
+    if alpha.shape[1] == 1:
+        return 0.0
+    logits = alpha - alpha.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return float(-(np.exp(log_p) * log_p).sum(axis=1).mean() / np.log(alpha.shape[1]))
+
+
+def check_ranks_agree(searched: Dict[str, nn.Module]) -> None:
+    """Raise on all ranks if some rank's α differs from rank 0's in any bit; names the layer."""
+    if comm.get_world_size() == 1:
+        return
+    flat = torch.cat([conv.alpha.detach().flatten() for conv in searched.values()])
+    reference = flat.clone()
+    torch.distributed.broadcast(reference, src=0)
+    sizes = [conv.alpha.numel() for conv in searched.values()]
+    pieces = zip(flat.split(sizes), reference.split(sizes))
+    differs = flat.new_tensor([float(not torch.equal(own, first)) for own, first in pieces])
+    torch.distributed.all_reduce(differs)
+    layers = [name for name, count in zip(searched, differs.tolist()) if count]
+    if layers:
+        raise NATSError(
+            f"α differs between the ranks in {', '.join(layers[:5])}: the run is stopped. Resume "
+            "from the last checkpoint; if it happens again, suspect the hardware"
+        )

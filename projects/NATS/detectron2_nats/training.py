@@ -1,0 +1,455 @@
+"""A `DefaultTrainer` whose runs can be stopped at any point and resumed bit for bit.
+
+What it adds to Detectron2's: checkpoints that hold each rank's random states and the loader's
+position, steps that are not taken when numbers go wrong, a clean stop on a signal, and training on
+several CPU processes. :class:`SearchTrainer` and plain retraining share it.
+"""
+
+import logging
+import math
+import random
+import time
+import weakref
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Optional
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+
+from .checkpoint import SafeCheckpointer
+from .data.loader import build_resumable_loader, dataset_dicts, preserved_rng
+from .errors import NATSError
+from .evaluation import build_evaluator
+from .stopping import STOPPED_EXIT_CODE, stop_requested
+
+__all__ = ["ResumableTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class _LossModule(nn.Module):
+    """Losses of a detector, NaN where Detectron2 raises because its predictions are not finite.
+
+    A rank that raised inside the forward pass would leave the others waiting in the backward's
+    all-reduce; a NaN loss passes through it, so that all ranks see it and skip the step together.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.names: Optional[List[str]] = None  # of the losses, known after the first forward
+
+    def forward(self, data: List[dict]) -> Dict[str, torch.Tensor]:
+        try:
+            losses = self.model(data)
+        except FloatingPointError:
+            if self.names is None:
+                raise
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            nan = sum(p.sum() for p in trained) * math.nan
+            return {name: nan for name in self.names}
+        self.names = list(losses)
+        return losses
+
+
+class _BatchNormState:
+    """The batch norms' running statistics, to be put back after a step that must not count."""
+
+    def __init__(self, model: nn.Module):
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.buffers = [b for m in norms for b in m.buffers(recurse=False)]
+        self.copies = [b.clone() for b in self.buffers]
+
+    def save(self) -> None:
+        for copy, buffer in zip(self.copies, self.buffers):
+            copy.copy_(buffer)
+
+    def restore(self) -> None:
+        for copy, buffer in zip(self.copies, self.buffers):
+            buffer.copy_(copy)
+
+
+@dataclass
+class Phase:
+    """One kind of step: which losses, of which data, change which parameters.
+
+    Attributes:
+        name: "" for the weights, else the prefix of everything that is logged.
+        losses: callable, batch → dict of losses.
+        loader: endless loader.
+        optimizer: of the parameters that the step changes.
+        scaler: loss scaling of its own (inactive unless float16).
+        bad_in_row: steps not taken since the last one that was, for numbers that are not finite.
+        bad_total: likewise, in the whole run.
+    """
+
+    name: str
+    losses: Any
+    loader: Any
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    bad_in_row: int = 0
+    bad_total: int = 0
+    _iterator: Optional[Iterator] = None
+
+    def next_batch(self) -> List[dict]:
+        if self._iterator is None:
+            self._iterator = iter(self.loader)
+        return next(self._iterator)
+
+    @property
+    def parameters(self) -> List[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "bad_in_row": self.bad_in_row,
+            "bad_total": self.bad_total,
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.loader.load_state_dict(state["loader"])
+        self.bad_in_row, self.bad_total = state["bad_in_row"], state["bad_total"]
+        self._iterator = None
+
+
+class ResumableTrainer(DefaultTrainer):
+    """Detectron2's trainer for one detector, exactly resumable.
+
+    ``trainer.model`` is the bare detector on every rank; the data-parallel wrapper is inside.
+
+    Args:
+        cfg: with :func:`add_nats_config`'s keys.
+
+    Raises:
+        NATSError: bad input, before any training starts.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)
+        self.cfg = cfg = _scaled_to_processes(cfg)
+        # One seed for order and augmentation on all ranks; the random states differ by rank.
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        with torch.random.fork_rng(devices=[]):
+            # The same start on all ranks, whatever happened to their random states before.
+            torch.manual_seed(self.seed)
+            model = self.build_model(cfg)
+        self.prepare_model(model)
+        optimizer = self.build_optimizer(cfg, model)
+        self.train_dicts = dataset_dicts(cfg, cfg.DATASETS.TRAIN)
+        loader = build_resumable_loader(
+            cfg, self.train_dicts, total_batch_size=cfg.SOLVER.IMS_PER_BATCH, seed=self.seed
+        )
+        # Holds model, loader and optimizer for DefaultTrainer's properties; its steps are not used.
+        self._trainer = SimpleTrainer(model, loader, optimizer)
+        self._bn_state = _BatchNormState(model)
+        self._loss_module = _LossModule(model)
+        self.weights = self.new_phase("", _distributed(self._loss_module), loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, run=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self._stop_now = False
+        self.register_hooks(self.build_hooks())
+
+    # -- parts that a subclass adds to ----------------------------------------------------------
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Called once, before the optimizer is built."""
+
+    def phases(self) -> List[Phase]:
+        """All phases, for checkpoints."""
+        return [self.weights]
+
+    def after_checkpoint(self) -> None:
+        """Called on all ranks after a checkpoint has been written."""
+
+    def run_step(self) -> None:
+        self.take_step(self.weights)
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def new_phase(self, name: str, losses, loader, optimizer) -> Phase:
+        """A phase with the precision that ``SOLVER.AMP`` says."""
+        device, amp = self.cfg.MODEL.DEVICE.split(":")[0], self.cfg.SOLVER.AMP
+        loss_scaling = amp.ENABLED and amp.PRECISION == "float16"
+        scaler = torch.amp.GradScaler(device, enabled=loss_scaling)
+        return Phase(name, losses, loader, optimizer, scaler)
+
+    def take_step(self, phase: Phase) -> None:
+        """Take one step of `phase`, unless its loss or gradient is not finite on some rank."""
+        amp = self.cfg.SOLVER.AMP
+        start = time.perf_counter()
+        batch = phase.next_batch()
+        data_time = time.perf_counter() - start
+
+        self._bn_state.save()
+        with torch.autocast(
+            self.cfg.MODEL.DEVICE.split(":")[0],
+            getattr(torch, amp.PRECISION),
+            enabled=amp.ENABLED,
+        ):
+            losses = phase.losses(batch)
+            total = sum(losses.values())
+        phase.optimizer.zero_grad(set_to_none=True)
+        phase.scaler.scale(total).backward()
+        self.after_backward()
+        self.reduce_gradients(phase)
+        phase.scaler.unscale_(phase.optimizer)
+
+        means = self._mean_over_ranks(losses)
+        loss_finite = math.isfinite(sum(means.values()))
+        if loss_finite and _finite_gradients(phase.parameters):
+            phase.scaler.step(phase.optimizer)
+            phase.bad_in_row = 0
+        else:
+            self._bn_state.restore()
+            # float16's scale starts too high on purpose: finding it is no fault
+            if not loss_finite or phase.scaler.get_scale() <= 1.0:
+                phase.bad_in_row += 1
+                phase.bad_total += 1
+                self._report_bad_step(phase, means)
+        if phase.scaler.is_enabled():
+            phase.scaler.update()
+        phase.optimizer.zero_grad(set_to_none=True)  # free the memory for the other phase
+
+        prefix = f"{phase.name}/" if phase.name else ""
+        if loss_finite:
+            scalars = {f"{prefix}{name}": value for name, value in means.items()}
+            self.storage.put_scalars(**scalars)
+            self.storage.put_scalar(f"{prefix}total_loss", sum(means.values()))
+        self.storage.put_scalar(f"{prefix}data_time", data_time)
+        self.storage.put_scalar(f"{prefix}skipped_steps", phase.bad_total, smoothing_hint=False)
+
+    def reduce_gradients(self, phase: Phase) -> None:
+        """Called between backward and step; data parallelism has averaged the weights' already."""
+
+    def _mean_over_ranks(self, losses: Dict[str, torch.Tensor]) -> Dict[str, float]:
+        """Mean losses; in the same message, whether any rank was asked to stop."""
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = torch.cat([values, values.new_tensor([float(stop_requested())])])
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(values)
+        *means, stop = (values / comm.get_world_size()).tolist()
+        self._stop_now = stop > 0
+        return dict(zip(losses, means))
+
+    def _report_bad_step(self, phase: Phase, means: Dict[str, float]) -> None:
+        name = phase.name or "weight"
+        logger.warning(
+            f"iteration {self.iter}: the {name} step was not taken, its loss or gradient is not "
+            f"finite ({phase.bad_in_row} in a row, {phase.bad_total} in all): {means}"
+        )
+        if phase.bad_in_row >= self.cfg.RUN.MAX_BAD_STEPS:
+            last = self.checkpointer.get_checkpoint_file() or "none yet"
+            raise NATSError(
+                f"{phase.bad_in_row} {name} steps in a row had a loss or gradient that is not "
+                f"finite, up to iteration {self.iter}: lower the learning rate or look at the "
+                f"data, then go on with --resume. Last good checkpoint: {last}"
+            )
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def save_checkpoint(self, name: str) -> None:
+        """Write a checkpoint; to be called on all ranks."""
+        self._rng_states = comm.gather(_rng_state())
+        self.checkpointer.save(name, iteration=self.iter, config=self.cfg.dump())
+        self.checkpointer.prune(self.cfg.RUN.KEEP_CHECKPOINTS)
+        comm.synchronize()
+        self.after_checkpoint()
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last usable checkpoint, else load ``MODEL.WEIGHTS`` and start."""
+        usable = self.checkpointer.find_usable_checkpoint() if resume else ""
+        if not usable:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            return
+        # Compare before any state is loaded into a network that it may not fit. Mapped: cheap.
+        saved = torch.load(usable, map_location="cpu", weights_only=True, mmap=True)
+        if "config" not in saved or "run" not in saved:
+            raise NATSError(
+                f"{usable} cannot be resumed from: it was not written by this program. Choose "
+                "another OUTPUT_DIR, or give it as MODEL.WEIGHTS without --resume"
+            )
+        self.check_same_run(saved["config"])
+        del saved
+        self.iter = self.checkpointer.load(usable)["iteration"]
+        self.start_iter = self.iter + 1
+
+    def check_same_run(self, saved_config: str) -> None:
+        """Called on resume with the config that the checkpoint was written under."""
+        for line in config_differences(saved_config, self.cfg):
+            logger.warning(f"resuming with another setting than before: {line}")
+
+    # -- what DefaultTrainer asks for -------------------------------------------------------------
+
+    def build_hooks(self) -> List[HookBase]:
+        """Detectron2's default hooks; ours writes checkpoints, on all ranks together."""
+        test, precise_bn = self.cfg.TEST, None
+        if test.PRECISE_BN.ENABLED and hooks.get_bn_modules(self.model):
+            loader = self.build_train_loader(self.cfg)
+            precise_bn = hooks.PreciseBN(
+                test.EVAL_PERIOD, self.model, loader, test.PRECISE_BN.NUM_ITER
+            )
+        built = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            precise_bn,
+            _CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD),
+            hooks.EvalHook(test.EVAL_PERIOD, self._evaluate),
+        ]
+        if comm.is_main_process():
+            built.append(hooks.PeriodicWriter(self.build_writers(), self.cfg.RUN.LOG_PERIOD))
+        return built
+
+    def _evaluate(self) -> Dict[str, Any]:
+        with preserved_rng():  # a run with and one without this evaluation must not differ
+            self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """A loader apart from the training's own, for precise batch norm."""
+        dicts = dataset_dicts(cfg, cfg.DATASETS.TRAIN)
+        size = cfg.SOLVER.IMS_PER_BATCH
+        return build_resumable_loader(cfg, dicts, total_batch_size=size, seed=max(cfg.SEED, 0))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
+        return build_evaluator(cfg, dataset_name)
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {
+            "hooks": TrainerBase.state_dict(self).get("hooks", {}),
+            "phases": {phase.name or "weights": phase.state_dict() for phase in self.phases()},
+            "rng": self._rng_states,
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        for hook in self._hooks:
+            name = type(hook).__qualname__
+            if name in state["hooks"]:
+                hook.load_state_dict(state["hooks"][name])
+        for phase in self.phases():
+            phase.load_state_dict(state["phases"][phase.name or "weights"])
+        if len(state["rng"]) == comm.get_world_size():
+            _set_rng_state(state["rng"][comm.get_rank()])
+        else:
+            logger.warning(
+                f"the checkpoint was written by {len(state['rng'])} processes and is resumed by "
+                f"{comm.get_world_size()}: the run goes on, but not bit for bit"
+            )
+
+
+def _scaled_to_processes(cfg: CfgNode) -> CfgNode:
+    """Detectron2's ``SOLVER.REFERENCE_WORLD_SIZE``, for the keys too that it knows nothing of."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    if scaled is not cfg:
+        scaled = scaled.clone()
+        scaled.defrost()
+        factor = scaled.SOLVER.IMS_PER_BATCH / cfg.SOLVER.IMS_PER_BATCH
+        scaled.SOLVER.BASE_LR_END *= factor
+        scaled.SEARCH.ALPHA_IMS_PER_BATCH = round(cfg.SEARCH.ALPHA_IMS_PER_BATCH * factor)
+        scaled.freeze()
+    return scaled
+
+
+class _CheckpointHook(HookBase):
+    """Writes checkpoints at a period, at the end, and when a stop is asked for."""
+
+    def __init__(self, period: int):
+        self._period = period
+
+    def after_step(self):
+        trainer, done = self.trainer, self.trainer.iter + 1
+        if done >= trainer.max_iter:
+            trainer.save_checkpoint("model_final")
+        elif done % self._period == 0 or trainer._stop_now:
+            trainer.save_checkpoint(f"model_{trainer.iter:07d}")
+        if trainer._stop_now and done < trainer.max_iter:
+            logger.info(f"stopped on request after iteration {trainer.iter}; go on with --resume")
+            raise SystemExit(STOPPED_EXIT_CODE)
+
+
+def _distributed(module: nn.Module) -> nn.Module:
+    """`module`, averaging gradients over ranks."""
+    if comm.get_world_size() == 1:
+        return module
+    device = next(module.parameters()).device
+    ids = [comm.get_local_rank()] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+
+def _finite_gradients(parameters: List[nn.Parameter]) -> bool:
+    """Whether all gradients are finite: one pass, one transfer from the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    return bool(torch.stack([norm.float() for norm in norms]).sum().isfinite())
+
+
+def _rng_state() -> Dict[str, Any]:
+    """This process's random states, as tensors and plain types."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def _set_rng_state(state: Dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+# Settings that say where and how fast, not what is computed.
+_FREE_KEYS = (
+    "OUTPUT_DIR",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.REGISTER",
+    "DATASETS.TEST",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "RUN.",
+    "SEARCH.RETRAIN_CONFIG",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.",
+    "VIS_PERIOD",
+)
+
+
+def config_differences(saved: str, cfg: CfgNode) -> List[str]:
+    """ "KEY: old, now new" for each setting that changes what is computed."""
+    old, new = _flat(CfgNode.load_cfg(saved)), _flat(CfgNode.load_cfg(cfg.dump()))
+    return [
+        f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
+    ]
+
+
+def _flat(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
+    flat = {}
+    for key, value in node.items():
+        is_node = isinstance(value, CfgNode)
+        flat.update(_flat(value, f"{prefix}{key}.") if is_node else {prefix + key: value})
+    return flat

@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector: a plain one, or one with a searched backbone."""
+
+from detectron2.modeling import build_model
+from detectron2_nats.checkpoint import SafeCheckpointer
+from detectron2_nats.launch import run_script, setup
+from detectron2_nats.training import ResumableTrainer
+
+EPILOG = """
+examples:
+  retrain what a search found:
+    $ python train_net.py --num-gpus 8 --config-file output/search/retrain.yaml
+  the plain detector beside it:
+    $ python train_net.py --num-gpus 8 --config-file configs/retrain/faster_rcnn_R_50_FPN.yaml
+  go on after a kill; evaluate only:
+    $ python train_net.py --config-file ... --resume
+    $ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+
+Any Detectron2 config works, and the name of a zoo config too. Without CUDA, --num-gpus 2 runs two
+processes on the CPU.
+exit status: 0 done, 2 bad input, 75 stopped on request (go on with --resume), 1 failed.
+"""
+
+
+def main(args):
+    cfg = setup(args)
+    if args.eval_only:
+        model = build_model(cfg)
+        SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        return ResumableTrainer.test(cfg, model)
+    trainer = ResumableTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__, EPILOG)
