@@ -1,0 +1,210 @@
+"""Every config of the repository: it loads, safely, and says what the paper says."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
+from detectron2_nats import add_nats_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+
+# Images of COCO's splits.
+TRAIN2014 = 82783
+TRAIN2017 = 118287
+LR_PER_IMAGE = 0.00125
+LR_PER_IMAGE_END = 0.00005
+
+SEARCH = {
+    "faster_rcnn_R_50_FPN": {"depth": 50, "space": "C", "groups": 16},
+    "faster_rcnn_R_50_FPN_set_A": {"depth": 50, "space": "A", "groups": 16},
+    "faster_rcnn_R_50_FPN_set_B": {"depth": 50, "space": "B", "groups": 16},
+    "faster_rcnn_R_50_FPN_1group": {"depth": 50, "space": "C", "groups": 1},
+    "faster_rcnn_R_101_FPN": {"depth": 101, "space": "C", "channels": 32},
+    "faster_rcnn_X_101_32x4d_FPN": {"depth": 101, "space": "C", "channels": 32},
+}
+RETRAIN = {
+    "faster_rcnn_R_50_FPN": {"depth": 50, "meta": "GeneralizedRCNN"},
+    "mask_rcnn_R_50_FPN": {"depth": 50, "meta": "GeneralizedRCNN"},
+    "cascade_rcnn_R_50_FPN": {"depth": 50, "meta": "GeneralizedRCNN"},
+    "retinanet_R_50_FPN": {"depth": 50, "meta": "RetinaNet"},
+    "faster_rcnn_R_101_FPN": {"depth": 101, "meta": "GeneralizedRCNN"},
+    "faster_rcnn_X_101_32x4d_FPN": {"depth": 101, "meta": "GeneralizedRCNN"},
+}
+
+
+def config_files(*folders):
+    return sorted(path for folder in folders for path in (CONFIGS / folder).glob("*.yaml"))
+
+
+def by_name(path):
+    return path.relative_to(CONFIGS).as_posix()
+
+
+def load(path, nats=True):
+    """The config as a script gets it, read with a safe YAML loader."""
+    cfg = get_cfg()
+    if nats:
+        add_nats_config(cfg)
+    cfg.merge_from_other_cfg(CfgNode(CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)))
+    return cfg
+
+
+def rounded(value):
+    return int(value + 0.5)
+
+
+def runnable(folder):
+    return {path.stem for path in config_files(folder) if not path.stem.startswith("Base-")}
+
+
+@pytest.mark.parametrize("path", config_files("search", "retrain", "examples"), ids=by_name)
+def test_loads_and_names_its_version(path):
+    cfg = load(path)
+    assert cfg.VERSION == 2
+    # Without it, Detectron2 guesses an old version and rewrites the keys.
+    assert CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)["VERSION"] == 2
+    # The comment that says which row of the paper this is.
+    assert path.read_text().startswith("# ")
+    assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= set(_PREDEFINED_SPLITS_COCO["coco"])
+    # A dumped config is read again by the exporter and by evaluation.
+    assert yaml.safe_load(cfg.dump())["SOLVER"]["MAX_ITER"] == cfg.SOLVER.MAX_ITER
+
+
+def test_every_row_of_the_paper_has_a_config():
+    assert runnable("search") == set(SEARCH)
+    assert runnable("retrain") == set(RETRAIN)
+
+
+@pytest.mark.parametrize("name", SEARCH)
+def test_search(name):
+    row = SEARCH[name]
+    cfg = load(CONFIGS / "search" / f"{name}.yaml")
+
+    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    assert cfg.MODEL.BACKBONE.NAME == "build_nats_backbone"
+    assert cfg.MODEL.NATS.BASE_BACKBONE == "build_resnet_fpn_backbone"
+    assert cfg.MODEL.NATS.STAGES == ["res3", "res4", "res5"]
+    assert cfg.MODEL.NATS.ARCHITECTURE == []
+    assert cfg.MODEL.RESNETS.DEPTH == row["depth"]
+    assert cfg.MODEL.NATS.SPACE == row["space"]
+    if "groups" in row:
+        assert cfg.MODEL.NATS.NUM_GROUPS == row["groups"]
+        assert cfg.MODEL.NATS.CHANNELS_PER_GROUP == 0
+    else:
+        assert cfg.MODEL.NATS.CHANNELS_PER_GROUP == row["channels"]
+
+    # 8 GPUs with one image each, 25 epochs, α frozen for 10 of them.
+    solver = cfg.SOLVER
+    assert (solver.REFERENCE_WORLD_SIZE, solver.IMS_PER_BATCH) == (8, 8)
+    assert solver.MAX_ITER == rounded(25 * TRAIN2014 / solver.IMS_PER_BATCH)
+    assert cfg.SEARCH.ALPHA_START == pytest.approx(10 / 25)
+    assert solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    assert solver.BASE_LR == pytest.approx(LR_PER_IMAGE * solver.IMS_PER_BATCH)
+    assert solver.BASE_LR_END == pytest.approx(LR_PER_IMAGE_END * solver.IMS_PER_BATCH)
+    assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 1e-4)
+    assert (cfg.SEARCH.ALPHA_LR, cfg.SEARCH.ALPHA_WEIGHT_DECAY) == (0.01, 1e-5)
+    assert cfg.SEARCH.ALPHA_IMS_PER_BATCH == 0
+    assert cfg.SEARCH.DECODE_ORDER == "paper"
+
+    assert cfg.DATASETS.TRAIN == ("coco_2014_train",)
+    assert tuple(cfg.DATASETS.CALIBRATION) == ("coco_2014_valminusminival",)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    assert (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST) == (1200, 800)
+
+
+@pytest.mark.parametrize("name", SEARCH)
+def test_groups_fit_the_network(name):
+    cfg = load(CONFIGS / "search" / f"{name}.yaml")
+    resnets = cfg.MODEL.RESNETS
+    for stage in cfg.MODEL.NATS.STAGES:
+        width = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 2 ** (int(stage[-1]) - 2)
+        group = cfg.MODEL.NATS.CHANNELS_PER_GROUP or width // cfg.MODEL.NATS.NUM_GROUPS
+        assert width % group == 0
+        assert group % (width // resnets.NUM_GROUPS) == 0 or resnets.NUM_GROUPS == 1
+
+
+@pytest.mark.parametrize("name", RETRAIN)
+def test_retrain(name):
+    row = RETRAIN[name]
+    path = CONFIGS / "retrain" / f"{name}.yaml"
+    cfg = load(path, nats=False)  # a plain detector: no key of this project
+
+    assert cfg.MODEL.META_ARCHITECTURE == row["meta"]
+    assert cfg.MODEL.RESNETS.DEPTH == row["depth"]
+    assert cfg.MODEL.RESNETS.NORM == "SyncBN"
+    assert cfg.MODEL.MASK_ON == name.startswith("mask")
+    assert (cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads") == name.startswith("cascade")
+
+    solver = cfg.SOLVER
+    assert solver.IMS_PER_BATCH == 16
+    assert solver.MAX_ITER == rounded(13 * TRAIN2017 / solver.IMS_PER_BATCH)
+    assert solver.STEPS == tuple(rounded(e * TRAIN2017 / solver.IMS_PER_BATCH) for e in (8, 11))
+    assert solver.GAMMA == 0.1
+    # RetinaNet's rate is half of it, as in Detectron2's zoo.
+    share = 0.5 if name.startswith("retinanet") else 1
+    assert solver.BASE_LR == pytest.approx(share * LR_PER_IMAGE * solver.IMS_PER_BATCH)
+    assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 1e-4)
+    assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
+    assert cfg.DATASETS.TEST == ("coco_2017_val",)
+
+    # Knowing this project's keys changes nothing else.
+    known = load(path)
+    for key in ("MODEL", "DATASETS", "SOLVER"):
+        for subkey, value in cfg[key].items():
+            if subkey != "AMP":  # holds a key of this project
+                assert known[key][subkey] == value
+    assert known.MODEL.NATS.ARCHITECTURE == []
+
+
+def test_retinanet_anchors():
+    cfg = load(CONFIGS / "retrain" / "retinanet_R_50_FPN.yaml")
+    expected = [[x * 2 ** (i / 3) for i in range(3)] for x in (32, 64, 128, 256, 512)]
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [pytest.approx(sizes) for sizes in expected]
+
+
+@pytest.mark.parametrize("path", config_files("search", "examples"), ids=by_name)
+def test_search_and_retraining_are_of_one_network(path):
+    cfg = load(path)
+    if not cfg.SEARCH.RETRAIN_CONFIG:
+        assert path.stem in ("Base-Search-RCNN-FPN", "own_data_retrain")
+        return
+    retrain = load(ROOT / cfg.SEARCH.RETRAIN_CONFIG, nats=False)
+    assert retrain.MODEL.WEIGHTS == cfg.MODEL.WEIGHTS
+    assert retrain.MODEL.PIXEL_MEAN == cfg.MODEL.PIXEL_MEAN
+    assert retrain.MODEL.PIXEL_STD == cfg.MODEL.PIXEL_STD
+    assert retrain.INPUT == cfg.INPUT
+    assert retrain.MODEL.BACKBONE.NAME == cfg.MODEL.NATS.BASE_BACKBONE
+    norms = retrain.MODEL.RESNETS.pop("NORM"), cfg.MODEL.RESNETS.pop("NORM")
+    assert norms in (("SyncBN", "FrozenBN"), ("FrozenBN", "FrozenBN"))
+    assert retrain.MODEL.RESNETS == cfg.MODEL.RESNETS
+
+
+def test_own_data():
+    plain = load(CONFIGS / "examples" / "own_data_retrain.yaml", nats=False)
+    search = load(CONFIGS / "examples" / "own_data.yaml")
+    assert plain.SOLVER.MAX_ITER == search.SOLVER.MAX_ITER == 300
+    assert search.SEARCH.ALPHA_START == pytest.approx(0.33)
+    assert search.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    assert search.DATASETS.REGISTER == []
+    # Nothing of COCO is taken where a split was forgotten.
+    assert plain.DATASETS.TRAIN == plain.DATASETS.TEST == ()
+    assert len(search.DATASETS.CALIBRATION) == 0
+
+    # As given on the command line.
+    search.merge_from_list(
+        [
+            "DATASETS.REGISTER",
+            "[['my_train', 'train.json', 'images'], ['my_calib', 'calib.json', 'images']]",
+            "DATASETS.TRAIN",
+            "('my_train',)",
+            "DATASETS.CALIBRATION",
+            "('my_calib',)",
+        ]
+    )
+    assert search.DATASETS.REGISTER[1] == ["my_calib", "calib.json", "images"]
+    assert search.DATASETS.TRAIN == ("my_train",)
+    assert list(search.DATASETS.CALIBRATION) == ["my_calib"]
