@@ -35,17 +35,18 @@ def load_config(path: str, opts=()) -> CfgNode:
     """
     cfg = get_cfg()
     add_nats_config(cfg)
-    if path:
-        path = _find_config(path)
+    if os.path.isfile(path):
         _check_bases(path)
         _merge(path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
+    elif path:
+        # Detectron2's own files are code like its modules, and RetinaNet's needs an unsafe tag.
+        zoo_path = _zoo_config(path)
+        _merge(path, lambda: cfg.merge_from_file(zoo_path, allow_unsafe=True))
     _merge("command line", lambda: cfg.merge_from_list(list(opts)))
     return cfg
 
 
-def _find_config(path: str) -> str:
-    if os.path.isfile(path):
-        return path
+def _zoo_config(path: str) -> str:
     try:
         return model_zoo.get_config_file(path)
     except RuntimeError:

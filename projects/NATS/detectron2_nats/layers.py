@@ -25,7 +25,10 @@ class _DilationConv2d(Conv2d):
 
     def __init__(self, conv: nn.Conv2d):
         if conv.kernel_size != (3, 3) or conv.padding != conv.dilation:
-            raise NATSError(f"expected a 3x3 conv whose padding equals its dilation, got {conv}")
+            raise NATSError(
+                "expected a 3x3 conv whose padding equals its dilation, got kernel "
+                f"{conv.kernel_size}, padding {conv.padding}, dilation {conv.dilation}"
+            )
         super().__init__(
             conv.in_channels,
             conv.out_channels,
@@ -118,7 +121,7 @@ class MixedDilationConv2d(_DilationConv2d):
             self.out_channels // self.num_groups, dim=0
         )
         # Two equal forms. When α needs a gradient, the outputs are scaled: <grad, y^g> is cheap.
-        # When it does not, conv(x, s·W) = s·conv(x, W) spares keeping every y^g for backward.
+        # When it does not, conv(x, s·W) = s·conv(x, W) spares the passes over every y^g.
         scale_outputs = torch.is_grad_enabled() and self.alpha.requires_grad
         mixed = None
         for index, genotype in enumerate(self.genotypes):

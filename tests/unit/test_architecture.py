@@ -1,0 +1,279 @@
+import os
+
+import numpy as np
+import pytest
+import yaml
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2_nats import Architecture, NATSError, add_nats_config
+from detectron2_nats.architecture import decode_alpha, intensities, votes
+from detectron2_nats.search_space import PAPER_SETS
+
+LAYERS = {
+    "res3.0.conv2": [[64, 1, 1], [32, 1, 3], [32, 3, 3]],
+    "res3.1.conv2": [[128, 1, 1]],
+    "res5.0.conv1": [[1, 5, 1], [2, 1, 5], [253, 1, 1]],
+}
+SEARCH = {"space": "C", "num_groups": 16, "order": "paper", "iteration": 256500, "seed": 7}
+
+
+# -- decoding, against plain loops over section 3.3 -------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["paper", "voted"])
+@pytest.mark.parametrize("stage", ["res3", "res5"])
+def test_decode_follows_the_paper(order, stage):
+    genotypes, num_groups, channels = PAPER_SETS["C"][stage], 16, 64
+    alpha = np.random.RandomState(0).randn(num_groups, len(genotypes))
+    chosen = [max(range(len(genotypes)), key=lambda g: row[g]) for row in alpha]
+    intensity = [chosen.count(g) / num_groups for g in range(len(genotypes))]
+    np.testing.assert_array_equal(votes(alpha), chosen)
+    np.testing.assert_array_equal(intensities(alpha), intensity)
+
+    if order == "paper":  # C^g = C · I^g channels, in genotype order
+        expected = [
+            genotypes[g] for g in range(len(genotypes)) for _ in range(int(channels * intensity[g]))
+        ]
+    else:  # every group keeps its own channels
+        expected = [genotypes[chosen[c * num_groups // channels]] for c in range(channels)]
+    runs = decode_alpha(alpha, genotypes, channels, order)
+    assert [(d_h, d_w) for count, d_h, d_w in runs for _ in range(count)] == expected
+    neighbours = zip(runs, runs[1:])
+    assert all(a[1:] != b[1:] for a, b in neighbours), "runs of equal dilation must be one"
+
+
+def test_orders_hold_the_same_counts():
+    alpha = np.array([[0, 1.0], [1, 0], [0, 1], [0, 1]])
+    genotypes = ((1, 1), (3, 1))
+    assert decode_alpha(alpha, genotypes, 8, "paper") == ((2, 1, 1), (6, 3, 1))
+    assert decode_alpha(alpha, genotypes, 8, "voted") == ((2, 3, 1), (2, 1, 1), (4, 3, 1))
+
+
+@pytest.mark.parametrize("order", ["paper", "voted"])
+def test_zero_alpha_decodes_to_the_plain_conv(order):
+    assert decode_alpha(np.zeros((16, 9)), PAPER_SETS["C"]["res5"], 128, order) == ((128, 1, 1),)
+
+
+def test_path_level_decodes_to_one_run():
+    alpha = np.array([[0.1, 0.3, 0.2]])
+    assert decode_alpha(alpha, ((1, 1), (2, 2), (3, 3)), 64) == ((64, 2, 2),)
+
+
+def test_decode_errors():
+    with pytest.raises(NATSError, match=r"unknown DECODE_ORDER 'best': .*\['paper', 'voted'\]"):
+        decode_alpha(np.zeros((2, 2)), ((1, 1), (3, 3)), 8, "best")
+    for value in (np.nan, np.inf):
+        with pytest.raises(NATSError, match="not finite"):
+            decode_alpha(np.array([[0, value]]), ((1, 1), (3, 3)), 8)
+
+
+# -- the value ------------------------------------------------------------------------------
+
+
+def test_runs_are_canonical():
+    parts = Architecture({"res3.0.conv2": [[1, 1, 1]] * 3 + [[2, 3, 1], (4, 3, 1), [1, 1, 1]]})
+    assert parts.layers == {"res3.0.conv2": ((3, 1, 1), (6, 3, 1), (1, 1, 1))}
+    assert parts == Architecture({"res3.0.conv2": ((3, 1, 1), (6, 3, 1), (1, 1, 1))}, SEARCH)
+    assert parts != Architecture({"res3.0.conv2": ((3, 1, 1), (7, 3, 1))})
+
+
+def test_questions():
+    architecture = Architecture(LAYERS, SEARCH)
+    assert architecture.stages == ("res3", "res5")
+    assert architecture.channels_per_dilation("res5.0.conv1") == {(1, 1): 253, (1, 5): 2, (5, 1): 1}
+    repeated = Architecture({"res4.0.conv2": [[1, 1, 1], [2, 2, 2], [3, 1, 1]]})
+    assert repeated.channels_per_dilation("res4.0.conv2") == {(1, 1): 4, (2, 2): 2}
+    part = architecture.restrict(["res2", "res5"])
+    assert list(part.layers) == ["res5.0.conv1"] and part.search == SEARCH
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ({}, "'layers' must map layer names to runs"),
+        (None, "'layers' must map layer names to runs"),
+        ([["res3.0.conv2", [[4, 1, 1]]]], "'layers' must map layer names to runs"),
+        ({f"res3.{i}.conv2": [[4, 1, 1]] for i in range(1001)}, "1001 layers, at most 1000"),
+        ({3: [[4, 1, 1]]}, "layer name 3: expected one like 'res3.0.conv2'"),
+        ({"stem.conv1": [[4, 1, 1]]}, "layer name 'stem.conv1'"),
+        ({"res3.0.conv2: [": [[4, 1, 1]]}, "layer name 'res3.0.conv2: \\['"),
+        ({"res3\n.0": [[4, 1, 1]]}, r"layer name 'res3\\n.0'"),
+        ({"res3.0.conv2": []}, r"res3.0.conv2: expected a list of \[channels, d_h, d_w\]"),
+        ({"res3.0.conv2": 7}, r"res3.0.conv2: expected a list of \[channels, d_h, d_w\]"),
+        (
+            {"res3.0.conv2": [[4, 1]]},
+            r"res3.0.conv2: expected \[channels, d_h, d_w\], got \[4, 1\]",
+        ),
+        ({"res3.0.conv2": ["4\n1"]}, r"got '4\\n1'"),
+        ({"res3.0.conv2": [[0, 1, 1]]}, "res3.0.conv2: 0 is no number of channels"),
+        ({"res3.0.conv2": [[-4, 1, 1]]}, "res3.0.conv2: -4 is no number of channels"),
+        ({"res3.0.conv2": [[True, 1, 1]]}, "res3.0.conv2: True is no number of channels"),
+        ({"res3.0.conv2": [[4.0, 1, 1]]}, "res3.0.conv2: 4.0 is no number of channels"),
+        ({"res3.0.conv2": [["4\n", 1, 1]]}, r"res3.0.conv2: '4\\n' is no number of channels"),
+        ({"res3.0.conv2": [[10**5000, 1, 1]]}, "res3.0.conv2: .* is no number of channels"),
+        ({"res3.0.conv2": [[4, 0, 1]]}, r"res3.0.conv2: malformed dilation \[0, 1\]"),
+        ({"res3.0.conv2": [[4, True, 1]]}, r"res3.0.conv2: malformed dilation \[True, 1\]"),
+        ({"res3.0.conv2": [[4, 1, 10**5000]]}, "res3.0.conv2: malformed dilation"),
+        ({"res3.0.conv2": [[40000, 1, 1], [40000, 2, 2]]}, "res3.0.conv2: 80000 channels, at most"),
+    ],
+)
+def test_malformed(layers, message):
+    with pytest.raises(NATSError, match=message) as caught:
+        Architecture(layers)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_search_must_be_a_mapping():
+    with pytest.raises(NATSError, match="'search' must be a mapping"):
+        Architecture(LAYERS, ["seed", 7])
+
+
+# -- files ----------------------------------------------------------------------------------
+
+
+def test_file_round_trip(tmp_path):
+    path = str(tmp_path / "new" / "architecture.yaml")
+    original = Architecture(LAYERS, SEARCH)
+    original.save(path)
+    loaded = Architecture.load(path)
+    assert loaded == original and list(loaded.layers) == list(LAYERS)
+    assert loaded.search == SEARCH
+    assert os.listdir(tmp_path / "new") == ["architecture.yaml"]
+
+
+def test_file_is_what_the_readme_shows(tmp_path):
+    path = tmp_path / "architecture.yaml"
+    Architecture(LAYERS, SEARCH).save(str(path))
+    text = path.read_text()
+    assert "  res3.0.conv2: [[64, 1, 1], [32, 1, 3], [32, 3, 3]]\n" in text
+    assert yaml.safe_load(text) == {
+        "format": "detectron2-nats/1",
+        "layers": LAYERS,
+        "search": SEARCH,
+    }
+    assert Architecture.from_dict(yaml.safe_load(text)).to_dict() == yaml.safe_load(text)
+
+
+def test_file_without_search(tmp_path):
+    path = str(tmp_path / "architecture.yaml")
+    Architecture(LAYERS).save(path)
+    assert "search" not in (tmp_path / "architecture.yaml").read_text()
+    assert Architecture.load(path) == Architecture(LAYERS)
+
+
+def test_values_that_stand_twice_in_search_are_readable_again(tmp_path):
+    path, pairs = str(tmp_path / "architecture.yaml"), [[1, 1], [3, 3]]
+    Architecture(LAYERS, {"space": [pairs, pairs]}).save(path)
+    assert Architecture.load(path).search == {"space": [pairs, pairs]}
+
+
+def test_runs_of_a_file_are_merged(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "format: detectron2-nats/1\nlayers: {res4.0.conv2: [[1, 3, 3], [1, 3, 3], [2, 1, 1]]}\n"
+    )
+    assert Architecture.load(str(path)).layers == {"res4.0.conv2": ((2, 3, 3), (2, 1, 1))}
+
+
+HEAD = "format: detectron2-nats/1\n"
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("", "expected a mapping with 'format: detectron2-nats/1'"),
+        ("- 1\n", "expected a mapping with 'format: detectron2-nats/1'"),
+        ("layers: {}\n", "format is None, expected 'detectron2-nats/1'"),
+        ("format: detectron2-nats/2\n", "format is 'detectron2-nats/2'"),
+        ("format: 0x" + "F" * 9000, "expected 'detectron2-nats/1'"),
+        (HEAD, "'layers' must map layer names to runs"),
+        (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]]}\nlayer: 1\n", "unknown keys 'layer'"),
+        (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]]}\nsearch: [1]\n", "must be a mapping"),
+        (HEAD + "layers: {res3.0.conv2: [[4, 1.0, 1]]}\n", "res3.0.conv2: malformed dilation"),
+        (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]], res3.0.conv2: [[4, 2, 2]]}\n", "twice"),
+        (HEAD + "layers:\n  res3.0.conv2: &a [[4, 1, 1]]\n  res3.1.conv2: *a\n", "aliases"),
+        (HEAD + "layers: !!python/object:builtins.dict {}\n", "constructor"),
+        (HEAD + "layers: " + "[" * 5000 + "\n", "nested more than"),
+        (HEAD + "layers: [\n", "not readable as plain YAML"),
+        (b"\x80\x02}q\x00.", "not a text file in UTF-8"),
+        (b"#" * (8 * 2**20 + 1), "at most 8388608 are read"),
+    ],
+)
+def test_bad_file(tmp_path, content, reason):
+    path = tmp_path / "a"  # a name that is part of every message is named all the same
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(NATSError) as caught:
+        Architecture.load(str(path))
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and reason in message
+    assert "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_missing_file_and_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NATSError, match=rf"^{name}: cannot be read: "):
+        Architecture.load(name)
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "architecture.yaml"
+    Architecture(LAYERS, SEARCH).save(str(path))
+    before = path.read_bytes()
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        Architecture({"res4.0.conv2": [[8, 1, 1]]}).save(str(path))
+    with pytest.raises(yaml.YAMLError):  # not a plain value
+        Architecture(LAYERS, {"seed": object()}).save(str(path))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["architecture.yaml"]
+
+
+def test_save_refuses_what_load_would(tmp_path, monkeypatch):
+    monkeypatch.setattr("detectron2_nats.architecture.MAX_FILE_BYTES", 100)
+    path = tmp_path / "architecture.yaml"
+    with pytest.raises(NATSError, match="architecture.yaml: architecture of .* bytes, at most 100"):
+        Architecture(LAYERS).save(str(path))
+    assert os.listdir(tmp_path) == []
+
+
+# -- configs --------------------------------------------------------------------------------
+
+
+def nats_cfg() -> CfgNode:
+    cfg = get_cfg()
+    add_nats_config(cfg)
+    return cfg
+
+
+def test_config_round_trip(tmp_path):
+    architecture = Architecture(LAYERS)
+    cfg = nats_cfg()
+    cfg.MODEL.NATS.ARCHITECTURE = architecture.to_config()
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = nats_cfg()
+    again.merge_from_file(str(tmp_path / "config.yaml"), allow_unsafe=False)
+    loaded = Architecture.from_config(again.MODEL.NATS.ARCHITECTURE)
+    assert loaded == architecture and list(loaded.layers) == list(LAYERS)
+    assert again.MODEL.NATS == cfg.MODEL.NATS
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"res3.0.conv2": [[4, 1, 1]]}, r"must be a list of \[layer name, runs\]"),
+        ("res3.0.conv2", r"must be a list of \[layer name, runs\]"),
+        ([["res3.0.conv2"]], r"must be a list of \[layer name, runs\]"),
+        (["ab"], r"must be a list of \[layer name, runs\]"),
+        ([[["res3"], [[4, 1, 1]]]], "layer name"),
+        ([["res3.0.conv2", [[4, 1, 1]]]] * 2, "names layers twice: res3.0.conv2"),
+        ([["res3.0.conv2", [[4, 1, 0]]]], "res3.0.conv2: malformed dilation"),
+        ([], "'layers' must map"),
+    ],
+)
+def test_malformed_config_value(value, message):
+    with pytest.raises(NATSError, match=message):
+        Architecture.from_config(value)

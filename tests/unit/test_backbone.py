@@ -1,0 +1,442 @@
+import copy
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from common import (
+    BACKBONES,
+    FPN_RESNET,
+    RUNNABLE,
+    assert_identical,
+    build,
+    build_plain,
+    case_cfg,
+    image,
+    random_architecture,
+    randomized,
+    tiny_cfg,
+)
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone, build_model
+from detectron2.utils.analysis import FlopCountAnalysis
+from detectron2_nats import (
+    Architecture,
+    GroupedDilationConv2d,
+    MixedDilationConv2d,
+    NATSError,
+    add_nats_config,
+    apply_architecture,
+)
+from detectron2_nats.backbone import search_space_from_config
+from detectron2_nats.search_space import PAPER_SETS
+from detectron2_nats.transform import conv3x3_layers, searched_layers
+
+HALF_R50 = os.path.join(
+    os.path.dirname(__file__), *[os.pardir] * 3, "shared", "weights", "R-50-half.pkl"
+)
+
+
+def nats(cfg, architecture=None, **kwargs):
+    """The config with its backbone wrapped by build_nats_backbone."""
+    cfg = cfg.clone()
+    cfg.MODEL.NATS.BASE_BACKBONE = cfg.MODEL.BACKBONE.NAME
+    cfg.MODEL.BACKBONE.NAME = "build_nats_backbone"
+    if architecture is not None:
+        cfg.MODEL.NATS.ARCHITECTURE = architecture.to_config()
+    for key, value in kwargs.items():
+        cfg.MODEL.NATS[key] = value
+    return cfg
+
+
+def nats_cfg():
+    cfg = get_cfg()
+    add_nats_config(cfg)
+    return cfg
+
+
+def detector_cfg(meta="GeneralizedRCNN"):
+    if meta == "RetinaNet":
+        cfg = tiny_cfg(
+            "build_retinanet_resnet_fpn_backbone",
+            [
+                *("RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
+                *("META_ARCHITECTURE", "RetinaNet", "RETINANET.NUM_CLASSES", 3),
+                *("ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
+            ],
+        )
+    else:
+        cfg = tiny_cfg(
+            FPN_RESNET,
+            [
+                *("ROI_HEADS.NAME", "StandardROIHeads", "ROI_HEADS.NUM_CLASSES", 3),
+                *("ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"]),
+                *("RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"]),
+                *("ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
+                # so few that there are always as many, whatever the features are
+                *("RPN.POST_NMS_TOPK_TEST", 5, "ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
+                *("ROI_BOX_HEAD.NUM_FC", 1, "ROI_BOX_HEAD.FC_DIM", 16),
+            ],
+        )
+    return cfg
+
+
+# -- the builder ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "Lazy"])
+def test_builds_super_network_and_frozen_network(name):
+    stages = BACKBONES[name][2].split()
+    plain = build_plain(name)
+    options = dict(STAGES=stages, NUM_GROUPS=4, SPACE="A")
+    supernet = build(nats(case_cfg(name), **options))
+    assert type(supernet) is type(plain) and supernet.output_shape() == plain.output_shape()
+    for layer, conv in conv3x3_layers(supernet).items():
+        assert isinstance(conv, MixedDilationConv2d) == (layer.split(".")[0] in stages)
+    assert all(c.genotypes == PAPER_SETS["A"][k[:4]] for k, c in searched_layers(supernet).items())
+
+    architecture = random_architecture(name, plain)
+    frozen = build(nats(case_cfg(name), architecture)).eval()
+    frozen.load_state_dict(plain.state_dict())
+    for layer, conv in conv3x3_layers(frozen).items():
+        assert isinstance(conv, GroupedDilationConv2d) == (layer in architecture.layers)
+    if name in RUNNABLE:
+        assert_identical(frozen(image()), apply_architecture(plain, architecture)(image()))
+
+
+def test_defaults_are_the_papers():
+    space = search_space_from_config(nats_cfg())
+    assert (space.name, space.num_groups, space.channels_per_group) == ("C", 16, None)
+    assert space.stages == ("res3", "res4", "res5") and not space.share_weights
+
+
+@pytest.mark.parametrize(
+    "num_groups, channels_per_group, expected",
+    [(8, 0, (8, None)), (16, 32, (None, 32)), (0, 32, (None, 32)), (1, 0, (1, None))],
+)
+def test_group_keys(num_groups, channels_per_group, expected):
+    cfg = nats_cfg()
+    cfg.MODEL.NATS.NUM_GROUPS, cfg.MODEL.NATS.CHANNELS_PER_GROUP = num_groups, channels_per_group
+    space = search_space_from_config(cfg)
+    assert (space.num_groups, space.channels_per_group) == expected
+
+
+@pytest.mark.parametrize(
+    "num_groups, channels_per_group, message",
+    [
+        (8, 32, r"both NUM_GROUPS \(8\) and CHANNELS_PER_GROUP \(32\) are set: keep one"),
+        (0, 0, "NUM_GROUPS 0: expected a whole number of at least 1"),
+        (-4, 0, "NUM_GROUPS -4: expected a whole number of at least 1"),
+        (0, -4, "CHANNELS_PER_GROUP -4: expected a whole number"),
+    ],
+)
+def test_bad_group_keys(num_groups, channels_per_group, message):
+    cfg = nats_cfg()
+    cfg.MODEL.NATS.NUM_GROUPS, cfg.MODEL.NATS.CHANNELS_PER_GROUP = num_groups, channels_per_group
+    with pytest.raises(NATSError, match=message):
+        search_space_from_config(cfg)
+
+
+def test_share_weights_key():
+    supernet = build_backbone(nats(case_cfg("R50"), SHARE_WEIGHTS=True))
+    assert all(conv.replicas is None for conv in searched_layers(supernet).values())
+    assert not any("replicas" in key for key in supernet.state_dict())
+
+
+@pytest.mark.parametrize("name", ["build_nats_backbone", "build_vit", "", "resnet"])
+def test_base_backbone_that_is_not_usable(name):
+    cfg = nats(case_cfg("R50"), BASE_BACKBONE=name)
+    known = [k for k, _ in BACKBONE_REGISTRY if k != "build_nats_backbone"]
+    message = f"MODEL.NATS.BASE_BACKBONE '{name}' is not usable: expected one of "
+    with pytest.raises(NATSError, match=message) as caught:
+        build_backbone(cfg)
+    assert str(caught.value).split("one of ")[1].split(", ") == sorted(known)
+
+
+def test_base_backbone_without_residual_stages():
+    class Other(Backbone):
+        def forward(self, x):
+            return {}
+
+    def build_other_backbone_of_this_test(cfg, input_shape):
+        return Other()
+
+    BACKBONE_REGISTRY.register(build_other_backbone_of_this_test)
+    try:
+        cfg = nats(case_cfg("R50"), BASE_BACKBONE="build_other_backbone_of_this_test")
+        with pytest.raises(NATSError, match="Other has no residual stages .*choose a ResNet"):
+            build_backbone(cfg)
+    finally:
+        del BACKBONE_REGISTRY._obj_map["build_other_backbone_of_this_test"]
+
+
+@pytest.mark.parametrize(
+    "options, keys, message",
+    [
+        ([], dict(SPACE="D"), "unknown SPACE 'D': expected one of A, B, C"),
+        ([], dict(SPACE=[[[1, 1], [0, 1]]] * 3), r"malformed dilation \[0, 1\]"),
+        ([], dict(NUM_GROUPS=24), "NUM_GROUPS 24 does not divide the 32 channels of res3.0.conv2"),
+        (["BACKBONE.FREEZE_AT", 3], {}, "stage res3 is frozen .*MODEL.BACKBONE.FREEZE_AT"),
+        (["RESNETS.OUT_FEATURES", ["res4"]], {}, "stage res5 is missing: .*MODEL.NATS.STAGES"),
+        (["RESNETS.NUM_GROUPS", 8], {}, "NUM_GROUPS 16 cuts the conv groups of res3.0.conv2"),
+        ([], dict(STAGES=["res3", "res7"]), r"STAGES \['res3', 'res7'\]: expected one or more"),
+        ([], dict(ARCHITECTURE=[["res3.0.conv2", [[32, 1, 1]]]]), "unnamed, res3.1.conv2"),
+        ([], dict(ARCHITECTURE=[["res3.0.conv2"]]), r"must be a list of \[layer name, runs\]"),
+    ],
+)
+def test_bad_configs(options, keys, message):
+    cfg = case_cfg("R50")
+    options = list(options)
+    options[::2] = [f"MODEL.{key}" for key in options[::2]]
+    cfg.merge_from_list(options)
+    with pytest.raises(NATSError, match=message):
+        build_backbone(nats(cfg, **keys))
+
+
+# -- config files ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("A", {"res3": ((1, 1), (3, 3)), "res5": ((1, 1), (3, 3), (5, 5))}),
+        (
+            "[[[1, 1], [2, 1]], [[1, 1]], [[1, 1], [1, 5]]]",
+            {"res3": ((1, 1), (2, 1)), "res4": ((1, 1),), "res5": ((1, 1), (1, 5))},
+        ),
+    ],
+)
+def test_space_as_string_or_list(tmp_path, text, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"VERSION: 2\nMODEL: {{NATS: {{SPACE: {text}}}}}\n")
+    from_file, from_list = nats_cfg(), nats_cfg()
+    from_file.merge_from_file(str(path), allow_unsafe=False)
+    from_list.merge_from_list(["MODEL.NATS.SPACE", text])
+    (tmp_path / "dumped.yaml").write_text(from_file.dump())
+    dumped = nats_cfg()
+    dumped.merge_from_file(str(tmp_path / "dumped.yaml"), allow_unsafe=False)
+    for cfg in (from_file, from_list, dumped):
+        genotypes = search_space_from_config(cfg).genotypes
+        assert {stage: genotypes[stage] for stage in expected} == expected
+
+
+def test_space_of_a_base_config_can_be_replaced_by_a_list(tmp_path):
+    (tmp_path / "base.yaml").write_text("VERSION: 2\nMODEL: {NATS: {SPACE: C}}\n")
+    child = "_BASE_: base.yaml\nMODEL: {NATS: {STAGES: [res4], SPACE: [[[1, 1], [3, 1]]]}}\n"
+    (tmp_path / "child.yaml").write_text(child)
+    cfg = nats_cfg()
+    cfg.merge_from_file(str(tmp_path / "child.yaml"), allow_unsafe=False)
+    assert search_space_from_config(cfg).genotypes == {"res4": ((1, 1), (3, 1))}
+
+
+def test_frozen_network_from_a_dumped_config(tmp_path):
+    plain = build_plain("FPN")
+    architecture = random_architecture("FPN", plain)
+    (tmp_path / "config.yaml").write_text(nats(case_cfg("FPN"), architecture).dump())
+    cfg = nats_cfg()
+    cfg.merge_from_file(str(tmp_path / "config.yaml"), allow_unsafe=False)
+    assert Architecture.from_config(cfg.MODEL.NATS.ARCHITECTURE) == architecture
+    frozen = build_backbone(cfg).eval()
+    frozen.load_state_dict(plain.state_dict())
+    assert_identical(frozen(image()), apply_architecture(plain, architecture)(image()))
+
+
+# -- detectors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("meta", ["GeneralizedRCNN", "RetinaNet"])
+def test_frozen_detector_has_the_keys_parameters_and_flops_of_plain(meta):
+    """Invariant 2."""
+    cfg = detector_cfg(meta)
+    plain = randomized(build_model(cfg)).eval()
+    architecture = random_architecture("FPN", plain)
+    frozen = build_model(nats(cfg, architecture)).eval()
+    shapes = {k: (v.shape, v.dtype) for k, v in plain.state_dict().items()}
+    assert list(frozen.state_dict()) == list(shapes)
+    assert {k: (v.shape, v.dtype) for k, v in frozen.state_dict().items()} == shapes
+    trained = [{k: p.requires_grad for k, p in m.named_parameters()} for m in (plain, frozen)]
+    assert trained[0] == trained[1]
+    frozen.load_state_dict(plain.state_dict())
+    inputs = [{"image": image(64)[0] * 50}]
+    counts = []
+    for model in (plain, frozen):
+        flops = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False)
+        counts.append((flops.total(), flops.by_operator(), flops.by_module()))
+    assert counts[0] == counts[1]
+    assert any(k.endswith("res5.0.conv2") and n > 0 for k, n in counts[0][2].items())
+
+
+def test_all_plain_architecture_gives_the_plain_detections():
+    """Invariant 1, for a detector."""
+    cfg = detector_cfg()
+    plain = randomized(build_model(cfg)).eval()
+    convs = conv3x3_layers(plain)
+    architecture = Architecture({k: [[c.out_channels, 1, 1]] for k, c in convs.items()})
+    frozen = build_model(nats(cfg, architecture)).eval()
+    frozen.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        results = [m([{"image": image(64)[0] * 50}])[0]["instances"] for m in (plain, frozen)]
+    assert len(results[0]) > 0
+    for field in ("pred_boxes", "scores", "pred_classes"):
+        a, b = (r.get(field) for r in results)
+        a, b = (getattr(t, "tensor", t) for t in (a, b))
+        assert torch.equal(a, b)
+
+
+# -- checkpoints, by Detectron2's own matching ----------------------------------------------
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Remembers what did not match."""
+
+    def _log_incompatible_keys(self, incompatible):
+        self.incompatible = incompatible
+        super()._log_incompatible_keys(incompatible)
+
+
+def load(model, path):
+    """Load the file; returns the missing and the unexpected keys."""
+    checkpointer = Checkpointer(model)
+    checkpointer.incompatible = None
+    checkpointer.load(str(path))
+    found = checkpointer.incompatible
+    if found is None:
+        return [], []
+    assert not found.incorrect_shapes
+    return sorted(found.missing_keys), sorted(found.unexpected_keys)
+
+
+def assert_holds(model, plain_state, prefix=""):
+    """All of `plain_state` is in the model, replicas are copies, α is 0."""
+    state = model.state_dict()
+    for key, value in plain_state.items():
+        assert torch.equal(state[prefix + key], value), key
+    for conv in searched_layers(model).values():
+        assert not conv.alpha.any()
+        assert all(torch.equal(replica, conv.weight) for replica in conv.replicas)
+
+
+def both_forms(cfg, name, seed=1):
+    """A super-network and a frozen network of other random weights."""
+    torch.manual_seed(seed)
+    return build(nats(cfg)), build(nats(cfg, random_architecture(name, build(cfg))))
+
+
+@pytest.mark.parametrize("name", ["R18", "R50", "ResNeXt", "FPN", "RetinaNet", "DC5"])
+def test_plain_state_dict_loads_into_both(name):
+    plain = build_plain(name)
+    state = plain.state_dict()
+    cfg = case_cfg(name)
+    cfg.MODEL.NATS.NUM_GROUPS, cfg.MODEL.NATS.SPACE = 4, "A"
+    for network in both_forms(cfg, name):
+        network.load_state_dict(state)  # strict
+        assert_holds(network, state)
+        assert list(state) == list(plain.state_dict())
+
+
+C2_NAMES = [
+    (r"^stem\.conv1\.weight$", "conv1_w"),
+    (r"^stem\.conv1\.norm\.", "res_conv1_bn_"),
+    (r"\.shortcut\.norm\.", "_branch1_bn_"),
+    (r"\.conv1\.norm\.", "_branch2a_bn_"),
+    (r"\.conv2\.norm\.", "_branch2b_bn_"),
+    (r"\.conv3\.norm\.", "_branch2c_bn_"),
+    (r"\.shortcut\.weight$", "_branch1_w"),
+    (r"\.conv1\.weight$", "_branch2a_w"),
+    (r"\.conv2\.weight$", "_branch2b_w"),
+    (r"\.conv3\.weight$", "_branch2c_w"),
+    (r"^res(\d)\.(\d+)", r"res\1_\2"),
+    (r"_bn_weight$", "_bn_s"),
+    (r"_bn_bias$", "_bn_b"),
+    (r"_bn_running_mean$", "_bn_rm"),
+    (r"_bn_running_var$", "_bn_riv"),
+]
+
+
+def c2_name(key):
+    for pattern, replacement in C2_NAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+@pytest.mark.parametrize("names", ["C2", "Detectron2"])
+@pytest.mark.parametrize("half", [False, True])
+def test_pkl_of_a_classifier(tmp_path, names, half):
+    """C2's names, and a converted torchvision model's, into detectors with an FPN."""
+    plain = build_plain("R50")
+    if half:
+        plain = plain.half().float()
+    arrays = {k: v.numpy() for k, v in plain.state_dict().items()}
+    arrays["fc1000_w" if names == "C2" else "fc.weight"] = np.zeros((10, 256), np.float32)
+    if half:
+        arrays = {k: v.astype(np.float16) for k, v in arrays.items()}
+    if names == "C2":
+        content = {c2_name(k): v for k, v in arrays.items()}
+        assert "res2_0_branch2b_w" in content and "res3_1_branch2b_bn_s" in content
+    else:
+        content = {"model": arrays, "__author__": "test", "matching_heuristics": True}
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps(content))
+
+    cfg = detector_cfg()
+    detector = build_model(cfg)
+    supernet = build_model(nats(cfg))
+    frozen = build_model(nats(cfg, random_architecture("FPN", detector)))
+    expected = load(detector, path)
+    assert not any("bottom_up" in key for key in expected[0])
+    for network in (supernet, frozen):
+        assert load(network, path) == expected, "the same keys as in the plain detector"
+        assert_holds(network, plain.state_dict(), "backbone.bottom_up.")
+
+
+def test_detectron2s_own_checkpoint_of_a_detector(tmp_path):
+    cfg = detector_cfg()
+    detector = randomized(build_model(cfg))
+    DetectionCheckpointer(detector, str(tmp_path)).save("model", iteration=5)
+    supernet = build_model(nats(cfg))
+    frozen = build_model(nats(cfg, random_architecture("FPN", detector)))
+    for network in (supernet, frozen):
+        assert load(network, tmp_path / "model.pth") == ([], [])
+        assert_holds(network, detector.state_dict())
+
+
+@pytest.mark.skipif(not os.path.exists(HALF_R50), reason="needs ../shared/weights/R-50-half.pkl")
+def test_real_checkpoint():
+    with open(HALF_R50, "rb") as file:
+        arrays = pickle.load(file, encoding="latin1")["model"]
+    cfg = tiny_cfg(
+        model_options=[
+            *("RESNETS.STEM_OUT_CHANNELS", len(arrays["stem.conv1.weight"])),
+            *("RESNETS.RES2_OUT_CHANNELS", len(arrays["res2.0.conv3.weight"])),
+            *("RESNETS.WIDTH_PER_GROUP", len(arrays["res2.0.conv2.weight"])),
+            *("RESNETS.OUT_FEATURES", ["res5"]),
+        ]
+    )
+    plain = build_backbone(cfg)
+    expected = load(plain, HALF_R50)
+    assert expected[0] == []
+    state = {k: torch.as_tensor(v) for k, v in arrays.items() if k in plain.state_dict()}
+    assert len(state) > 200
+    for network in (
+        build_backbone(nats(cfg, SPACE="A")),
+        build_backbone(nats(cfg, random_architecture("R50", plain))),
+    ):
+        assert load(network, HALF_R50) == expected
+        assert_holds(network, state)
+
+
+def test_super_network_checkpoint_round_trip(tmp_path):
+    cfg = nats(detector_cfg())
+    source, target = build_model(cfg), build_model(cfg)
+    for parameter in source.parameters():
+        parameter.data.normal_()
+    before = copy.deepcopy(source.state_dict())
+    DetectionCheckpointer(source, str(tmp_path)).save("model")
+    assert load(target, tmp_path / "model.pth") == ([], [])
+    assert_identical(target.state_dict(), before)
+    assert any(key.endswith("res5.2.conv2.alpha") for key in before)
+    assert any(key.endswith("res5.2.conv2.replicas") for key in before)

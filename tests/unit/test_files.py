@@ -1,0 +1,154 @@
+import os
+import re
+import time
+
+import pytest
+
+from detectron2.config import get_cfg
+from detectron2_nats import NATSError
+from detectron2_nats.files import MAX_FILE_BYTES, parse_yaml, read_yaml, write_atomically
+
+
+def test_plain_values():
+    text = "a: [1, 2.5, x, null, true]\nb: {c: -3}\n"
+    assert parse_yaml(text, "f") == {"a": [1, 2.5, "x", None, True], "b": {"c": -3}}
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("a: !!python/tuple [1]", "could not determine a constructor"),
+        ("a: !mine 1", "could not determine a constructor"),
+        ("a: !!bool maybe", "maybe"),
+        ("a: !!timestamp never", ""),
+        ("a: !!int ''", ""),
+        ("a: !!float x", ""),
+        ("a: 2001-99-99", ""),
+        ("a: " + "9" * 5000, ""),
+        ("a: 1\nb: 2\na: 3", "a key stands twice"),
+        ("x: {a: 1, a: 1}", "a key stands twice"),
+        ("? [1, 2]\n: 3", "unhashable"),
+        ("[" * 51 + "]" * 51, "nested more than 50 deep"),
+        ("[" * 100000, "nested more than 50 deep"),
+        ("{a: " * 100000, "nested more than 50 deep"),
+        ("a: [1, 2", ""),
+        ("a: 1\n--- \nb: 2", "single document"),
+        ("a: *nothing", ""),
+        ("a: &x [*x]", "aliases stand for more than"),
+        ("a: '" + "x" * 70000 + "'", "more than 65536 characters"),
+        ("a: \x00", ""),
+        ("\tx: 1", ""),
+    ],
+)
+def test_not_plain_yaml(text, reason):
+    with pytest.raises(NATSError) as caught:
+        parse_yaml(text, "some/file.yaml")
+    message = str(caught.value)
+    assert re.fullmatch(r"some/file\.yaml: not readable as plain YAML: [^\n]{1,200}", message)
+    assert reason in message
+
+
+def test_nesting_limit_is_exact():
+    assert parse_yaml("[" * 50 + "]" * 50, "f") is not None
+
+
+def test_numbers_in_base_60_are_bounded_in_time():
+    start = time.monotonic()
+    with pytest.raises(NATSError, match="more than 65536 characters"):
+        parse_yaml("a: " + "1:" * 1_000_000 + "1", "f")
+    assert time.monotonic() - start < 5
+
+
+def test_aliases():
+    assert parse_yaml("a: &x [1, 2]\nb: *x", "f") == {"a": [1, 2], "b": [1, 2]}
+    with pytest.raises(NATSError, match="aliases are not allowed"):
+        parse_yaml("a: &x [1, 2]\nb: *x", "f", aliases=False)
+
+
+def test_aliases_of_aliases_are_bounded():
+    bomb = ["a0: &a0 [1]"]
+    bomb += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    with pytest.raises(NATSError, match="aliases stand for more than"):
+        parse_yaml("\n".join(bomb), "f")
+    assert parse_yaml("\n".join(bomb[:4]), "f")["a3"] == [[[[1]] * 9] * 9] * 9
+
+
+def test_detectron2s_own_dumps_are_readable(tmp_path):
+    dump = get_cfg().dump()
+    assert "*id001" in dump  # it writes aliases
+    (tmp_path / "config.yaml").write_text(dump)
+    assert (
+        read_yaml(str(tmp_path / "config.yaml"))["MODEL"]["META_ARCHITECTURE"] == "GeneralizedRCNN"
+    )
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    cases = {"missing.yaml": "No such file", "": "Is a directory"}
+    (tmp_path / "large.yaml").write_bytes(b"#" * (MAX_FILE_BYTES + 1))
+    cases["large.yaml"] = f"{MAX_FILE_BYTES + 1} bytes, at most {MAX_FILE_BYTES} are read"
+    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
+    cases["binary.yaml"] = "not a text file in UTF-8"
+    (tmp_path / "nul.yaml").write_bytes(b"a: \x00\x01")
+    cases["nul.yaml"] = "not readable as plain YAML"
+    for name, reason in cases.items():
+        path = str(tmp_path / name)
+        with pytest.raises(NATSError) as caught:
+            read_yaml(path)
+        assert str(caught.value).startswith(f"{path}: ") and reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_file_at_the_size_limit_is_read(tmp_path):
+    (tmp_path / "f.yaml").write_bytes(b"a: 1\n#" + b"-" * (MAX_FILE_BYTES - 6))
+    assert read_yaml(str(tmp_path / "f.yaml")) == {"a": 1}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs an endless file")
+def test_file_without_a_size_is_bounded():
+    with pytest.raises(NATSError, match="/dev/zero: more than"):
+        read_yaml("/dev/zero")
+
+
+def test_write_makes_folders_and_replaces(tmp_path):
+    path = tmp_path / "new" / "folder" / "f.txt"
+    write_atomically(str(path), "first\n")
+    assert path.read_text() == "first\n"
+    write_atomically(str(path), lambda file: file.write(b"\x00second"))
+    assert path.read_bytes() == b"\x00second"
+    assert os.listdir(path.parent) == ["f.txt"]
+
+
+def test_write_to_a_bare_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_atomically("f.txt", "α\n")
+    assert (tmp_path / "f.txt").read_text(encoding="utf-8") == "α\n"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failed_write_keeps_the_old_file(tmp_path, error):
+    path = tmp_path / "f.txt"
+    path.write_text("old")
+
+    def fail(file):
+        file.write(b"half of the new")
+        file.flush()
+        raise error
+
+    with pytest.raises(type(error)):
+        write_atomically(str(path), fail)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]
+
+
+def test_failed_rename_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "f.txt"
+    path.write_text("old")
+
+    def fail(source, target):
+        assert (tmp_path / source).read_text() == "new"  # whole before it is renamed
+        raise OSError("no rename")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no rename"):
+        write_atomically(str(path), "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]

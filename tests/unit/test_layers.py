@@ -1,0 +1,413 @@
+import copy
+import re
+
+import pytest
+import torch
+from common import direct_frozen, direct_mixture
+from torch import nn
+
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d, NATSError
+
+CONVS = [
+    dict(),
+    dict(stride=2),
+    dict(base=2),
+    dict(groups=4),
+    dict(bias=True),
+    dict(groups=4, stride=2, base=2, bias=True),
+]
+GENOTYPES = ((1, 1), (1, 3), (3, 1), (2, 2))
+TIGHT = dict(rtol=1e-12, atol=1e-12)
+
+
+def plain_conv(stride=1, base=1, groups=1, bias=False, norm=None, activation=None, out=16):
+    torch.manual_seed(0)
+    conv = Conv2d(
+        *(12, out, 3),
+        stride=stride,
+        padding=base,
+        dilation=base,
+        groups=groups,
+        bias=bias,
+        norm=norm,
+        activation=activation,
+    )
+    return conv.double()
+
+
+def mixed_conv(num_groups=4, genotypes=GENOTYPES, share_weights=False, **kwargs):
+    """A super-network's conv with random α and replicas that differ."""
+    conv = MixedDilationConv2d(
+        plain_conv(**kwargs),
+        genotypes=genotypes,
+        num_groups=num_groups,
+        share_weights=share_weights,
+    )
+    conv.alpha.data.normal_()
+    if conv.replicas is not None:
+        conv.replicas.data.normal_(std=0.1)
+    return conv
+
+
+def input_(size=11, batch=2, channels=12):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, channels, size, size + 2, generator=generator, dtype=torch.float64)
+
+
+def with_bias(y, conv):
+    return y if conv.bias is None else y + conv.bias.view(1, -1, 1, 1)
+
+
+def options(kwargs):
+    return dict(
+        base_dilation=kwargs.get("base", 1),
+        stride=kwargs.get("stride", 1),
+        groups=kwargs.get("groups", 1),
+    )
+
+
+# -- the mixture ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share_weights", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+@pytest.mark.parametrize("kwargs", CONVS, ids=str)
+def test_mixture_is_the_papers(kwargs, num_groups, share_weights):
+    """Both forms, in value and in the gradient of everything, against autograd of the formula."""
+    conv = mixed_conv(num_groups, share_weights=share_weights, **kwargs)
+    x = input_().requires_grad_(True)
+    replicas = [conv.weight, *(conv.replicas if not share_weights else [conv.weight] * 3)]
+    expected = direct_mixture(x, replicas, conv.alpha, GENOTYPES, **options(kwargs))
+    expected = with_bias(expected, conv)
+    projection = torch.randn_like(expected)
+    wanted = {"x": x, **dict(conv.named_parameters())}
+    assert set(wanted) - {"bias", "replicas"} == {"x", "weight", "alpha"}
+    gradients = torch.autograd.grad((expected * projection).sum(), list(wanted.values()))
+    gradients = dict(zip(wanted, gradients))
+
+    for alpha_trains in (True, False):
+        conv.alpha.requires_grad_(alpha_trains)
+        if not alpha_trains:
+            del wanted["alpha"]
+        actual = conv(x)
+        torch.testing.assert_close(actual, expected, **TIGHT)
+        found = torch.autograd.grad((actual * projection).sum(), list(wanted.values()))
+        for name, gradient in zip(wanted, found):
+            torch.testing.assert_close(gradient, gradients[name], **TIGHT, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("alpha_trains", [True, False])
+def test_one_norm_and_activation_follow_the_mixture(alpha_trains):
+    conv = mixed_conv(norm=nn.BatchNorm2d(16), activation=torch.relu)
+    conv.alpha.requires_grad_(alpha_trains)
+    y = direct_mixture(input_(), [conv.weight, *conv.replicas], conv.alpha, GENOTYPES)
+    mean, var = y.mean((0, 2, 3), keepdim=True), y.var((0, 2, 3), keepdim=True, correction=0)
+    expected = ((y - mean) / (var + conv.norm.eps).sqrt()).clamp(min=0)
+    torch.testing.assert_close(conv(input_()), expected, rtol=1e-10, atol=1e-10)
+    assert conv.norm.num_batches_tracked == 1
+
+
+def test_form_of_the_mixture(monkeypatch):
+    """α fixed: folded into the weights, and no y^g is saved. α trained: it scales the outputs."""
+    conv = mixed_conv()
+    share = conv.alpha.detach().softmax(1).repeat_interleave(4, 0).T.view(4, 16, 1, 1, 1)
+    plain = torch.stack([conv.weight, *conv.replicas]).detach()
+    x, convolved, saved = input_().requires_grad_(True), [], []
+    conv2d = torch.nn.functional.conv2d
+
+    def recorded(x, weight, *args):
+        convolved.append(weight.detach())
+        return conv2d(x, weight, *args)
+
+    def save(tensor):
+        saved.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr("detectron2_nats.layers.F.conv2d", recorded)
+    for alpha_trains, expected in ((False, share * plain), (True, plain)):
+        convolved.clear()
+        saved.clear()
+        conv.alpha.requires_grad_(alpha_trains)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            y = conv(x)
+        torch.testing.assert_close(torch.stack(convolved), expected, **TIGHT)
+        assert (y.shape in saved) == alpha_trains
+
+
+@pytest.mark.parametrize("kwargs", CONVS, ids=str)
+def test_one_hot_mixture_is_the_frozen_conv(kwargs):
+    """Invariant 4 with replicas that differ: each group has the rows of the replica it chose."""
+    conv = mixed_conv(4, **kwargs)
+    chosen = [2, 0, 0, 3]
+    conv.alpha.data.fill_(-1e4)
+    conv.alpha.data[torch.arange(4), chosen] = 1e4
+    plain = plain_conv(**kwargs)
+    with torch.no_grad():
+        for group, g in enumerate(chosen):
+            rows = slice(4 * group, 4 * group + 4)
+            plain.weight[rows] = conv.replica(g)[rows]
+    frozen = GroupedDilationConv2d(plain, [(4, *GENOTYPES[g]) for g in chosen])
+    for alpha_trains in (True, False):
+        conv.alpha.requires_grad_(alpha_trains)
+        torch.testing.assert_close(conv(input_()), frozen(input_()), **TIGHT)
+
+
+def test_start_of_a_search():
+    plain = plain_conv()
+    weight = plain.weight
+    conv = MixedDilationConv2d(plain, genotypes=GENOTYPES, num_groups=4)
+    assert conv.weight is weight
+    assert conv.alpha.shape == (4, 4) and not conv.alpha.any()
+    assert conv.replicas.shape == (3, *weight.shape)
+    assert all(torch.equal(replica, weight) for replica in conv.replicas)
+    conv.weight.data.zero_()
+    assert conv.replicas.all(), "replicas are copies, not views"
+
+
+def test_one_genotype_is_the_plain_conv():
+    plain = plain_conv()
+    conv = MixedDilationConv2d(copy.deepcopy(plain), genotypes=[(1, 1)], num_groups=4)
+    assert conv.replicas is None and conv.alpha.shape == (4, 1)
+    assert torch.equal(conv(input_()), plain(input_()))
+
+
+def test_frozen_weights_give_frozen_replicas():
+    plain = plain_conv().requires_grad_(False)
+    conv = MixedDilationConv2d(plain, genotypes=GENOTYPES, num_groups=2)
+    assert [k for k, p in conv.named_parameters() if p.requires_grad] == ["alpha"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_alpha_is_at_least_float32(dtype):
+    conv = MixedDilationConv2d(plain_conv().to(dtype), genotypes=GENOTYPES, num_groups=2)
+    assert conv.alpha.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert conv(input_().to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kwargs", [dict(), dict(bias=True)], ids=str)
+def test_autocast(kwargs, dtype, norm):
+    """The dtype that the plain conv gives; values and gradients near those of float32."""
+    kwargs = dict(kwargs, norm=FrozenBatchNorm2d(16) if norm else None)
+    plain = plain_conv(**kwargs).float()
+    mixed = mixed_conv(**kwargs).float()
+    frozen = GroupedDilationConv2d(plain_conv(**kwargs).float(), [(8, 1, 1), (8, 3, 1)])
+    x = input_().float()
+    for conv in (mixed, frozen):
+        for alpha_trains in (True, False):
+            mixed.alpha.requires_grad_(alpha_trains)
+            with torch.autocast("cpu", dtype=dtype):
+                expected = plain(x).dtype
+                y = conv(x)
+            assert expected == dtype and y.dtype == expected
+            exact = conv(x)
+            assert (y.float() - exact).abs().max() < 0.05 * exact.abs().max()
+            assert all(g.dtype == torch.float32 for g in gradients(conv, y))
+
+
+def gradients(conv, y):
+    wanted = [p for p in conv.parameters() if p.requires_grad]
+    return torch.autograd.grad(y.float().sum(), wanted)
+
+
+@pytest.mark.parametrize("kwargs", CONVS, ids=str)
+def test_empty_batch(kwargs):
+    plain, x = plain_conv(**kwargs), input_(batch=0).requires_grad_(True)
+    mixed = mixed_conv(**kwargs)
+    frozen = GroupedDilationConv2d(plain_conv(**kwargs), [(4, 1, 1), (12, 1, 3)])
+    for conv in (mixed, frozen):
+        y = conv(x)
+        assert y.shape == plain(x).shape and len(y) == 0
+        y.sum().backward()
+        assert x.grad.shape == x.shape and not conv.weight.grad.any()
+    assert mixed.alpha.grad.shape == mixed.alpha.shape
+
+
+# -- the frozen conv ------------------------------------------------------------------------
+
+RUNS = [(4, 3, 1), (4, 1, 1), (4, 3, 1), (4, 2, 2)]  # a dilation in two places
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [RUNS, [(16, 1, 1)], [(16, 2, 3)], [(8, 1, 1), (8, 1, 3)], RUNS[::-1]],
+    ids=str,
+)
+@pytest.mark.parametrize("kwargs", CONVS, ids=str)
+def test_every_output_channel_has_its_own_dilation(kwargs, runs):
+    conv = GroupedDilationConv2d(plain_conv(**kwargs), runs)
+    x = input_().requires_grad_(True)
+    dilations = [(d_h, d_w) for count, d_h, d_w in runs for _ in range(count)]
+    expected = with_bias(direct_frozen(x, conv.weight, dilations, **options(kwargs)), conv)
+    actual = conv(x)
+    torch.testing.assert_close(actual, expected, **TIGHT)
+    projection = torch.randn_like(expected)
+    wanted = [x, *conv.parameters()]
+    for found, right in zip(
+        torch.autograd.grad((actual * projection).sum(), wanted),
+        torch.autograd.grad((expected * projection).sum(), wanted),
+    ):
+        torch.testing.assert_close(found, right, **TIGHT)
+
+
+def test_single_channels():
+    """Per-channel patterns of other methods fit too."""
+    runs = [(1, 1 + o % 3, 1 + o // 3 % 4) for o in range(16)]
+    conv = GroupedDilationConv2d(plain_conv(), runs)
+    expected = direct_frozen(input_(), conv.weight, [run[1:] for run in runs])
+    torch.testing.assert_close(conv(input_()), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("kwargs", CONVS, ids=str)
+def test_all_plain_is_bit_identical(kwargs):
+    kwargs = dict(kwargs, norm=nn.BatchNorm2d(16), activation=torch.relu)
+    plain = plain_conv(**kwargs).float()
+    conv = GroupedDilationConv2d(copy.deepcopy(plain), [(4, 1, 1), (12, 1, 1)])
+    results = []
+    for module in (plain, conv):
+        x = input_().float().requires_grad_(True)
+        y = module(x)
+        (y * y).sum().backward()
+        results.append([y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "runs, groups, message",
+    [
+        ([(8, 1, 1), (4, 3, 3)], 1, "runs of 12 channels do not fit 16 channels"),
+        ([(32, 1, 1)], 1, "runs of 32 channels do not fit 16 channels"),
+        ([(6, 1, 1), (10, 3, 3)], 4, "runs .* cut conv groups of 4 channels"),
+        ([(2, 1, 1), (12, 3, 3), (2, 1, 1)], 4, "runs .* cut conv groups of 4 channels"),
+    ],
+)
+def test_runs_that_do_not_fit(runs, groups, message):
+    with pytest.raises(NATSError, match=message):
+        GroupedDilationConv2d(plain_conv(groups=groups), runs)
+
+
+@pytest.mark.parametrize("kwargs", CONVS, ids=str)
+def test_script_and_trace(kwargs):
+    kwargs = dict(kwargs, norm=FrozenBatchNorm2d(16))
+    conv = GroupedDilationConv2d(plain_conv(**kwargs), RUNS).eval()
+    with torch.no_grad():
+        expected = conv(input_())
+        scripted, traced = torch.jit.script(conv), torch.jit.trace(conv, (input_(),))
+        for _ in range(3):  # the first calls are profiled, the later ones optimised
+            torch.testing.assert_close(scripted(input_()), expected, **TIGHT)
+            torch.testing.assert_close(traced(input_()), expected, **TIGHT)
+
+
+# -- both -----------------------------------------------------------------------------------
+
+
+def make(kind, conv):
+    if kind == "mixed":
+        return MixedDilationConv2d(conv, genotypes=GENOTYPES, num_groups=4)
+    return GroupedDilationConv2d(conv, RUNS)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "grouped"])
+def test_what_is_taken_over(kind):
+    norm = FrozenBatchNorm2d(16)
+    plain = plain_conv(stride=2, base=2, groups=4, bias=True, norm=norm, activation=torch.relu)
+    conv = make(kind, plain)
+    assert conv.weight is plain.weight and conv.bias is plain.bias
+    assert conv.norm is norm and conv.activation is torch.relu
+    for name in ("stride", "padding", "dilation", "groups", "in_channels", "out_channels"):
+        assert getattr(conv, name) == getattr(plain, name)
+    keys = set(conv.state_dict()) - {"alpha", "replicas"}
+    assert keys == set(plain.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["mixed", "grouped"])
+def test_training_mode_is_kept(kind):
+    plain = plain_conv(norm=nn.BatchNorm2d(16))
+    plain.norm.eval()
+    conv = make(kind, plain)
+    assert conv.training and not conv.norm.training
+    assert not make(kind, plain_conv().eval()).training
+
+
+@pytest.mark.parametrize("kind", ["mixed", "grouped"])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv2d(12, 16, 1),
+        Conv2d(12, 16, 5, padding=2),
+        Conv2d(12, 16, 3),
+        Conv2d(12, 16, 3, padding=1, dilation=2),
+        nn.Conv2d(12, 16, 3, padding="same"),
+    ],
+    ids=repr,
+)
+def test_only_3x3_convs_of_same_size_output(kind, conv):
+    with pytest.raises(NATSError, match="expected a 3x3 conv whose padding equals its dilation"):
+        make(kind, conv)
+
+
+def test_repr_shows_the_choice():
+    assert re.search(r"4 groups of \[\(1, 1\), \(1, 3\)", repr(make("mixed", plain_conv())))
+    assert "shared weights" in repr(mixed_conv(share_weights=True))
+    assert "runs=[(4, 3, 1), (4, 1, 1)" in repr(make("grouped", plain_conv()))
+
+
+# -- state dicts ----------------------------------------------------------------------------
+
+
+def test_plain_state_dict_fills_the_replicas():
+    plain, conv = plain_conv(bias=True), mixed_conv(bias=True)
+    alpha = conv.alpha.detach().clone()
+    plain.weight.data.normal_()
+    state = plain.state_dict()
+    conv.load_state_dict(state)  # strict: nothing may be missing
+    assert list(state) == ["weight", "bias"], "the caller's dict is left alone"
+    assert torch.equal(conv.weight, plain.weight) and torch.equal(conv.bias, plain.bias)
+    assert all(torch.equal(replica, plain.weight) for replica in conv.replicas)
+    assert torch.equal(conv.alpha, alpha)
+    conv.weight.data.zero_()
+    assert conv.replicas.all() and plain.weight.all(), "copies, not views"
+
+
+def test_half_precision_state_dict():
+    plain, conv = plain_conv().half(), mixed_conv().float()
+    conv.load_state_dict(plain.state_dict())
+    assert conv.weight.dtype == conv.replicas.dtype == torch.float32
+    assert torch.equal(conv.replicas[2], plain.weight.float())
+
+
+def test_super_network_state_dict_round_trip():
+    source, target = mixed_conv(), mixed_conv()
+    for parameter in source.parameters():
+        parameter.data.normal_()
+    target.load_state_dict(source.state_dict())
+    for name, parameter in source.named_parameters():
+        assert torch.equal(dict(target.named_parameters())[name], parameter), name
+    assert source.replicas.unique().numel() > 3 * 16  # they differ, and stay so
+
+
+def test_shared_weights_state_dict_fills_the_replicas():
+    source, target = mixed_conv(share_weights=True), mixed_conv()
+    assert set(source.state_dict()) == {"weight", "alpha"}
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.alpha, source.alpha)
+    assert all(torch.equal(replica, source.weight) for replica in target.replicas)
+
+
+def test_state_dict_of_another_shape_or_without_weight_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        mixed_conv().load_state_dict(plain_conv(out=32).state_dict())
+    with pytest.raises(RuntimeError, match='Missing key.*"weight", "replicas", "alpha"'):
+        mixed_conv().load_state_dict({})
+
+
+@pytest.mark.parametrize("kind", ["mixed", "grouped"])
+def test_deepcopy(kind):
+    conv = make(kind, plain_conv())
+    twin = copy.deepcopy(conv)
+    assert torch.equal(twin(input_()), conv(input_()))
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in conv.parameters()}
