@@ -9,6 +9,7 @@ from typing import Callable
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from detectron2.config import CfgNode
@@ -100,9 +101,19 @@ def _run_under_torchrun(main, args) -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    # torchrun keeps its store over a restart: without a place of its own, the new group would find
+    # the addresses of the dead one there.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=PrefixStore(f"restart_{restarts}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=30),
+    )
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    if restarts:
         args.resume = True  # a worker died and the group was started again
     _call(main, args)
 
@@ -111,9 +122,9 @@ def _call(main, args) -> None:
     try:
         main(args)
     except NATSError as error:
-        if comm.is_main_process():
-            logging.getLogger("detectron2").debug("", exc_info=True)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Every rank says it: the fault may be one rank's alone
+        rank = comm.get_rank()
+        print(f"error: {error}" + (f" [rank {rank}]" if rank else ""), file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
         comm.synchronize()

@@ -133,7 +133,7 @@ class SearchTrainer(ResumableTrainer):
                 if nats.CHANNELS_PER_GROUP
                 else nats.NUM_GROUPS
             ),
-            iteration=self.iter + 1,
+            iteration=min(self.iter + 1, self.max_iter),
             max_iter=self.max_iter,
             seed=self.seed,
         )
@@ -142,13 +142,20 @@ class SearchTrainer(ResumableTrainer):
         if not comm.is_main_process():
             return
         architecture = self.architecture()
-        path = os.path.join(self.cfg.OUTPUT_DIR, "architecture.yaml")
-        architecture.save(os.path.join(self.cfg.OUTPUT_DIR, f"architecture_{self.iter:07d}.yaml"))
-        architecture.save(path)
-        if self.iter + 1 >= self.max_iter:
+        for name in (f"architecture_{self.iter:07d}.yaml", "architecture.yaml"):
+            architecture.save(os.path.join(self.cfg.OUTPUT_DIR, name))
+
+    def train(self):
+        """Train to the end, then write the plain config; also when only that was left to do."""
+        results = super().train()
+        if comm.is_main_process():
+            architecture = self.architecture()
+            path = os.path.join(self.cfg.OUTPUT_DIR, "architecture.yaml")
             retrain = os.path.join(self.cfg.OUTPUT_DIR, "retrain.yaml")
+            architecture.save(path)
             write_config(export_config(self.retrain_base, architecture), retrain)
             logger.info(f"Search done: wrote {path} and the plain config {retrain}")
+        return results
 
     def check_same_run(self, saved_config: str) -> None:
         differences = config_differences(saved_config, self.cfg)

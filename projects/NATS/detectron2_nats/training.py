@@ -68,12 +68,12 @@ class _BatchNormState:
         self.copies = [b.clone() for b in self.buffers]
 
     def save(self) -> None:
-        for copy, buffer in zip(self.copies, self.buffers):
-            copy.copy_(buffer)
+        if self.buffers:
+            torch._foreach_copy_(self.copies, self.buffers)
 
     def restore(self) -> None:
-        for copy, buffer in zip(self.copies, self.buffers):
-            buffer.copy_(copy)
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.copies)
 
 
 @dataclass

@@ -1,0 +1,16 @@
+import pytest
+from tiny import TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return str(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def embedded_data():
+    from detectron2_nats.data.embedded import ensure_embedded_dataset
+
+    ensure_embedded_dataset()

@@ -1,0 +1,198 @@
+"""The scripts themselves, as a user starts them."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import assert_same_run, finish, printed, run, script
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def wait_for(path: Path, process, timeout: float = 120) -> None:
+    """Until the file is there."""
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, printed(process)[-3000:]
+        assert time.monotonic() < deadline, f"no {path} after {timeout} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_config, tmp_path_factory) -> Path:
+    """A search of 6 iterations that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run("search_net.py", "--config-file", tiny_config, "OUTPUT_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(tiny_config, tmp_path_factory) -> Path:
+    """The same on two gloo processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    arguments = ["--num-gpus", "2", "--config-file", tiny_config]
+    run("search_net.py", *arguments, "OUTPUT_DIR", str(folder))
+    return folder
+
+
+def test_search_export_retrain_evaluate(undisturbed, tiny_config, tmp_path):
+    # the search's own export
+    retrain = undisturbed / "retrain.yaml"
+    content = yaml.safe_load(retrain.read_text())
+    assert content["MODEL"]["BACKBONE"]["NAME"] == "build_nats_backbone"
+    assert "SEARCH" not in content and "CALIBRATION" not in content["DATASETS"]
+    # another detector, by the tool
+    retinanet = tmp_path / "retinanet.yaml"
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        f"_BASE_: {tiny_config}\n"
+        "MODEL:\n"
+        "  META_ARCHITECTURE: RetinaNet\n"
+        "  BACKBONE: {NAME: build_retinanet_resnet_fpn_backbone}\n"
+        "  RESNETS: {OUT_FEATURES: [res3, res4, res5]}\n"
+        "  FPN: {IN_FEATURES: [res3, res4, res5]}\n"
+        "  RETINANET: {NUM_CLASSES: 5, IN_FEATURES: [p3, p4, p5, p6, p7], NUM_CONVS: 1}\n"
+    )
+    output = run(
+        "tools/export.py",
+        *(str(undisturbed), "--config-file", str(base), "--output", str(retinanet)),
+    )
+    assert f"wrote {retinanet}" in output
+    for config in (retrain, retinanet):
+        folder = tmp_path / config.stem
+        out = run(
+            "train_net.py",
+            *("--config-file", str(config), "OUTPUT_DIR", str(folder)),
+            *("SOLVER.MAX_ITER", "3", "DATASETS.TEST", "('nats_embedded_val',)"),
+        )
+        assert "Evaluation results for nats_embedded_val" in out
+        out = run(
+            "train_net.py",
+            *("--eval-only", "--config-file", str(config), "OUTPUT_DIR", str(folder)),
+            *("MODEL.WEIGHTS", str(folder / "model_final.pth")),
+            *("DATASETS.TEST", "('nats_embedded_val',)"),
+        )
+        assert "Evaluation results for nats_embedded_val" in out
+
+
+def test_frozen_weights_from_the_supernetwork(undisturbed, tmp_path):
+    weights, config = tmp_path / "frozen.pth", tmp_path / "frozen.yaml"
+    output = run("tools/export.py", str(undisturbed), "--weights", str(weights), status=1)
+    assert "fit only an architecture in voted order" in output
+    output = run(
+        "tools/export.py",
+        *(str(undisturbed), "--order", "voted"),
+        *("--weights", str(weights), "--output", str(config)),
+    )
+    assert f"wrote {weights}" in output and f"wrote {config}" in output
+
+    # in another project: the config, the weights and the package are enough
+    import detectron2_nats
+
+    cfg = get_cfg()
+    detectron2_nats.add_nats_config(cfg)
+    cfg.merge_from_file(str(config), allow_unsafe=False)
+    model = build_model(cfg)
+    frozen = torch.load(weights, weights_only=True)["model"]
+    assert frozen.keys() == model.state_dict().keys()
+    model.load_state_dict(frozen)
+    saved = torch.load(undisturbed / "model_final.pth", weights_only=True)["model"]
+    space = {(1, 1): 0, (3, 3): 1, (5, 5): 2}
+    seen = set()
+    for name, runs in cfg.MODEL.NATS.ARCHITECTURE:
+        key, start = f"backbone.bottom_up.{name}", 0
+        for channels, *dilation in runs:
+            rows, replica = slice(start, start + channels), space[tuple(dilation)]
+            expected = saved[f"{key}.replicas"][replica - 1] if replica else saved[f"{key}.weight"]
+            assert torch.equal(frozen[f"{key}.weight"][rows], expected[rows])
+            seen.add(replica)
+            start += channels
+    assert len(seen) > 1  # else nothing was tested
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_survives_sigkill(undisturbed, tiny_config, tmp_path, workers):
+    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
+    arguments += ["DATALOADER.NUM_WORKERS", str(workers)]
+    process = script("search_net.py", *arguments)
+    wait_for(tmp_path / "model_0000003.pth", process)
+    process.kill()
+    process.wait()
+    finish(script("search_net.py", *arguments))
+    assert_same_run(undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stops_on_request(undisturbed, tiny_config, tmp_path, number):
+    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
+    process = script("search_net.py", *arguments)
+    wait_for(tmp_path / "model_0000001.pth", process)
+    process.send_signal(number)
+    output = finish(process, status=75)
+    assert "stopped on request after iteration" in output
+    finish(script("search_net.py", *arguments))
+    assert_same_run(undisturbed, tmp_path)
+
+
+def test_two_processes_stop_on_request_and_go_on(undisturbed_pair, tiny_config, tmp_path):
+    arguments = ["--num-gpus", "2", "--config-file", tiny_config, "--resume"]
+    arguments += ["OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "2"]
+    process = script("search_net.py", *arguments)
+    wait_for(tmp_path / "model_0000001.pth", process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, status=75)
+    finish(script("search_net.py", *arguments))
+    assert_same_run(undisturbed_pair, tmp_path)
+
+
+def test_torchrun_restarts_after_a_rank_died(undisturbed_pair, tiny_config, tmp_path):
+    arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    launcher = (*TORCHRUN, "--max-restarts", "2")
+    process = script("search_net.py", *arguments, launcher=launcher)
+    wait_for(tmp_path / "model_0000001.pth", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    output = finish(process)
+    assert "Starting training from iteration" in output
+    assert_same_run(undisturbed_pair, tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tiny_config, tmp_path):
+    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
+    process = script("search_net.py", *arguments)
+    wait_for(tmp_path / "model_0000003.pth", process)
+    process.kill()
+    process.wait()
+    (tmp_path / "model_final.pth").unlink(missing_ok=True)
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    newest = tmp_path / "model_0000003.pth"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    output = finish(script("search_net.py", *arguments))
+    assert f"checkpoint {newest} is damaged" in output
+    assert "Starting training from iteration 2" in output
+    assert_same_run(undisturbed, tmp_path)
+
+
+def test_errors_are_one_line_with_status_2(tiny_config, tmp_path):
+    output = run(
+        "search_net.py",
+        *("--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path), "MODEL.NATS.SPACE", "Z"),
+        status=2,
+    )
+    assert output.strip().splitlines()[-1].startswith("error: unknown SPACE 'Z'")
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("name", ["search_net.py", "train_net.py", "tools/export.py"])
+def test_help_has_an_example(name):
+    output = run(name, "--help")
+    assert "example" in output and f"$ python {name}" in output

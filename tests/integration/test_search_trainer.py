@@ -1,0 +1,313 @@
+"""The search step by step, in this process."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import assert_equal, assert_same_run, make_trainer
+
+from detectron2.utils.events import EventStorage
+from detectron2_nats import Architecture, NATSError
+from detectron2_nats.architecture import decode_alpha
+from detectron2_nats.training import ResumableTrainer
+from detectron2_nats.transform import searched_layers
+
+
+def snapshot(trainer):
+    """Copies of (weights and statistics, α, momentum buffers, Adam's state)."""
+    state = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    alphas = {k: state.pop(k) for k in list(state) if k.endswith(".alpha")}
+    momentum, adam = (
+        {str(i): {k: torch.as_tensor(v).clone() for k, v in s.items()} for i, s in o.items()}
+        for o in (
+            trainer.weights.optimizer.state_dict()["state"],
+            trainer.alpha.optimizer.state_dict()["state"],
+        )
+    )
+    return state, alphas, momentum, adam
+
+
+def steps(trainer, first, count):
+    """Run some iterations without hooks."""
+    with EventStorage(first) as trainer.storage:
+        for trainer.iter in range(first, first + count):
+            trainer.run_step()
+
+
+@pytest.fixture
+def trainer(tiny_config, tmp_path):
+    return make_trainer(tiny_config, tmp_path / "run")
+
+
+def test_a_weight_step_leaves_alpha_bit_identical(trainer):
+    assert trainer.alpha_start == 2
+    before = snapshot(trainer)
+    steps(trainer, 0, 2)  # before ALPHA_START: weight steps only
+    after = snapshot(trainer)
+    assert_equal(before[1], after[1], "alpha")
+    assert_equal(before[3], after[3], "adam")
+    changed = [k for k in before[0] if not torch.equal(before[0][k], after[0][k])]
+    # matrices: a norm's weight of 1 can stay the same float32 after a small step
+    matrices = [n for n, p in trainer.model.named_parameters() if p.ndim > 1 and "alpha" not in n]
+    assert set(matrices) <= set(changed)
+    assert {k for k in before[0] if "running_mean" in k} <= set(changed)
+
+
+def test_an_alpha_step_leaves_the_rest_bit_identical(trainer):
+    steps(trainer, 0, 1)
+    trainer.model.train()
+    before = snapshot(trainer)
+    with EventStorage(2) as trainer.storage, trainer._alpha_trained():
+        trainer.take_step(trainer.alpha)
+        trainer._bn_state.restore()
+    after = snapshot(trainer)
+    assert_equal(before[0], after[0], "weights and statistics")
+    assert_equal(before[2], after[2], "momentum")
+    assert all(not torch.equal(before[1][k], after[1][k]) for k in before[1])
+    assert all(p.requires_grad for p in trainer._trained_weights)
+    assert not any(conv.alpha.requires_grad for conv in trainer.searched.values())
+
+
+def test_a_whole_iteration_is_a_weight_step_then_an_alpha_step(trainer, tiny_config, tmp_path):
+    # batch norm statistics after run_step are those of the weight step alone
+    other = make_trainer(tiny_config, tmp_path / "other")
+    torch.manual_seed(0)
+    steps(trainer, 2, 1)
+    torch.manual_seed(0)
+    with EventStorage(2) as other.storage:
+        other.take_step(other.weights)
+    a, b = snapshot(trainer), snapshot(other)
+    assert_equal(a[0], b[0], "weights and statistics")
+    assert a[1].keys() == b[1].keys()
+    assert not any(torch.equal(a[1][k], b[1][k]) for k in a[1])
+
+
+def test_each_parameter_is_in_one_optimizer(trainer):
+    weights = {id(p) for p in trainer.weights.parameters}
+    alphas = {id(p) for p in trainer.alpha.parameters}
+    assert not weights & alphas
+    assert weights | alphas == {id(p) for p in trainer.model.parameters()}
+    assert alphas == {id(c.alpha) for c in trainer.searched.values()}
+
+
+def test_the_alpha_step_is_adams_first_step_on_the_calibration_loss(trainer):
+    # Adam's first step moves each entry by lr against the sign of its gradient (decay 1e-5 of 0).
+    steps(trainer, 0, 2)
+    steps(trainer, 2, 1)
+    for name, conv in trainer.searched.items():
+        moved = conv.alpha.detach().abs()
+        assert torch.all(moved <= trainer.cfg.SEARCH.ALPHA_LR * 1.0001), name
+        assert moved.max() > 0.5 * trainer.cfg.SEARCH.ALPHA_LR, name
+
+
+def test_logs_both_phases_and_alpha(tiny_config, tmp_path):
+    trainer = make_trainer(tiny_config, tmp_path / "run")
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.json").read_text().splitlines()]
+    last = lines[-1]
+    for key in ("total_loss", "loss_cls", "alpha/total_loss", "alpha/loss_cls", "lr"):
+        assert math.isfinite(last[key]), key
+    assert 0 < last["alpha/entropy"] < 1
+    assert lines[0]["alpha/entropy"] == 1.0 and "alpha/total_loss" not in lines[0]
+    assert sum(line["alpha/votes_changed"] for line in lines) > 0
+    shares = [last[f"intensity/res5.2.conv2/{d}x{d}"] for d in (1, 3, 5)]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_the_result_is_what_alpha_says(tiny_config, tmp_path):
+    trainer = make_trainer(tiny_config, tmp_path / "run", "SEARCH.DECODE_ORDER", "voted")
+    trainer.train()
+    found = Architecture.load(str(tmp_path / "run/architecture.yaml"))
+    saved = torch.load(tmp_path / "run/model_final.pth", weights_only=True)["model"]
+    for name, conv in searched_layers(trainer.model).items():
+        alpha = saved[f"backbone.bottom_up.{name}.alpha"].numpy()
+        expected = decode_alpha(alpha, conv.genotypes, conv.out_channels, "voted")
+        assert found.layers[name] == expected
+    assert found.search["order"] == "voted" and found.search["iteration"] == 6
+    names = sorted(p.name for p in (tmp_path / "run").glob("architecture_*.yaml"))
+    assert names == [f"architecture_{i:07d}.yaml" for i in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumes_bit_for_bit(tiny_config, tmp_path, workers):
+    opts = ["DATALOADER.NUM_WORKERS", workers]
+    whole = make_trainer(tiny_config, tmp_path / "whole", *opts)
+    whole.train()
+    part = make_trainer(tiny_config, tmp_path / "part", *opts)
+    part.max_iter = 5  # dies after iteration 4; the last checkpoint is that of iteration 3
+    part._hooks = [h for h in part._hooks if type(h).__name__ != "EvalHook"]
+    part.save_checkpoint, save = lambda name: save(name) if "final" not in name else None, (
+        part.save_checkpoint
+    )
+    part.train()
+    rest = make_trainer(tiny_config, tmp_path / "part", *opts)
+    assert rest.start_iter == 4
+    rest.train()
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+
+def test_retraining_resumes_bit_for_bit_and_evaluation_changes_nothing(tiny_config, tmp_path):
+    plain = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]
+    test = ["DATASETS.TEST", "('nats_embedded_val',)", "TEST.EVAL_PERIOD", 2]
+    whole = make_trainer(tiny_config, tmp_path / "whole", *plain, kind="train")
+    whole.train()
+    part = make_trainer(tiny_config, tmp_path / "part", *plain, *test, kind="train")
+    part.test = lambda cfg, model: torch.rand(3) is None or {}  # draws random numbers
+    part.train()
+    (tmp_path / "part/model_final.pth").unlink()
+    (tmp_path / "part/last_checkpoint").write_text("model_0000003.pth")
+    rest = make_trainer(tiny_config, tmp_path / "part", *plain, kind="train")
+    rest.train()
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+
+# -- numbers going wrong ----------------------------------------------------------------------
+
+
+def break_losses(trainer, monkeypatch, iterations, how):
+    """Make the losses of some iterations NaN, by value or by Detectron2's own exception."""
+    plain = trainer.model.forward
+
+    def forward(batch):
+        losses = plain(batch)
+        if trainer.iter in iterations:
+            if how == "raise":
+                raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+            losses["loss_cls"] = losses["loss_cls"] * math.nan
+        return losses
+
+    monkeypatch.setattr(trainer.model, "forward", forward)
+
+
+@pytest.mark.parametrize("how", ["value", "raise"])
+def test_a_step_with_nan_is_not_taken(trainer, monkeypatch, how):
+    steps(trainer, 0, 3)
+    before = snapshot(trainer)
+    break_losses(trainer, monkeypatch, {3}, how)
+    steps(trainer, 3, 1)
+    after = snapshot(trainer)
+    for part, (a, b) in enumerate(zip(before, after)):
+        assert_equal(a, b, f"part {part}")
+    assert (trainer.weights.bad_total, trainer.alpha.bad_total) == (1, 1)
+    steps(trainer, 4, 1)
+    assert (trainer.weights.bad_in_row, trainer.weights.bad_total) == (0, 1)
+    assert not torch.equal(
+        snapshot(trainer)[1]["backbone.bottom_up.res5.0.conv2.alpha"],
+        after[1]["backbone.bottom_up.res5.0.conv2.alpha"],
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(trainer):
+    before = snapshot(trainer)
+    bias = trainer.model.roi_heads.box_predictor.cls_score.bias
+    handle = bias.register_hook(lambda gradient: gradient * math.inf)
+    steps(trainer, 0, 1)
+    handle.remove()
+    assert_equal(before[0], snapshot(trainer)[0], "weights and statistics")
+    assert trainer.weights.bad_total == 1
+
+
+def test_stops_after_too_many_bad_steps_in_a_row(tiny_config, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_config, tmp_path / "run", "RUN.MAX_BAD_STEPS", 2)
+    break_losses(trainer, monkeypatch, {2, 3, 4, 5}, "value")
+    with pytest.raises(
+        NATSError, match="2 weight steps in a row.*up to iteration 3.*model_0000001"
+    ):
+        trainer.train()
+    saved = torch.load(tmp_path / "run/model_0000001.pth", weights_only=True)["model"]
+    assert all(v.isfinite().all() for v in saved.values() if v.is_floating_point())
+
+
+# -- precision, clipping, scaling -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_mixed_precision(tiny_config, tmp_path, precision):
+    opts = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", precision]
+    trainer = make_trainer(tiny_config, tmp_path / "run", *opts)
+    seen = []
+    conv = trainer.searched["res4.0.conv2"]
+    conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    before = snapshot(trainer)
+    for iteration in range(2, 12):  # float16 looks for its loss scale first
+        steps(trainer, iteration, 1)
+    after = snapshot(trainer)
+    assert set(seen) == {getattr(torch, precision)}
+    assert trainer.weights.scaler.is_enabled() == (precision == "float16")
+    assert trainer.weights.bad_total == trainer.alpha.bad_total == 0
+    assert not torch.equal(
+        before[1]["backbone.bottom_up.res5.0.conv2.alpha"],
+        after[1]["backbone.bottom_up.res5.0.conv2.alpha"],
+    )
+    key = "backbone.bottom_up.res5.0.conv2.replicas"
+    assert not torch.equal(before[0][key], after[0][key]) and after[0][key].isfinite().all()
+
+
+def test_gradient_clipping_bounds_the_weight_step(tiny_config, tmp_path):
+    clip = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-6]
+    opts = ["SOLVER.WEIGHT_DECAY", 0.0, "SOLVER.WARMUP_ITERS", 0]
+    trainer = make_trainer(tiny_config, tmp_path / "run", *clip, *opts)
+    before = snapshot(trainer)[0]
+    steps(trainer, 0, 1)
+    after = snapshot(trainer)[0]
+    for name, _ in trainer.model.named_parameters():
+        if "alpha" not in name:
+            assert (after[name] - before[name]).abs().max() <= 0.01 * 1e-6 * 1.01 + 1e-7, name
+
+
+def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
+    reference = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SEARCH.ALPHA_IMS_PER_BATCH", 4]
+    cfg = make_trainer(tiny_config, tmp_path / "run", *reference).cfg
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER) == (1, 12)
+    assert cfg.SOLVER.BASE_LR == pytest.approx(0.005)
+    assert cfg.SOLVER.BASE_LR_END == pytest.approx(0.00005)
+    assert cfg.SEARCH.ALPHA_IMS_PER_BATCH == 2
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        (["SEARCH.ALPHA_START", 1.0], "ALPHA_START 1.0"),
+        (["DATASETS.CALIBRATION", "('nats_embedded_train',)"], "share .* images"),
+        (["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"], "nothing to search"),
+        (["SOLVER.IMS_PER_BATCH", 0], "batch of 0 images"),
+        (["DATALOADER.SAMPLER_TRAIN", "Magic"], "SAMPLER_TRAIN 'Magic'"),
+        (["SEARCH.RETRAIN_CONFIG", "nowhere.yaml"], "config nowhere.yaml not found"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "weights not found: nowhere.pth"),
+        (["MODEL.BACKBONE.FREEZE_AT", 3], "stage res3 is frozen .*FREEZE_AT"),
+        (["MODEL.NATS.NUM_GROUPS", 5], "NUM_GROUPS 5 does not divide"),
+        (["MODEL.NATS.CHANNELS_PER_GROUP", 4, "MODEL.NATS.NUM_GROUPS", 8], "both NUM_GROUPS"),
+    ],
+)
+def test_bad_input_is_named_before_training(tiny_config, tmp_path, opts, words):
+    with pytest.raises(NATSError, match=words):
+        make_trainer(tiny_config, tmp_path / "run", *opts)
+
+
+def test_refuses_the_folder_of_another_search(tiny_config, tmp_path):
+    make_trainer(tiny_config, tmp_path / "run").train()
+    with pytest.raises(NATSError, match="holds another search.*MODEL.NATS.SPACE: 'A', now 'B'"):
+        make_trainer(tiny_config, tmp_path / "run", "MODEL.NATS.SPACE", "B")
+    # what does not change the result may change
+    again = make_trainer(tiny_config, tmp_path / "run", "DATALOADER.NUM_WORKERS", 1)
+    assert again.start_iter == 6
+
+
+def test_weights_that_match_nothing_are_an_error(tiny_config, tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"model": {"features.0.weight": torch.zeros(3)}}, path)
+    with pytest.raises(NATSError, match="match nothing in the backbone.*features.0.weight"):
+        make_trainer(tiny_config, tmp_path / "run", "MODEL.WEIGHTS", str(path))
+
+
+def test_the_trainers_are_detectron2s():
+    from detectron2.engine import DefaultTrainer
+    from detectron2_nats import SearchTrainer
+
+    assert issubclass(SearchTrainer, ResumableTrainer) and issubclass(SearchTrainer, DefaultTrainer)
+    assert Path(SearchTrainer.__module__.replace(".", "/")).name == "trainer"
