@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
 import numpy as np
 import yaml
+from tabulate import tabulate
 
 from .errors import NATSError
 from .files import MAX_FILE_BYTES, read_yaml, write_atomically
@@ -210,6 +211,38 @@ class Architecture:
         for channels, d_h, d_w in self.layers[layer]:
             counts[d_h, d_w] = counts.get((d_h, d_w), 0) + channels
         return dict(sorted(counts.items()))
+
+    def summary(self) -> str:
+        """A table: each layer's channels per dilation, and how far its conv reaches.
+
+        ::
+
+            layer         channels per dilation    largest    mean
+            ------------  -----------------------  ---------  -------
+            res3.0.conv2  1x1:64, 1x3:32, 3x3:32   7x7        4.0x5.0
+        """
+        rows = []
+        for name in self.layers:
+            counts = self.channels_per_dilation(name)
+            extents = np.array([(2 * d_h + 1, 2 * d_w + 1) for d_h, d_w in counts])
+            mean = np.average(extents, axis=0, weights=list(counts.values()))
+            rows.append(
+                (
+                    name,
+                    ", ".join(f"{d_h}x{d_w}:{c}" for (d_h, d_w), c in counts.items()),
+                    "{}x{}".format(*extents.max(axis=0)),
+                    "{:.1f}x{:.1f}".format(*mean),
+                )
+            )
+        headers = ("layer", "channels per dilation", "largest", "mean")
+        widths = (None, 64, None, None)  # per-channel patterns have many dilations: break the line
+        return (
+            f"{tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths)}\n\n"
+            "Dilations and extents are height x width. largest, mean: the receptive field of the "
+            "layer's own\n3x3 conv on its input, 2d + 1 on a side (plain: 3x3); the largest of "
+            "each side, and the mean over\nthe output channels. A stage's base dilation (DC5) "
+            "would multiply d."
+        )
 
 
 def _check_name(name: Any) -> str:

@@ -144,6 +144,7 @@ class SearchTrainer(ResumableTrainer):
         architecture = self.architecture()
         for name in (f"architecture_{self.iter:07d}.yaml", "architecture.yaml"):
             architecture.save(os.path.join(self.cfg.OUTPUT_DIR, name))
+        self._put_pictures(architecture)
 
     def train(self):
         """Train to the end, then write the plain config; also when only that was left to do."""
@@ -156,6 +157,21 @@ class SearchTrainer(ResumableTrainer):
             write_config(export_config(self.retrain_base, architecture), retrain)
             logger.info(f"Search done: wrote {path} and the plain config {retrain}")
         return results
+
+    def _put_pictures(self, architecture: Architecture) -> None:
+        """The architecture and α's history, for TensorBoard."""
+        try:
+            from . import plot  # matplotlib is slow to import, and of use here only
+
+            done = f"after iteration {self.iter + 1} of {self.max_iter}"
+            figures = {"architecture": plot.plot_architecture(architecture, done)}
+            metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+            if os.path.isfile(metrics):  # not before the first line of the log
+                figures["history"] = plot.plot_history(plot.read_history(metrics), done)
+            for name, figure in figures.items():
+                get_event_storage().put_image(f"alpha/{name}", plot.as_image(figure))
+        except Exception as error:  # a picture is not worth the loss of a search
+            logger.warning(f"no pictures for TensorBoard: {error}")
 
     def check_same_run(self, saved_config: str) -> None:
         differences = config_differences(saved_config, self.cfg)

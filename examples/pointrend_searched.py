@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""A searched backbone in another Detectron2 project: PointRend, from detectron2.projects.
+
+What another project needs is two lines: `import detectron2_nats` and `add_nats_config(cfg)`. Then
+an exported config, or an architecture file as here, is all that it takes.
+"""
+
+import argparse
+import sys
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.projects.point_rend import add_pointrend_config
+from detectron2_nats import Architecture, NATSError, add_nats_config
+from detectron2_nats.export import export_config, write_config
+
+EPILOG = """
+example:
+  $ python examples/pointrend_searched.py output/search/architecture.yaml \\
+      --output output/pointrend.yaml
+The written config trains in PointRend's own train_net.py, once that calls add_nats_config(cfg).
+"""
+
+BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+
+
+def pointrend_config(architecture: Architecture, opts=()) -> CfgNode:
+    """PointRend on the searched backbone.
+
+    Args:
+        opts: KEY VALUE pairs, such as another depth; the architecture must fit them.
+    """
+    cfg = get_cfg()
+    add_pointrend_config(cfg)
+    add_nats_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file(BASE))
+    # the project's Base-PointRend-RCNN-FPN.yaml, which no wheel brings
+    cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = True
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "PointRendMaskHead"
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = ""
+    cfg.MODEL.ROI_MASK_HEAD.IN_FEATURES = ["p2"]
+    cfg.MODEL.ROI_MASK_HEAD.OUTPUT_SIDE_RESOLUTION = 7
+    cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON = True
+    cfg.MODEL.POINT_HEAD.IN_FEATURES = ["p2"]
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    cfg.merge_from_list(list(opts))
+    return export_config(cfg, architecture)
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = pointrend_config(Architecture.load(args.architecture), args.opts)
+    print(build_model(cfg).backbone.bottom_up)
+    write_config(cfg, args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("architecture", help="architecture file")
+    parser.add_argument("--output", required=True, help="config to write")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, such as MODEL.DEVICE cpu")
+    try:
+        main(parser.parse_args())
+    except NATSError as error:
+        sys.exit(f"error: {error}")

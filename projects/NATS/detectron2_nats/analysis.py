@@ -1,0 +1,86 @@
+"""What a network costs: parameters, FLOPs, activations, time."""
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Callable, List, Sequence
+
+import torch
+from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+from tabulate import tabulate
+from torch import nn
+
+from detectron2.export import TracingAdapter
+
+__all__ = ["Cost", "backbone_cost", "cost_table", "interleaved_seconds"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one backbone and one image: counts, not measurements.
+
+    Attributes:
+        parameters: numbers in parameters.
+        flops: multiply-adds, as fvcore counts them.
+        activations: numbers in the outputs of convs and matrix products.
+    """
+
+    parameters: int
+    flops: int
+    activations: int
+
+
+def backbone_cost(backbone: nn.Module, height: int, width: int) -> Cost:
+    """Count the cost of a backbone for one image of `height` × `width` pixels."""
+    device = next(backbone.parameters()).device
+    image = torch.zeros(1, 3, height, width, device=device)
+    was_training = backbone.training
+    adapter = TracingAdapter(backbone.eval(), image, allow_non_tensor=True)
+    counts = []
+    with torch.no_grad():
+        for analysis in (FlopCountAnalysis, ActivationCountAnalysis):
+            counter = analysis(adapter, adapter.flattened_inputs)
+            counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            counts.append(int(counter.total()))
+    backbone.train(was_training)
+    return Cost(sum(p.numel() for p in backbone.parameters()), *counts)
+
+
+def cost_table(plain: Cost, searched: Cost) -> str:
+    """Both costs side by side, and "equal" or by how much the searched one differs."""
+    rows = []
+    for name, before in asdict(plain).items():
+        after = getattr(searched, name)
+        if after == before:
+            difference = "equal"
+        else:
+            share = f" ({(after - before) / before:+.3%})" if before else ""
+            difference = f"{after - before:+,}{share}"
+        rows.append((name, f"{before:,}", f"{after:,}", difference))
+    headers = ("", "plain", "searched", "difference")
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 3))
+
+
+def interleaved_seconds(
+    functions: Sequence[Callable[[], object]], rounds: int, warm_up: int = 1
+) -> List[List[float]]:
+    """Seconds of each function in each round, taken in turn so that a drift hits all alike.
+
+    Returns:
+        One list of `rounds` values per function.
+    """
+    seconds: List[List[float]] = [[] for _ in functions]
+    for index in range(-warm_up, rounds):
+        for function, values in zip(functions, seconds):
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index >= 0:
+                values.append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(values: Sequence[float], reference: Sequence[float]) -> float:
+    """Median over the rounds of value / reference."""
+    return statistics.median(a / b for a, b in zip(values, reference))

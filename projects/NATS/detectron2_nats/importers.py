@@ -1,0 +1,171 @@
+"""Other methods' architectures as ours: IC-Conv's patterns, RF-Next's structures.
+
+Both say which dilations a ResNet's 3×3 convs use, in JSON, in formats of their own.
+"""
+
+import json
+import re
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+from .architecture import MAX_CHANNELS, Architecture
+from .errors import NATSError
+from .files import MAX_FILE_BYTES
+from .search_space import _short, check_dilation
+
+__all__ = ["from_ic_conv", "from_rf_next", "read_json"]
+
+_BLOCKS = {16: (3, 4, 6, 3), 33: (3, 4, 23, 3)}
+"""Number of 3×3 convs → bottleneck blocks in res2 to res5: ResNet-50 and ResNet-101."""
+
+_WIDTH = 64
+"""Channels of a ResNet's 3×3 convs in res2; every further stage has twice as many."""
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file of at most :data:`MAX_FILE_BYTES`.
+
+    Raises:
+        NATSError: missing, too large, not JSON, a key twice; names the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise NATSError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise NATSError(f"{path}: more than the {MAX_FILE_BYTES} bytes that are read")
+    try:
+        return json.loads(data, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise NATSError(f"{path}: not readable as JSON: {_short(str(error))}") from None
+
+
+def _no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key stands twice")
+    return content
+
+
+def from_ic_conv(content: Any, source: str = "") -> Architecture:
+    """IC-Conv's pattern file: a list of one dict per 3×3 conv, from res2 on, in block order.
+
+    Each dict maps "(d_h - 1, d_w - 1)" to output channels. Only counts are published; they become
+    runs in the file's own order, which is how IC-Conv itself builds its conv.
+
+    Args:
+        content: of the file.
+        source: its name, noted in the architecture.
+
+    Raises:
+        NATSError: malformed, or of no ResNet-50 or -101.
+    """
+    if not isinstance(content, list) or not all(isinstance(c, dict) for c in content):
+        raise NATSError("not an IC-Conv pattern: expected a list of dicts '(0, 1)': channels")
+    if len(content) not in _BLOCKS:
+        raise NATSError(
+            f"IC-Conv pattern of {len(content)} convs: a ResNet-50 has 16, a ResNet-101 has 33"
+        )
+    depths = _BLOCKS[len(content)]
+    names = [f"res{s}.{b}.conv2" for s, blocks in enumerate(depths, 2) for b in range(blocks)]
+    layers, widths = {}, {}
+    for name, pattern in zip(names, content):
+        layers[name] = _ic_conv_runs(name, pattern)
+        total = sum(channels for channels, _, _ in layers[name])
+        stage = name.split(".")[0]
+        if widths.setdefault(stage, total) != total:
+            raise NATSError(
+                f"IC-Conv pattern: {name} has {total} channels, {stage}.0.conv2 {widths[stage]}"
+            )
+    return Architecture(layers, {"method": "IC-Conv", **({"source": source} if source else {})})
+
+
+def _ic_conv_runs(name: str, pattern: Mapping[str, Any]) -> List[Tuple[int, int, int]]:
+    runs = []
+    for key, channels in pattern.items():
+        match = re.fullmatch(r"\s*[(\[]\s*(\d{1,4})\s*,\s*(\d{1,4})\s*[)\]]\s*", key, re.ASCII)
+        if not match:
+            raise NATSError(f"IC-Conv pattern: {name}: key {_short(key)}: expected one like (0, 1)")
+        if type(channels) is not int or not 0 <= channels <= MAX_CHANNELS:
+            raise NATSError(f"IC-Conv pattern: {name}: {_short(channels)} is no number of channels")
+        if channels:
+            runs.append((channels, *(int(less_one) + 1 for less_one in match.groups())))
+    if not runs:
+        raise NATSError(f"IC-Conv pattern: {name} has no channels")
+    return runs
+
+
+def from_rf_next(
+    content: Any, source: str = "", width: int = _WIDTH
+) -> Tuple[Architecture, List[str]]:
+    """RF-Next's structure file (mmcv's ``RFSearchHook``): one dilation per layer.
+
+    mmdet's ``module.backbone.layer2.0.conv2`` is our ``res3.0.conv2``. The file knows no channel
+    counts, so they are those of a ResNet of `width`.
+
+    Args:
+        content: of the file: {"structure": {layer name: d, or [d_h, d_w]}, …}.
+        source: its name, noted in the architecture.
+        width: channels of the 3×3 convs in res2; each further stage has twice as many.
+
+    Returns:
+        The architecture, and the layers outside of the residual stages that are dilated too: an
+        architecture cannot hold them.
+
+    Raises:
+        NATSError: malformed, or of a backbone that is no ResNet.
+    """
+    # "model" in files of the first version
+    structure = (
+        content.get("structure", content.get("model")) if isinstance(content, dict) else None
+    )
+    if not isinstance(structure, dict) or not structure:
+        raise NATSError("not an RF-Next structure: expected {'structure': {layer name: dilation}}")
+    layers: Dict[str, List[Tuple[int, int, int]]] = {}
+    foreign, left_out = [], []
+    for name, value in structure.items():
+        short = re.sub(r"^(module\.)*", "", name)
+        pair = [value, value] if type(value) is int else value
+        try:
+            dilation = check_dilation(pair)
+        except NATSError as error:
+            raise NATSError(f"RF-Next structure: {_short(short)}: {error}") from None
+        match = re.fullmatch(r"backbone\.layer([1-4])\.(\d{1,3})\.(conv[12])", short, re.ASCII)
+        if match:
+            stage, block, conv = int(match[1]) + 1, int(match[2]), match[3]
+            layers[f"res{stage}.{block}.{conv}"] = [(width * 2 ** (stage - 2), *dilation)]
+        elif re.match(r"backbone\.(?!(conv1|stem)\b)", short):
+            foreign.append(short)
+        elif dilation != (1, 1):
+            left_out.append(short)
+    if foreign:
+        raise NATSError(
+            f"RF-Next structure: {_short(foreign[0])} is no 3x3 conv of a ResNet: only backbones "
+            "of type ResNet and ResNeXt can be imported (names like backbone.layer2.0.conv2), not "
+            "Res2Net, HRNet, ConvNeXt or PVT"
+        )
+    if not layers:
+        raise NATSError("RF-Next structure: it names no 3x3 conv of a backbone")
+    _check_whole_stages(layers)
+    note = {"method": "RF-Next", **({"source": source} if source else {})}
+    return Architecture(dict(sorted(layers.items(), key=_block_order)), note), left_out
+
+
+def _block_order(item) -> Tuple[str, int, str]:
+    stage, block, conv = item[0].split(".")
+    return stage, int(block), conv
+
+
+def _check_whole_stages(layers: Mapping[str, Sequence]) -> None:
+    """Each stage must name the same convs of blocks 0, 1, 2, … (how many, the network says)."""
+    for stage in sorted({name.split(".")[0] for name in layers}):
+        named = [name.split(".")[1:] for name in layers if name.split(".")[0] == stage]
+        convs = {conv for _, conv in named}
+        blocks = {int(block) for block, _ in named}
+        for block in range(max(blocks) + 1):
+            for conv in sorted(convs):
+                if f"{stage}.{block}.{conv}" not in layers:
+                    raise NATSError(
+                        f"RF-Next structure: {stage}.{block}.{conv} is missing: a stage must be "
+                        "named whole"
+                    )

@@ -1,0 +1,408 @@
+"""Pictures: an architecture, α's history, effective receptive fields, detections.
+
+Each function draws one matplotlib figure and returns it; nothing is shown on a screen.
+"""
+
+import json
+import math
+import os
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import nn
+
+from .architecture import Architecture
+from .errors import NATSError
+from .search_space import PAPER_SETS, Dilation
+from .transform import _residual_stages
+
+__all__ = [
+    "as_image",
+    "effective_receptive_fields",
+    "mass_side",
+    "plot_architecture",
+    "plot_detections",
+    "plot_history",
+    "plot_receptive_fields",
+    "read_history",
+    "save",
+]
+
+_PLAIN = (227, 227, 227)
+# Light to dark within a kind, so that a grey print keeps the order. The hatch tells the kinds
+# apart in grey: lines along the width for wide kernels, along the height for tall ones.
+_KINDS = {
+    "square": ((198, 219, 239), (8, 48, 107), ""),
+    "wide": ((253, 208, 162), (140, 45, 4), "---"),
+    "tall": ((199, 233, 192), (0, 68, 27), "|||"),
+}
+
+
+def _kind(dilation: Dilation) -> str:
+    d_h, d_w = dilation
+    return "square" if d_h == d_w else "wide" if d_w > d_h else "tall"
+
+
+def dilation_styles(dilations: Sequence[Dilation]) -> Dict[Dilation, Dict[str, Any]]:
+    """A face colour and a hatch for each dilation, in the order of a legend.
+
+    The plain (1, 1) is light grey; squares are blue, wide ones orange, tall ones green.
+    """
+    # the paper's are always counted in, so that its dilations look alike in all pictures
+    known = sorted({*dilations, *PAPER_SETS["C"]["res5"]}, key=_legend_key)
+    styles: Dict[Dilation, Dict[str, Any]] = {}
+    for kind, (light, dark, hatch) in _KINDS.items():
+        members = [d for d in known if _kind(d) == kind and d != (1, 1)]
+        for index, dilation in enumerate(members):
+            share = (index + 0.3) / (len(members) - 0.4)
+            face = [a + (b - a) * share for a, b in zip(light, dark)]
+            lines = light if share > 0.45 else dark
+            styles[dilation] = _style(face, lines, hatch)
+    styles[1, 1] = _style(_PLAIN, _PLAIN, "")
+    return {dilation: styles[dilation] for dilation in sorted(set(dilations), key=_legend_key)}
+
+
+def _legend_key(dilation: Dilation):
+    return list(_KINDS).index(_kind(dilation)), sum(dilation), dilation
+
+
+def _style(face: Sequence[float], lines: Sequence[float], hatch: str) -> Dict[str, Any]:
+    # without a width the edge is not drawn, and its colour is the hatch's
+    colours = {"facecolor": [c / 255 for c in face], "edgecolor": [c / 255 for c in lines]}
+    return {**colours, "hatch": hatch, "linewidth": 0}
+
+
+def _label(dilation: Dilation) -> str:
+    return f"{dilation[0]}×{dilation[1]}" + (" (plain)" if dilation == (1, 1) else "")
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not pyplot: it keeps every figure, and picks a screen where there is one.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
+    """One stacked bar per layer: the share of its output channels that has each dilation."""
+    counts = {name: architecture.channels_per_dilation(name) for name in architecture.layers}
+    styles = dilation_styles([d for layer in counts.values() for d in layer])
+    figure = _figure(max(6.5, 2.6 + 0.36 * len(counts)), 4.2)
+    axes = figure.subplots()
+    positions, stage_spans, x = [], {}, 0.0
+    for index, name in enumerate(counts):
+        stage = name.split(".")[0]
+        if index and stage not in stage_spans:
+            x += 0.6  # a gap between stages
+        first, _ = stage_spans.get(stage, (x, x))
+        stage_spans[stage] = first, x
+        positions.append(x)
+        x += 1
+    bottom = np.zeros(len(counts))
+    for dilation, style in styles.items():
+        shares = np.array(
+            [100 * layer.get(dilation, 0) / sum(layer.values()) for layer in counts.values()]
+        )
+        axes.bar(positions, shares, 0.86, bottom, **style)
+        bottom += shares
+    for stage, (first, last) in stage_spans.items():
+        widths = sorted({sum(c.values()) for name, c in counts.items() if _stage(name) == stage})
+        text = f"{stage}\n{'/'.join(map(str, widths))} channels"
+        axes.text((first + last) / 2, 102, text, ha="center", va="bottom", fontsize=9)
+    basic = any(name.endswith("conv1") for name in counts)
+    labels = [name.split(".", 1)[1] if basic else name.split(".")[1] for name in counts]
+    axes.set_xticks(positions, labels, rotation=90 if basic else 0, fontsize=8)
+    axes.set_xlabel("3×3 conv of block" if not basic else "3×3 conv")
+    axes.set_ylabel("output channels, %")
+    axes.set_ylim(0, 100)
+    axes.set_xlim(-0.6, x - 0.4)
+    axes.tick_params(axis="x", length=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    handles = [Patch(label=_label(d), **style) for d, style in styles.items()]
+    figure.legend(
+        # the order in which the pieces lie on each other
+        handles=handles[::-1],
+        title="dilation\nheight × width",
+        title_fontsize=9,
+        loc="outside right center",
+        frameon=False,
+        fontsize=9,
+        handleheight=1.6,
+        handlelength=2.2,
+        ncols=1 + len(handles) // 13,
+    )
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _stage(layer: str) -> str:
+    return layer.split(".")[0]
+
+
+# -- α's history -------------------------------------------------------------------------------
+
+
+def read_history(path: str) -> Dict[str, Any]:
+    """α's history in a search's ``metrics.json``.
+
+    Returns:
+        iteration, entropy (share of its maximum), votes_changed: lists over the lines of the log;
+        intensity: dilation → list, the share of all layers' votes.
+
+    Raises:
+        NATSError: missing, or without α's values.
+    """
+    lines: Dict[int, Dict[str, float]] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    values = json.loads(line)
+                except ValueError:
+                    continue  # a kill in the middle of a line
+                if isinstance(values, dict) and "alpha/entropy" in values:
+                    # a resumed search writes some iterations again: the last counts
+                    lines[int(values["iteration"])] = values
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
+        raise NATSError(f"{path}: cannot be read: {reason}") from None
+    if not lines:
+        raise NATSError(f"{path}: holds no history of α: is it a search's?")
+    history: Dict[str, Any] = {"iteration": sorted(lines)}
+    ordered = [lines[iteration] for iteration in history["iteration"]]
+    for key in ("entropy", "votes_changed"):
+        history[key] = [values.get(f"alpha/{key}", math.nan) for values in ordered]
+    per_line = [_overall_intensity(values) for values in ordered]
+    dilations = sorted({dilation for shares in per_line for dilation in shares})
+    history["intensity"] = {d: [shares.get(d, 0.0) for shares in per_line] for d in dilations}
+    return history
+
+
+def _overall_intensity(values: Mapping[str, float]) -> Dict[Dilation, float]:
+    """Mean over the layers of each genotype's intensity; 0 in a layer that lacks it."""
+    layers, sums = set(), {}
+    for key, share in values.items():
+        if key.startswith("intensity/"):
+            _, layer, name = key.split("/")
+            layers.add(layer)
+            dilation = tuple(int(d) for d in name.split("x"))
+            sums[dilation] = sums.get(dilation, 0.0) + share
+    return {dilation: total / len(layers) for dilation, total in sums.items()}
+
+
+def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
+    """α over the iterations: entropy, votes changed, intensity of each dilation."""
+    figure = _figure(7.5, 6.6)
+    entropy, votes, intensity = figure.subplots(3, sharex=True, height_ratios=[1, 1, 1.7])
+    # iterations count from 0; what is logged at the end of iteration i is the state after i + 1
+    x = np.asarray(history["iteration"]) + 1
+    marker = "o" if len(x) < 40 else None
+    entropy.plot(x, history["entropy"], color="#08519c", marker=marker, markersize=3, clip_on=False)
+    entropy.set_ylabel("entropy,\nshare of maximum", fontsize=9)
+    entropy.ticklabel_format(axis="y", useOffset=False)
+    votes.plot(
+        x, history["votes_changed"], color="#08519c", marker=marker, markersize=3, clip_on=False
+    )
+    votes.set_ylabel("votes changed since\nthe last log line", fontsize=9)
+    votes.set_ylim(bottom=0)
+    styles = dilation_styles(list(history["intensity"]))
+    shares = [100 * np.asarray(history["intensity"][d]) for d in styles]
+    if len(x) == 1:  # an area needs two points
+        x, shares = np.array([x[0] - 0.5, x[0] + 0.5]), [np.repeat(share, 2) for share in shares]
+    bottom = np.zeros(len(x))
+    for (dilation, style), share in zip(styles.items(), shares):
+        intensity.fill_between(x, bottom, bottom + share, **style)
+        bottom += share
+    intensity.set_ylabel("votes over all layers, %", fontsize=9)
+    intensity.set_ylim(0, 100)
+    intensity.set_xlim(x[0], x[-1])
+    intensity.xaxis.get_major_locator().set_params(integer=True)
+    intensity.set_xlabel("iteration")
+    for axes in (entropy, votes):
+        axes.grid(alpha=0.3)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    intensity.legend(
+        handles=[Patch(label=_label(d), **s) for d, s in styles.items()][::-1],
+        title="dilation\nheight × width",
+        title_fontsize=9,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=8,
+        handleheight=1.4,
+        ncols=1 + len(styles) // 13,
+    )
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+# -- effective receptive fields ----------------------------------------------------------------
+
+
+def effective_receptive_fields(module: nn.Module, images: torch.Tensor) -> Dict[str, np.ndarray]:
+    """What the centre of each stage's output sees of the input (the paper's Figure 4).
+
+    The gradient of the centre position's output, summed over its channels, with respect to the
+    input: its absolute value, summed over the colours, mean over the images. Each image counts
+    alike, however large its gradient. Norms use their stored statistics, so that no position sees
+    another through them.
+
+    Args:
+        module: holds residual stages; put back into its mode afterwards.
+        images: (B, 3, H, W), normalised as the backbone expects them.
+
+    Returns:
+        Stage → (H, W), adding up to 1.
+    """
+    outputs: Dict[str, torch.Tensor] = {}
+    stages = _residual_stages(module)
+    hooks = [
+        stage.register_forward_hook(lambda _, __, y, name=name: outputs.update({name: y}))
+        for name, stage in stages.items()
+    ]
+    was_training = module.training
+    sums = {name: torch.zeros(images.shape[-2:]) for name in stages}
+    try:
+        module.eval()
+        for image in images:
+            x = image[None].clone().requires_grad_(True)
+            with torch.enable_grad():
+                module(x)
+                for name, y in outputs.items():
+                    centre = y[..., y.shape[-2] // 2, y.shape[-1] // 2].sum()
+                    (gradient,) = torch.autograd.grad(centre, x, retain_graph=True)
+                    field = gradient[0].abs().sum(0).cpu()
+                    sums[name] += field / field.sum().clamp(min=1e-30)
+            outputs.clear()
+    finally:
+        module.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return {name: (field / len(images)).numpy() for name, field in sums.items()}
+
+
+def mass_side(field: np.ndarray, share: float = 0.9) -> int:
+    """Side in pixels of the smallest square around the centre that holds `share` of a field."""
+    height, width = field.shape
+    rows, columns = np.abs(np.arange(height) - height // 2), np.abs(np.arange(width) - width // 2)
+    distance = np.maximum(rows[:, None], columns[None, :])
+    mass = np.cumsum(np.bincount(distance.ravel(), weights=field.ravel()))
+    return 2 * int(np.searchsorted(mass, share * mass[-1])) + 1
+
+
+def plot_receptive_fields(
+    fields: Mapping[str, Mapping[str, np.ndarray]], title: str = ""
+) -> Figure:
+    """Networks as rows, stages as columns.
+
+    Args:
+        fields: network's name → what :func:`effective_receptive_fields` returns.
+    """
+    networks = list(fields)
+    stages = [s for s in fields[networks[0]] if all(s in fields[n] for n in networks)]
+    figure = _figure(1.2 + 2.3 * len(stages), 0.9 + 2.45 * len(networks))
+    grid = figure.subplots(len(networks), len(stages), squeeze=False)
+    for column, stage in enumerate(stages):
+        for row, network in enumerate(networks):
+            axes, field = grid[row][column], fields[network][stage]
+            side, (height, width) = mass_side(field), field.shape
+            # A single bright pixel must not darken the rest; the root shows the faint rim.
+            bright = np.quantile(field[field > 0], 0.999) if (field > 0).any() else 1.0
+            axes.imshow(np.sqrt(np.clip(field / bright, 0, 1)), cmap="magma", vmin=0, vmax=1)
+            corner = (width // 2 - side / 2, height // 2 - side / 2)
+            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", lw=1.2))
+            axes.set_title(f"{stage}: {side} px" if row == 0 else f"{side} px", fontsize=10)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.set_ylabel(network, fontsize=10)
+    figure.supxlabel(
+        "|input gradient of the centre output|, square root; "
+        "the square around the centre holds 90 % of it, its side is given",
+        fontsize=8,
+    )
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+# -- detections --------------------------------------------------------------------------------
+
+
+def plot_detections(
+    images: Sequence[np.ndarray],
+    detections: Mapping[str, Sequence[Sequence[Tuple[Sequence[float], int, float]]]],
+    class_names: Sequence[str],
+    title: str = "",
+) -> Figure:
+    """Images as rows, networks as columns; a colour per class.
+
+    Args:
+        images: (H, W, 3) uint8, RGB.
+        detections: network's name → per image, list of (x0, y0, x1, y1 in pixels; class; score).
+    """
+    palette = matplotlib.colormaps["tab10"].colors
+    aspects = [image.shape[0] / image.shape[1] for image in images]
+    figure = _figure(3.6 * len(detections), 0.5 + 3.55 * sum(aspects))
+    grid = figure.subplots(len(images), len(detections), squeeze=False, height_ratios=aspects)
+    for column, (network, per_image) in enumerate(detections.items()):
+        for row, image in enumerate(images):
+            axes, height = grid[row][column], image.shape[0]
+            axes.imshow(image)
+            axes.axis("off")
+            if row == 0:
+                axes.set_title(network, fontsize=10)
+            if not per_image[row]:
+                style = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+                axes.text(2, 2, "nothing detected", fontsize=8, va="top", bbox=style)
+            for (x0, y0, x1, y1), label, score in per_image[row]:
+                colour = palette[label % len(palette)]
+                axes.add_patch(
+                    Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=1.5)
+                )
+                name = class_names[label] if label < len(class_names) else str(label)
+                axes.text(
+                    # above the box, or inside it where the image ends
+                    *(x0, y0 if y0 > 0.07 * height else y0 + 0.065 * height),
+                    f"{name} {score:.2f}",
+                    fontsize=7,
+                    color="white",
+                    va="bottom",
+                    bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
+                    clip_on=True,
+                )
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+# -- out ---------------------------------------------------------------------------------------
+
+
+def as_image(figure: Figure) -> np.ndarray:
+    """A figure as (3, H, W) uint8, for TensorBoard."""
+    figure.set_dpi(100)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].transpose(2, 0, 1).copy()
+
+
+def save(figure: Figure, folder: str, name: str, formats: Sequence[str]) -> List[str]:
+    """Write FOLDER/NAME.png and the like; returns the paths."""
+    os.makedirs(folder, exist_ok=True)
+    paths = []
+    for suffix in formats:
+        path = os.path.join(folder, f"{name}.{suffix}")
+        with matplotlib.rc_context({"svg.hashsalt": "nats"}):  # same picture, same file
+            metadata = {"Date": None} if suffix == "svg" else None
+            figure.savefig(path, dpi=150, metadata=metadata)
+        paths.append(path)
+    return paths

@@ -1,0 +1,175 @@
+"""The examples, with tiny detectors."""
+
+import argparse
+import importlib.util
+import os
+import warnings
+
+import pytest
+import torch
+from tiny import REPOSITORY, TINY
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from detectron2_nats import Architecture, GroupedDilationConv2d
+from detectron2_nats.export import export_config, load_config
+from detectron2_nats.transform import conv3x3_layers
+
+NARROW = [
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16),
+    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_MASK_HEAD.FC_DIM", 16),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
+    *("MODEL.POINT_HEAD.FC_DIM", 16, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 50),
+]
+
+
+def example(name: str):
+    """An example as a module."""
+    path = REPOSITORY / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mixed_architecture(width: int, stages=("res3", "res4", "res5")) -> Architecture:
+    """Three dilations in each conv of a ResNet-50 whose res2 has `width` channels."""
+    layers = {}
+    for stage, blocks in zip(("res2", "res3", "res4", "res5"), (3, 4, 6, 3)):
+        quarter = width * 2 ** (int(stage[3]) - 2) // 4
+        runs = [[2 * quarter, 1, 1], [quarter, 1, 3], [quarter, 2, 2]]
+        if stage in stages:
+            layers.update({f"{stage}.{block}.conv2": runs for block in range(blocks)})
+    return Architecture(layers)
+
+
+def count_grouped(model) -> int:
+    return sum(isinstance(c, GroupedDilationConv2d) for c in conv3x3_layers(model).values())
+
+
+def test_pointrend(tmp_path):
+    pytest.importorskip("cv2")  # PointRend's own need
+    module = example("pointrend_searched")
+    path, output = str(tmp_path / "architecture.yaml"), str(tmp_path / "pointrend.yaml")
+    mixed_architecture(8).save(path)
+    opts = [str(value) for value in NARROW]
+    module.main(argparse.Namespace(architecture=path, output=output, opts=opts))
+
+    # the written config alone makes the model, in a process that knows both projects
+    cfg = module.get_cfg()
+    module.add_pointrend_config(cfg)
+    module.add_nats_config(cfg)
+    cfg.merge_from_file(output, allow_unsafe=False)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    assert type(model.roi_heads.mask_head).__name__ == "PointRendMaskHead"
+    assert count_grouped(model.backbone) == 13
+    plain = cfg.clone()
+    plain.MODEL.BACKBONE.NAME = plain.MODEL.NATS.BASE_BACKBONE
+    expected = {k: v.shape for k, v in build_model(plain).state_dict().items()}
+    assert {k: v.shape for k, v in model.state_dict().items()} == expected
+
+    # it trains: every trained conv of the searched stages gets a gradient
+    image = torch.randint(0, 256, (3, 96, 128))
+    target = Instances((96, 128))
+    target.gt_boxes = Boxes([[10.0, 20.0, 90.0, 80.0]])
+    target.gt_classes = torch.tensor([3])
+    masks = torch.zeros(1, 96, 128, dtype=torch.bool)
+    masks[:, 25:75, 15:85] = True
+    target.gt_masks = BitMasks(masks)
+    with EventStorage():
+        losses = model([{"image": image, "instances": target}])
+    assert "loss_mask_point" in losses
+    sum(losses.values()).backward()
+    convs = [c for n, c in conv3x3_layers(model.backbone).items() if not n.startswith("res2")]
+    assert all(conv.weight.grad is not None for conv in convs)
+    # and it detects
+    with torch.no_grad():
+        instances = model.eval()([{"image": image}])[0]["instances"]
+    assert instances.pred_masks.shape[1:] == (96, 128)
+
+
+def test_lazyconfig(tmp_path):
+    module = example("lazyconfig_searched")
+    path, output = str(tmp_path / "architecture.yaml"), str(tmp_path / "lazy.yaml")
+    architecture = mixed_architecture(64)
+    architecture.save(path)
+    module.main(
+        argparse.Namespace(
+            architecture=path,
+            config="COCO-Detection/retinanet_R_50_FPN_1x.py",
+            output=output,
+            overrides=["train.max_iter=3"],
+        )
+    )
+    cfg = LazyConfig.load(output)
+    assert cfg.train.max_iter == 3
+    model = instantiate(cfg.model).eval()
+    convs = conv3x3_layers(model.backbone)
+    found = {n: tuple(c.runs) for n, c in convs.items() if isinstance(c, GroupedDilationConv2d)}
+    assert found == dict(architecture.layers)
+    # the same keys as the plain model, and the zoo config's frozen stages
+    plain = instantiate(
+        module.model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py").model
+    )
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert not convs["res2.0.conv2"].weight.requires_grad
+    with torch.no_grad():
+        assert "instances" in model([{"image": torch.rand(3, 64, 64) * 255}])[0]
+
+
+def tiny_detector(tmp_path, meta_architecture="GeneralizedRCNN"):
+    """A frozen detector with random weights, in eval mode."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    cfg = load_config(str(path), ["MODEL.META_ARCHITECTURE", meta_architecture])
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    if meta_architecture == "RetinaNet":
+        cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+        cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+        cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 50
+    torch.manual_seed(0)
+    return build_model(export_config(cfg, mixed_architecture(8))).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["GeneralizedRCNN", "RetinaNet"])
+def test_torchscript(tmp_path, kind):
+    module, model = example("export_detector"), tiny_detector(tmp_path, kind)
+    image, other = torch.rand(3, 64, 96) * 255, torch.rand(3, 96, 128) * 255
+    with torch.no_grad():
+        adapter = module.traceable(model, other)
+        expected = adapter(other)
+        assert len(expected[0]) > 10
+        traced = module.trace(model, image)(other)
+        assert module.difference(traced, expected) < 1e-5
+        scripted = module.script(model)(({"image": other},))[0]
+    fields = adapter.outputs_schema(expected)[0]["instances"]
+    torch.testing.assert_close(scripted["scores"], fields.scores)
+    torch.testing.assert_close(scripted["pred_boxes"], fields.pred_boxes.tensor)
+    assert torch.equal(scripted["pred_classes"], fields.pred_classes)
+
+
+def test_onnx(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    module, model = example("export_detector"), tiny_detector(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        differences = module.export_all(model, str(tmp_path / "exported"), (64, 96))
+    names = [os.path.basename(path) for path in differences]
+    assert names == ["traced.ts", "scripted.ts", "detector.onnx", "backbone.onnx"]
+    assert all(os.path.isfile(path) for path in differences)
+    assert max(differences.values()) < 1e-4, differences
+
+
+def test_difference():
+    module = example("export_detector")
+    a, b = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
+    assert module.difference([a, b], [a, a]) == 0.25
+    assert module.difference([a], [a[:1]]) == float("inf")
