@@ -1,0 +1,244 @@
+"""The embedded data set, its registration and the embedded weights."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from detectron2_nats import NATSError
+from detectron2_nats.data import embedded
+
+ROOT = Path(__file__).parents[2]
+COUNTS = {"train": 12, "calibration": 8, "val": 6}
+
+
+@pytest.fixture(autouse=True)
+def small_set_in_own_folder(tmp_path, monkeypatch):
+    """Every test makes a small set of its own, if any."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr(embedded, "SPLITS", COUNTS)
+    embedded.register_embedded_datasets()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "scenes"
+    path.mkdir()
+    embedded.write_embedded_dataset(path, COUNTS)
+    return path
+
+
+def digests(folder):
+    """Hash of every file in a folder by its relative path; of pixels where it is an image."""
+    result = {}
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        data = np.asarray(Image.open(path)) if path.suffix == ".png" else path.read_bytes()
+        result[str(path.relative_to(folder))] = hashlib.sha256(bytes(data)).hexdigest()
+    return result
+
+
+def test_the_same_seed_gives_the_same_files(folder, tmp_path):
+    again, other = tmp_path / "again", tmp_path / "other"
+    again.mkdir()
+    other.mkdir()
+    np.random.seed(5)  # the global generator plays no part
+    embedded.write_embedded_dataset(again, COUNTS)
+    embedded.write_embedded_dataset(other, COUNTS, seed=1)
+    assert digests(again) == digests(folder)
+    assert not set(digests(other).values()) & set(digests(folder).values())
+
+
+def test_splits_share_neither_images_nor_ids(folder):
+    images = [hash_ for name, hash_ in digests(folder).items() if name.endswith(".png")]
+    assert len(images) == sum(COUNTS.values()) == len(set(images))
+    for key in ("images", "annotations"):
+        ids = [
+            entry["id"]
+            for split in COUNTS
+            for entry in json.loads((folder / f"instances_{split}.json").read_text())[key]
+        ]
+        assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("split, count", COUNTS.items())
+def test_is_valid_coco(folder, split, count):
+    coco = COCO(str(folder / f"instances_{split}.json"))
+    assert len(coco.imgs) == count
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(embedded.CLASSES)
+    for image in coco.imgs.values():
+        pixels = Image.open(folder / split / image["file_name"])
+        assert (pixels.mode, pixels.size) == ("RGB", (image["width"], image["height"]))
+        assert coco.getAnnIds(imgIds=[image["id"]])
+    for annotation in coco.anns.values():
+        image = coco.imgs[annotation["image_id"]]
+        x, y, w, h = annotation["bbox"]
+        assert x >= 0 and y >= 0 and x + w <= image["width"] and y + h <= image["height"]
+        # The box, the area and the polygon are those of one shape.
+        mask = coco.annToMask(annotation)
+        assert mask.sum() == pytest.approx(annotation["area"], rel=0.15)
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        measured = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        # A long triangle's tip is thinner than a pixel.
+        assert measured == pytest.approx([x, y, x + w, y + h], abs=3)
+
+
+def test_objects_vary_and_stand_out():
+    labels, aspects, sizes, contrasts = [], [], [], []
+    for seed in range(60):
+        image, objects = embedded.render_scene(np.random.default_rng(seed), 128, 128)
+        assert 1 <= len(objects) <= 3
+        colourfulness = np.ptp(image.astype(int), axis=2)
+        for label, outline in objects:
+            x, y, right, bottom = *outline.min(axis=0), *outline.max(axis=0)
+            centre = colourfulness[int((y + bottom) / 2), int((x + right) / 2)]
+            labels.append(label)
+            aspects.append((right - x) / (bottom - y))
+            sizes.append(max(right - x, bottom - y) / 128)
+            contrasts.append(centre / np.median(colourfulness))
+    assert set(labels) == set(range(len(embedded.CLASSES)))
+    assert min(aspects) < 0.5 and max(aspects) > 2
+    assert min(sizes) < 0.3 and max(sizes) > 0.75
+    assert np.mean(np.array(contrasts) > 2) > 0.95
+
+
+def test_is_made_once_and_anew_for_another_version(monkeypatch):
+    path = Path(embedded.ensure_embedded_dataset())
+    made = (path / "made_by.json").stat().st_mtime_ns
+    assert embedded.ensure_embedded_dataset() == str(path)
+    assert (path / "made_by.json").stat().st_mtime_ns == made
+    (path / "left_over").touch()
+    monkeypatch.setattr(embedded, "VERSION", embedded.VERSION + 1)
+    embedded.ensure_embedded_dataset()
+    assert not (path / "left_over").exists()
+
+
+def test_a_killed_run_leaves_nothing_half_made(tmp_path, monkeypatch):
+    final = tmp_path / "nats_embedded"
+
+    def killed(folder, counts):
+        (Path(folder) / "train").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded, "write_embedded_dataset", killed)
+        with pytest.raises(KeyboardInterrupt):
+            embedded.ensure_embedded_dataset()
+    assert not final.exists()
+    # A folder without its marker is not trusted either.
+    (final / "train").mkdir(parents=True)
+    embedded.ensure_embedded_dataset()
+    assert len(list((final / "train").iterdir())) == COUNTS["train"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nats_embedded", "nats_embedded.lock"]
+
+
+def test_processes_that_start_together_make_it_once(tmp_path):
+    code = (
+        "from detectron2_nats.data import embedded\n"
+        f"embedded.SPLITS = {COUNTS}\n"
+        "import logging; logging.basicConfig(level='INFO')\n"
+        "print(embedded.ensure_embedded_dataset())"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum(err.count("Making the embedded data set") for _, err in outputs) == 1
+    assert len(list((tmp_path / "nats_embedded/train").iterdir())) == COUNTS["train"]
+
+
+@pytest.mark.parametrize("split, count", COUNTS.items())
+def test_registered_names_load(tmp_path, split, count):
+    name = f"nats_embedded_{split}"
+    assert not (tmp_path / "nats_embedded").exists()  # registering makes nothing
+    assert MetadataCatalog.get(name).thing_classes == list(embedded.CLASSES)
+    dicts = DatasetCatalog.get(name)
+    assert len(dicts) == count
+    assert all(Path(record["file_name"]).is_file() for record in dicts)
+    labels = {a["category_id"] for record in dicts for a in record["annotations"]}
+    assert labels <= set(range(len(embedded.CLASSES)))
+
+
+def test_an_evaluator_may_come_before_the_data(tmp_path):
+    evaluator = COCOEvaluator("nats_embedded_val", output_dir=str(tmp_path / "output"))
+    assert len(evaluator._coco_api.imgs) == COUNTS["val"]
+
+
+def test_weights_load_into_every_key_of_a_detectors_backbone():
+    cfg = get_cfg()
+    cfg.merge_from_file(str(ROOT / "configs/quickstart/base.yaml"), allow_unsafe=False)
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    saved = torch.load(PathManager.get_local_path(cfg.MODEL.WEIGHTS))["model"]
+    backbone = model.backbone.bottom_up.state_dict()
+    assert set(saved) == set(backbone)
+    for name, value in backbone.items():
+        assert value.dtype in (torch.float32, torch.int64)
+        assert torch.isfinite(value).all(), name  # a variance may be too large for half precision
+        assert torch.equal(value, saved[name].to(value.dtype)), name
+    assert sum(p.numel() for p in model.backbone.bottom_up.parameters()) < 1.6e6
+
+
+def test_the_weights_tell_the_classes_apart_without_training():
+    # Features of one class lie closer to their own class's mean than to any other's.
+    cfg = get_cfg()
+    cfg.merge_from_file(str(ROOT / "configs/quickstart/base.yaml"), allow_unsafe=False)
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    images, labels = [], []
+    for seed in range(96):
+        image, objects = embedded.render_scene(np.random.default_rng([7, seed]), 64, 64, 1)
+        images.append(torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy()).float())
+        labels.append(objects[0][0])
+    labels = torch.tensor(labels)
+    with torch.no_grad():
+        normalized = (torch.stack(images) - model.pixel_mean) / model.pixel_std
+        features = model.backbone.bottom_up(normalized)["res5"]
+    features = features.mean(dim=(2, 3))
+    means = torch.stack([features[:48][labels[:48] == c].mean(0) for c in range(5)])
+    nearest = torch.cdist(features[48:], means).argmin(dim=1)
+    assert (nearest == labels[48:]).float().mean() > 0.9
+
+
+def test_damaged_or_missing_weights_are_refused(tmp_path, monkeypatch):
+    good = Path(embedded.embedded_weights()).read_bytes()
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "embedded.py"))
+    with pytest.raises(NATSError, match="is missing"):
+        embedded.embedded_weights()
+    copy = tmp_path / embedded.WEIGHTS_NAME
+    copy.write_bytes(good)
+    assert embedded.embedded_weights() == str(copy)
+    copy.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(NATSError, match="is damaged"):
+        PathManager.get_local_path("nats://embedded_r50.pth")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(NATSError, match="Unknown name nats://resnet.pth"):
+        PathManager.get_local_path("nats://resnet.pth")
+
+
+def test_pretraining_writes_a_loadable_file(tmp_path):
+    path = tmp_path / "weights.pth"
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/pretrain_embedded.py")]
+    command += ["--steps", "1", "--output", str(path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in output
+    shipped = torch.load(embedded.embedded_weights())["model"]
+    fresh = torch.load(path)["model"]
+    assert {k: v.shape for k, v in fresh.items()} == {k: v.shape for k, v in shipped.items()}
