@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test faults lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -16,6 +16,9 @@ demo: setup  ## search, freeze, retrain and evaluate on the embedded data set (m
 
 test: setup  ## run all tests
 	@$(PYTHON) -m pytest tests
+
+faults: setup  ## break a small search in many ways and print what it survived (about 20 minutes)
+	@$(PYTHON) tests/faults/run_faults.py
 
 lint: setup  ## check the formatting and style
 	@$(PYTHON) -m black --quiet --check --diff .

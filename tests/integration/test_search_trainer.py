@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import assert_equal, assert_same_run, make_trainer
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.architecture import decode_alpha
@@ -311,3 +312,10 @@ def test_the_trainers_are_detectron2s():
 
     assert issubclass(SearchTrainer, ResumableTrainer) and issubclass(SearchTrainer, DefaultTrainer)
     assert Path(SearchTrainer.__module__.replace(".", "/")).name == "trainer"
+
+
+def test_plain_detectron2s_checkpoint_is_not_resumed_from(tiny_config, tmp_path):
+    trainer = make_trainer(tiny_config, tmp_path / "run")
+    DetectionCheckpointer(trainer.model, str(tmp_path / "run")).save("model_0000001", iteration=1)
+    with pytest.raises(NATSError, match="model_0000001.pth cannot be resumed from: .*OUTPUT_DIR"):
+        make_trainer(tiny_config, tmp_path / "run")

@@ -43,9 +43,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         try:
             write_atomically(path, lambda file: torch.save(data, file))
             self.tag_last_checkpoint(f"{name}.pth")
-        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+        except (OSError, RuntimeError) as error:
+            # torch's zip writer raises a RuntimeError of its own while it handles the OSError
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
             raise NATSError(
-                f"checkpoint {path} could not be written ({str(error).splitlines()[0]}): make room "
+                f"checkpoint {path} could not be written ({_first_line(cause)}): make room "
                 f"and go on with --resume from {self.get_checkpoint_file() or 'the start'}"
             ) from error
 
@@ -96,9 +98,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             return _read_pkl(filename)
         try:
             loaded = super()._load_file(filename)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise NATSError(f"{filename}: not readable as weights: {reason}") from None
+        except Exception as error:  # readers raise anything at what is no weights file
+            raise NATSError(f"{filename}: not readable as weights: {_first_line(error)}") from None
         if "layer1.0.conv1.weight" in loaded["model"]:
             loaded["model"] = _from_torchvision(loaded["model"])
             loaded["matching_heuristics"] = True
@@ -145,9 +146,17 @@ def _damage(path: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # reads everything, compares checksums
-        return f"bad checksum of {broken}" if broken else ""
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        return str(error) or type(error).__name__
+        if broken:
+            return f"bad checksum of {broken}"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return ""
+    except Exception as error:  # a flipped bit in a header makes zipfile raise anything
+        return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, shortened to a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_pkl(filename: str) -> Dict[str, Any]:
@@ -155,8 +164,10 @@ def _read_pkl(filename: str) -> Dict[str, Any]:
     with PathManager.open(filename, "rb") as file:
         try:
             content = _ArrayUnpickler(file, encoding="latin1").load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
-            raise NATSError(f"{filename}: not readable as weights: {error}") from None
+        except Exception as error:  # unpicklers raise anything at what is no pickle
+            raise NATSError(f"{filename}: not readable as weights: {_first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise NATSError(f"{filename}: not readable as weights: it holds no dict")
     if "model" in content and "__author__" in content:
         return content
     blobs = content.get("blobs", content)

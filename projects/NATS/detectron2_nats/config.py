@@ -34,6 +34,9 @@ def add_nats_config(cfg: CN) -> None:
     cfg.DATASETS.CALIBRATION = ["coco_2014_valminusminival"]
     # Own COCO-format data: [[name, annotation json, image folder], ...].
     cfg.DATASETS.REGISTER = []
+    # Detectron2's RandomSubsetTrainingSampler reads it, its defaults have no such key.
+    if "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
+        cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
 
     # -- the search -----------------------------------------------------------------------------
     cfg.SEARCH = CN()
@@ -60,7 +63,7 @@ def add_nats_config(cfg: CN) -> None:
     cfg.RUN.LOG_PERIOD = 20
     # Non-finite losses or gradients in a row after which the run stops.
     cfg.RUN.MAX_BAD_STEPS = 10
-    # Share of the images read so far that may be unreadable before the run stops.
+    # Share of a data set's images, or annotations, that may be unusable before the run stops.
     cfg.RUN.MAX_BAD_DATA = 0.01
     # Iterations between two checks that all ranks hold the same α.
     cfg.RUN.RANK_CHECK_PERIOD = 100

@@ -68,14 +68,19 @@ def _check_bases(path: str, depth: int = 0) -> None:
         return
     if not isinstance(base, str):
         raise NATSError(f"{path}: _BASE_ must be the path of one config")
-    base = os.path.expanduser(base)
-    _check_bases(os.path.join(os.path.dirname(path), base), depth + 1)
+    base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+    if os.path.exists(base) and not os.path.isfile(base):
+        raise NATSError(f"{path}: _BASE_ {base} is not a file")  # a pipe would be waited for
+    _check_bases(base, depth + 1)
 
 
 def _merge(name: str, merge) -> None:
     try:
         merge()
-    except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
+    except (
+        *(KeyError, ValueError, AssertionError, AttributeError, TypeError),
+        *(MemoryError, RecursionError),  # Python's parser, on values like "------…1"
+    ) as error:
         reason = error.args[0] if error.args else type(error).__name__
         raise NATSError(f"{name}: {' '.join(str(reason).split())[:300]}") from None
 

@@ -1,13 +1,16 @@
 """Stopping on request: SIGTERM, SIGUSR1 or Ctrl-C finish the step and write a checkpoint first."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 from multiprocessing import util
+from typing import Iterator
 
 __all__ = [
     "STOPPED_EXIT_CODE",
     "handle_signals",
+    "hold_signals",
     "ignore_signals",
     "kill_children_at_exit",
     "stop_requested",
@@ -49,6 +52,19 @@ def handle_signals(role: str = "alone") -> None:
         signal.signal(number, handle)
     if role == "worker":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def hold_signals() -> Iterator[None]:
+    """Deliver requests to stop at the end of the block; processes started in it never see any.
+
+    A loader process that is signalled before it comes to :func:`ignore_signals` would die of it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_signals(worker_id: int = 0) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import random
+import sys
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -27,11 +28,13 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 
 from ..errors import NATSError
-from ..stopping import ignore_signals, kill_children_at_exit
+from ..stopping import hold_signals, ignore_signals, kill_children_at_exit
 
 __all__ = ["ResumableLoader", "build_resumable_loader", "dataset_dicts", "preserved_rng"]
 
 logger = logging.getLogger(__name__)
+
+_CAN_FORK = sys.platform.startswith("linux")
 
 
 @contextlib.contextmanager
@@ -155,8 +158,12 @@ class ResumableLoader:
             worker_init_fn=ignore_signals,
             # its own generator: the global one's state must not depend on when workers start
             generator=torch.Generator(),
+            # a spawned rank would spawn them: slow, and a signal meanwhile hangs the rank
+            multiprocessing_context="fork" if self.num_workers and _CAN_FORK else None,
         )
-        for batch in loader:
+        with hold_signals():
+            iterator = iter(loader)
+        for batch in iterator:
             self.batches += 1
             for _, unreadable in batch:
                 for file_name, reason in unreadable:

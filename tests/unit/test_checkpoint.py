@@ -1,0 +1,353 @@
+"""Checkpoints: whole or not there, plain, and known to fit."""
+
+import errno
+import logging
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from common import FPN_RESNET, tiny_cfg
+from torch import nn
+from torchvision.models import resnet50
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_backbone
+from detectron2_nats import NATSError, add_nats_config
+from detectron2_nats.checkpoint import SafeCheckpointer, _damage
+from detectron2_nats.transform import conv3x3_layers, searched_layers
+
+
+class State:
+    """Something else that a checkpoint holds."""
+
+    def __init__(self, value=0):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value, "tensor": torch.full((100,), float(self.value))}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return SafeCheckpointer(nn.Linear(300, 50), str(tmp_path), run=State())
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+    return caplog
+
+
+def save(checkpointer, *iterations):
+    for iteration in iterations:
+        checkpointer.checkpointables["run"].value = iteration
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def test_saves_and_loads(checkpointer, tmp_path):
+    save(checkpointer, 3)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000003.pth"]
+    weight = checkpointer.model.weight.detach().clone()
+    checkpointer.model.weight.data.zero_()
+    checkpointer.checkpointables["run"].value = 0
+    assert checkpointer.resume_or_load("") == {"iteration": 3}
+    assert torch.equal(checkpointer.model.weight, weight)
+    assert checkpointer.checkpointables["run"].value == 3
+
+
+def test_holds_tensors_and_plain_types_only(checkpointer, tmp_path):
+    save(checkpointer, 3)
+    content = torch.load(tmp_path / "model_0000003.pth", weights_only=True)
+    assert set(content) == {"model", "run", "iteration"}
+
+
+def fail_half_way(monkeypatch, error):
+    def half(obj, file):
+        file.write(b"x" * 1000)
+        raise error
+
+    monkeypatch.setattr(torch, "save", half)
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (RuntimeError("PytorchStreamWriter failed writing file\nmore"), "failed writing file"),
+    ],
+)
+def test_a_failed_write_leaves_the_last_one(checkpointer, tmp_path, monkeypatch, error, words):
+    save(checkpointer, 1)
+    fail_half_way(monkeypatch, error)
+    with pytest.raises(NATSError, match=f"model_0000003.pth could not be written .*{words}") as e:
+        save(checkpointer, 3)
+    assert "go on with --resume from" in str(e.value) and "model_0000001.pth" in str(e.value)
+    assert "\n" not in str(e.value)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000001.pth"]
+    monkeypatch.undo()
+    assert checkpointer.resume_or_load("") == {"iteration": 1}
+
+
+def test_a_failed_first_write_says_that_there_is_none(checkpointer, tmp_path, monkeypatch):
+    fail_half_way(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(NATSError, match="--resume from the start"):
+        save(checkpointer, 1)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_the_reason_is_the_disks_not_torchs(checkpointer, monkeypatch):
+    # torch's zip writer raises an error of its own, "unexpected pos 64 vs 0"
+    plain = torch.save
+
+    def on_full_device(obj, file):
+        with open("/dev/full", "wb", buffering=0) as full:
+            plain(obj, full)
+
+    monkeypatch.setattr(torch, "save", on_full_device)
+    with pytest.raises(NATSError, match="No space left on device"):
+        save(checkpointer, 1)
+
+
+def test_pruning_keeps_the_newest(checkpointer, tmp_path):
+    save(checkpointer, 1, 3, 5, 7, 10000001)
+    (tmp_path / "model_best.pth").touch()
+    checkpointer.save("model_final", iteration=9)
+    checkpointer.prune(2)
+    kept = ["last_checkpoint", "model_0000007.pth", "model_10000001.pth"]
+    assert names(tmp_path) == [*kept, "model_best.pth", "model_final.pth"]
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def garbage(path):
+    path.write_bytes(os.urandom(5000))
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip, garbage, remove])
+def test_the_one_before_a_damaged_one_is_taken(checkpointer, tmp_path, warnings, damage):
+    save(checkpointer, 1, 3, 5)
+    newest = tmp_path / "model_0000005.pth"
+    damage(newest)
+    assert checkpointer.resume_or_load("") == {"iteration": 3}
+    lines = [r.getMessage() for r in warnings.records if r.levelno >= logging.WARNING]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"checkpoint {newest} is damaged (")
+    assert lines[0].endswith("): trying the one before it")
+
+
+def test_several_damaged_ones_are_passed_over(checkpointer, tmp_path):
+    save(checkpointer, 1, 3, 5, 7)
+    checkpointer.save("model_final", iteration=9)
+    for name, damage in (
+        ("model_final", flip),
+        ("model_0000007", truncate),
+        ("model_0000005", empty),
+    ):
+        damage(tmp_path / f"{name}.pth")
+    assert checkpointer.resume_or_load("") == {"iteration": 3}
+
+
+def test_all_damaged(checkpointer, tmp_path):
+    save(checkpointer, 1, 3)
+    for path in tmp_path.glob("*.pth"):
+        truncate(path)
+    with pytest.raises(NATSError, match="no checkpoint in .* is whole: start anew elsewhere"):
+        checkpointer.resume_or_load("")
+
+
+def test_nothing_to_resume_from(checkpointer):
+    assert checkpointer.find_usable_checkpoint() == ""
+    assert checkpointer.resume_or_load("") == {}
+
+
+def test_a_flip_anywhere_is_seen_or_does_no_harm(checkpointer, tmp_path):
+    save(checkpointer, 1)
+    path = tmp_path / "model_0000001.pth"
+    whole = path.read_bytes()
+    expected = torch.load(path, weights_only=True)
+    generator = random.Random(0)
+    places = [generator.randrange(len(whole)) for _ in range(150)]
+    places += range(120)  # the first header
+    places += range(len(whole) - 250, len(whole))  # the directory
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+        if _damage(str(path)):
+            continue
+        loaded = torch.load(path, weights_only=True)
+        assert torch.equal(loaded["model"]["weight"], expected["model"]["weight"]), place
+        assert torch.equal(loaded["run"]["tensor"], expected["run"]["tensor"]), place
+        assert loaded["iteration"] == 1, place
+
+
+# -- strangers' files -----------------------------------------------------------------------------
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "b.pkl", "old.pth"])
+def test_code_in_a_file_is_not_run(checkpointer, tmp_path, name):
+    marker, path = tmp_path / "code_was_run", tmp_path / name
+    content = {"model": {"weight": torch.zeros(50, 300)}, "x": Payload(str(marker))}
+    if name.endswith("pth"):
+        torch.save(content, path, _use_new_zipfile_serialization=name == "a.pth")
+    else:
+        path.write_bytes(pickle.dumps({"model": {"weight": np.zeros(3)}, "x": content["x"]}))
+    with pytest.raises(NATSError, match=f"{name}: not readable as weights") as caught:
+        checkpointer.load(str(path))
+    assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"junk", pickle.dumps([1]), pickle.dumps(7)])
+@pytest.mark.parametrize("name", ["a.pth", "b.pkl"])
+def test_what_is_no_weights_file(checkpointer, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NATSError, match=f"{name}: not readable as weights"):
+        checkpointer.load(str(tmp_path / name))
+
+
+def test_detectron2s_and_caffe2s_pkl(tmp_path):
+    for name, content in (
+        ("d2.pkl", {"model": {"weight": np.ones((2, 3), "float32")}, "__author__": "x"}),
+        ("c2.pkl", {"blobs": {"weight": np.ones((2, 3), "float32"), "weight_momentum": 1}}),
+    ):
+        model = nn.Linear(3, 2)
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+        SafeCheckpointer(model).load(str(tmp_path / name))
+        assert (model.weight == 1).all()
+
+
+def test_missing_weights(checkpointer):
+    with pytest.raises(NATSError, match="weights not found: nowhere.pth"):
+        checkpointer.load("nowhere.pth")
+
+
+# -- torchvision's names --------------------------------------------------------------------------
+
+ARCHITECTURE = [
+    [f"res{stage}.{block}.conv2", [[2 ** (stage + 3), 1, 1], [2 ** (stage + 3), 3, 3]]]
+    for stage, blocks in ((3, 4), (4, 6), (5, 3))
+    for block in range(blocks)
+]
+
+
+@pytest.fixture(scope="module")
+def torchvision_file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet50.pth"
+    model = resnet50(weights=None)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["plain", "searched", "frozen"])
+def test_torchvision_weights_fill_the_backbone(torchvision_file, kind):
+    cfg = get_cfg()
+    add_nats_config(cfg)
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
+    cfg.MODEL.NATS.SPACE, cfg.MODEL.NATS.BASE_BACKBONE = "A", FPN_RESNET
+    cfg.MODEL.BACKBONE.NAME = FPN_RESNET if kind == "plain" else "build_nats_backbone"
+    if kind == "frozen":
+        cfg.MODEL.NATS.ARCHITECTURE = ARCHITECTURE
+    model = nn.Module()
+    model.backbone = build_backbone(cfg)
+    SafeCheckpointer(model).load(str(torchvision_file))
+    given = resnet50(weights=None)
+    given.load_state_dict(torch.load(torchvision_file, weights_only=True))
+    bottom_up = model.backbone.bottom_up
+    pairs = [(bottom_up.stem.conv1, given.conv1), (bottom_up.stem.conv1.norm, given.bn1)]
+    for stage in range(1, 5):
+        for ours, theirs in zip(
+            getattr(bottom_up, f"res{stage + 1}"), getattr(given, f"layer{stage}")
+        ):
+            for i in (1, 2, 3):
+                conv = getattr(ours, f"conv{i}")
+                pairs += [
+                    (conv, getattr(theirs, f"conv{i}")),
+                    (conv.norm, getattr(theirs, f"bn{i}")),
+                ]
+            if theirs.downsample is not None:
+                pairs += zip((ours.shortcut, ours.shortcut.norm), theirs.downsample)
+    assert len(pairs) == 106
+    for ours, theirs in pairs:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if getattr(theirs, name, None) is not None:
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    if kind == "searched":
+        for conv in searched_layers(model.backbone).values():
+            assert all(torch.equal(replica, conv.weight) for replica in conv.replicas)
+            assert not conv.alpha.any()
+
+
+def test_weights_of_another_depth_are_told_of(tmp_path, warnings):
+    model, other = nn.Module(), nn.Module()
+    model.backbone = build_backbone(tiny_cfg(FPN_RESNET))
+    other.backbone = build_backbone(tiny_cfg(FPN_RESNET, ["RESNETS.DEPTH", 101]))
+    total = len(conv3x3_layers(other.backbone))
+    torch.save({"model": model.state_dict()}, tmp_path / "r50.pth")
+    SafeCheckpointer(other).load(str(tmp_path / "r50.pth"))
+    assert f"match only 16 of {total} convs" in warnings.text
+
+
+def test_weights_of_another_network_are_an_error(tmp_path):
+    model = nn.Module()
+    model.backbone = build_backbone(tiny_cfg(FPN_RESNET))
+    torch.save({"model": {"features.0.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(NATSError, match="match nothing in the backbone.*features.0.weight"):
+        SafeCheckpointer(model).load(str(tmp_path / "other.pth"))
+
+
+def test_plain_detectron2s_checkpoint_loads_as_weights(tmp_path):
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    DetectionCheckpointer(model, str(tmp_path)).save("model_0000001", iteration=1)
+    SafeCheckpointer(other).load(str(tmp_path / "model_0000001.pth"))
+    assert torch.equal(model.weight, other.weight)
