@@ -1,6 +1,7 @@
 """Starting a script: arguments, processes (our own, torchrun's, several machines), errors."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -126,6 +127,11 @@ def _call(main, args) -> None:
         rank = comm.get_rank()
         print(f"error: {error}" + (f" [rank {rank}]" if rank else ""), file=sys.stderr, flush=True)
         sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error}: make room and go on with --resume", file=sys.stderr, flush=True)
+        sys.exit(1)
     if dist.is_initialized():
         comm.synchronize()
         dist.destroy_process_group()

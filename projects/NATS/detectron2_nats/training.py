@@ -344,6 +344,7 @@ class ResumableTrainer(DefaultTrainer):
                 hook.load_state_dict(state["hooks"][name])
         for phase in self.phases():
             phase.load_state_dict(state["phases"][phase.name or "weights"])
+        self.seed = self.weights.loader.seed  # SEED -1 drew another one just now
         if len(state["rng"]) == comm.get_world_size():
             _set_rng_state(state["rng"][comm.get_rank()])
         else:
