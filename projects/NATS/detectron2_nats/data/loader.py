@@ -189,12 +189,15 @@ class ResumableLoader:
 def dataset_dicts(cfg: CfgNode, names: Sequence[str]) -> List[dict]:
     """The dataset dicts of `names`, filtered as the config says for training."""
     keypoint_head = cfg.MODEL.ROI_KEYPOINT_HEAD
-    return get_detection_dataset_dicts(
-        names,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoint_head.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    try:
+        return get_detection_dataset_dicts(
+            names,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoint_head.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except AssertionError as error:  # Detectron2's words for an empty data set
+        raise NATSError(f"data sets {', '.join(names)}: {error}") from None
 
 
 def build_resumable_loader(

@@ -1,0 +1,75 @@
+"""A searched ResNet-50 goes into every kind of detector of Detectron2's zoo."""
+
+import json
+
+import pytest
+import torch
+
+from detectron2.modeling import build_model
+from detectron2_nats import Architecture, NATSError
+from detectron2_nats.data.loader import dataset_dicts
+from detectron2_nats.data.registry import register_datasets
+from detectron2_nats.export import export_config, load_config, write_config
+from detectron2_nats.layers import GroupedDilationConv2d
+
+BLOCKS = {"res3": (4, 128), "res4": (6, 256), "res5": (3, 512)}
+
+SEARCHED = Architecture(
+    {
+        f"{stage}.{block}.conv2": [[channels // 2, 1, 1], [channels // 2, 1, 3]]
+        for stage, (blocks, channels) in BLOCKS.items()
+        for block in range(blocks)
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "name, convs",
+    [
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x", 13),
+        ("COCO-Detection/faster_rcnn_R_50_DC5_1x", 13),
+        ("COCO-Detection/faster_rcnn_R_50_C4_1x", 10),  # res5 is in its heads, and stays plain
+        ("COCO-Detection/retinanet_R_50_FPN_1x", 13),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x", 13),
+        ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x", 13),
+        ("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x", 13),
+        ("Misc/cascade_mask_rcnn_R_50_FPN_1x", 13),
+    ],
+)
+def test_exports_to_every_zoo_detector(tmp_path, name, convs):
+    path = str(tmp_path / "retrain.yaml")
+    write_config(export_config(load_config(f"{name}.yaml"), SEARCHED), path)
+    cfg = load_config(path)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    found = [m for m in model.modules() if isinstance(m, GroupedDilationConv2d)]
+    assert len(found) == convs
+    plain = load_config(f"{name}.yaml")
+    plain.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        expected = build_model(plain).state_dict()
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in expected.items()
+    }
+
+
+def test_an_architecture_of_another_width_is_refused():
+    with pytest.raises(NATSError, match="does not fit res3.0.conv2.*128 channels.*"):
+        cfg = load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+        cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 32
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 128
+        export_config(cfg, SEARCHED)
+
+
+def test_an_empty_data_set_is_named(tmp_path):
+    path = tmp_path / "empty.json"
+    path.write_text(
+        json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]})
+    )
+    (tmp_path / "images").mkdir()
+    cfg = load_config("")
+    cfg.DATASETS.REGISTER = [["nothing_at_all", str(path), str(tmp_path / "images")]]
+    register_datasets(cfg)
+    with pytest.raises(NATSError, match="nothing_at_all.*empty"):
+        dataset_dicts(cfg, ["nothing_at_all"])
