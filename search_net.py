@@ -1,12 +1,10 @@
 #!/usr/bin/env python
 """Search which dilation each channel group of a detector's backbone should use."""
 
-from detectron2.modeling import build_model
 from detectron2_nats import SearchTrainer
-from detectron2_nats.checkpoint import SafeCheckpointer
 from detectron2_nats.data.registry import check_datasets
 from detectron2_nats.errors import NATSError
-from detectron2_nats.launch import run_script, setup
+from detectron2_nats.launch import run_script, setup, train_or_evaluate
 
 EPILOG = """
 examples:
@@ -29,18 +27,11 @@ exit status: 0 done, 2 bad input, 75 stopped on request (go on with --resume), 1
 
 def main(args):
     cfg = setup(args)
-    if args.eval_only:
-        model = build_model(cfg)
-        SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
-        return SearchTrainer.test(cfg, model)
-    if not cfg.DATASETS.CALIBRATION:
-        raise NATSError("DATASETS.CALIBRATION is empty: name the data set that α is trained on")
-    check_datasets(cfg.DATASETS.CALIBRATION, "DATASETS.CALIBRATION")
-    trainer = SearchTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    if not args.eval_only:
+        if not cfg.DATASETS.CALIBRATION:
+            raise NATSError("DATASETS.CALIBRATION is empty: name the data set that α is trained on")
+        check_datasets(cfg.DATASETS.CALIBRATION, "DATASETS.CALIBRATION")
+    return train_or_evaluate(SearchTrainer, cfg, args)
 
 
 if __name__ == "__main__":

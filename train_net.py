@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Train or evaluate a detector: a plain one, or one with a searched backbone."""
 
-from detectron2.modeling import build_model
-from detectron2_nats.checkpoint import SafeCheckpointer
-from detectron2_nats.launch import run_script, setup
+from detectron2_nats.launch import run_script, setup, train_or_evaluate
 from detectron2_nats.training import ResumableTrainer
 
 EPILOG = """
@@ -23,16 +21,7 @@ exit status: 0 done, 2 bad input, 75 stopped on request (go on with --resume), 1
 
 
 def main(args):
-    cfg = setup(args)
-    if args.eval_only:
-        model = build_model(cfg)
-        SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
-        return ResumableTrainer.test(cfg, model)
-    trainer = ResumableTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    return train_or_evaluate(ResumableTrainer, setup(args), args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from datetime import timedelta
-from typing import Callable
+from typing import Callable, Type
 
 import torch
 import torch.distributed as dist
@@ -15,15 +15,18 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 
+from .checkpoint import SafeCheckpointer
 from .data.embedded import ensure_embedded_dataset
 from .data.registry import check_datasets, register_datasets
 from .errors import NATSError
 from .export import load_config
 from .stopping import handle_signals
+from .training import ResumableTrainer
 
-__all__ = ["run_script", "setup"]
+__all__ = ["run_script", "setup", "train_or_evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     logging.getLogger("detectron2_nats").parent = logging.getLogger("detectron2")
     return cfg
+
+
+def train_or_evaluate(
+    trainer_class: Type[ResumableTrainer], cfg: CfgNode, args: argparse.Namespace
+):
+    """What the command line asks for: evaluate, train, or go on with a training."""
+    if args.eval_only:
+        model = build_model(cfg)
+        checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return trainer_class.test(cfg, model)
+    trainer = trainer_class(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
 
 
 def run_script(main: Callable[[argparse.Namespace], object], description: str, epilog: str) -> None:
