@@ -8,7 +8,7 @@ import yaml
 
 from .errors import NATSError
 
-__all__ = ["MAX_FILE_BYTES", "parse_yaml", "read_yaml", "write_atomically"]
+__all__ = ["MAX_FILE_BYTES", "parse_yaml", "read_bounded", "read_yaml", "write_atomically"]
 
 MAX_FILE_BYTES = 8 * 2**20
 """Size limit of a config or architecture file, checked before it is read."""
@@ -78,14 +78,11 @@ def parse_yaml(text: str, name: str, *, aliases: bool = True) -> Any:
         raise NATSError(f"{name}: not readable as plain YAML: {reason}") from None
 
 
-def read_yaml(path: str, *, aliases: bool = True) -> Any:
-    """Read a YAML file of plain values and at most :data:`MAX_FILE_BYTES`.
-
-    Args:
-        aliases: see :func:`parse_yaml`.
+def read_bounded(path: str) -> bytes:
+    """Read a file of at most :data:`MAX_FILE_BYTES`.
 
     Raises:
-        NATSError: missing, a folder, too large, not text, not plain YAML; names the file.
+        NATSError: missing, a folder, too large; names the file.
     """
     try:
         size = os.path.getsize(path)
@@ -98,6 +95,19 @@ def read_yaml(path: str, *, aliases: bool = True) -> Any:
         raise NATSError(f"{path}: cannot be read: {error.strerror or error}") from None
     if len(data) > MAX_FILE_BYTES:
         raise NATSError(f"{path}: more than the {MAX_FILE_BYTES} bytes that are read")
+    return data
+
+
+def read_yaml(path: str, *, aliases: bool = True) -> Any:
+    """Read a YAML file of plain values and at most :data:`MAX_FILE_BYTES`.
+
+    Args:
+        aliases: see :func:`parse_yaml`.
+
+    Raises:
+        NATSError: missing, a folder, too large, not text, not plain YAML; names the file.
+    """
+    data = read_bounded(path)
     try:
         return parse_yaml(data.decode("utf-8"), str(path), aliases=aliases)
     except UnicodeDecodeError:

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from .architecture import MAX_CHANNELS, Architecture
 from .errors import NATSError
-from .files import MAX_FILE_BYTES
+from .files import read_bounded
 from .search_space import _short, check_dilation
 
 __all__ = ["from_ic_conv", "from_rf_next", "read_json"]
@@ -22,18 +22,12 @@ _WIDTH = 64
 
 
 def read_json(path: str) -> Any:
-    """Read a JSON file of at most :data:`MAX_FILE_BYTES`.
+    """Read a JSON file of at most :data:`files.MAX_FILE_BYTES`.
 
     Raises:
         NATSError: missing, too large, not JSON, a key twice; names the file.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise NATSError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise NATSError(f"{path}: more than the {MAX_FILE_BYTES} bytes that are read")
+    data = read_bounded(path)
     try:
         return json.loads(data, object_pairs_hook=_no_key_twice)
     except (ValueError, RecursionError) as error:
