@@ -164,6 +164,32 @@ def test_retraining_resumes_bit_for_bit_and_evaluation_changes_nothing(tiny_conf
     assert_same_run(tmp_path / "whole", tmp_path / "part")
 
 
+def test_weights_are_averaged_over_the_last_iterations_also_after_a_resume(tiny_config, tmp_path):
+    plain = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "SOLVER.CHECKPOINT_PERIOD", 1]
+    average = [*plain, "SOLVER.AVERAGE_LAST", 0.5]  # the last 3 of 6 iterations
+    last = make_trainer(tiny_config, tmp_path / "last", *plain, kind="train")
+    last.train()
+    files = ["model_0000003.pth", "model_0000004.pth", "model_final.pth"]
+    models = [torch.load(tmp_path / "last" / f, weights_only=True)["model"] for f in files]
+    whole = make_trainer(tiny_config, tmp_path / "whole", *average, kind="train")
+    whole.train()
+    averaged = torch.load(tmp_path / "whole/model_final.pth", weights_only=True)["model"]
+    for name, value in averaged.items():
+        if value.is_floating_point():
+            mean = torch.stack([m[name].double() for m in models]).mean(dim=0)
+            torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(
+        averaged["backbone.fpn_output2.weight"], models[-1]["backbone.fpn_output2.weight"]
+    )
+
+    (tmp_path / "whole/model_final.pth").rename(tmp_path / "kept.pth")
+    (tmp_path / "whole/last_checkpoint").write_text("model_0000004.pth")
+    make_trainer(tiny_config, tmp_path / "whole", *average, kind="train").train()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept.pth").rename(tmp_path / "kept/model_final.pth")
+    assert_same_run(tmp_path / "kept", tmp_path / "whole")
+
+
 # -- numbers going wrong ----------------------------------------------------------------------
 
 

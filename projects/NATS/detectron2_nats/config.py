@@ -56,6 +56,9 @@ def add_nats_config(cfg: CN) -> None:
     # -- how a run behaves, for searches and retraining alike -------------------------------------
     # Precision of SOLVER.AMP: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
+    # Share of the run, at its end, over which the weights are averaged; their mean is what is then
+    # evaluated and written to model_final.pth. 0: the last iteration's weights, as Detectron2 does.
+    cfg.SOLVER.AVERAGE_LAST = 0.0
     cfg.RUN = CN()
     # How many checkpoints are kept; older ones are deleted.
     cfg.RUN.KEEP_CHECKPOINTS = 3

@@ -306,6 +306,8 @@ class ResumableTrainer(DefaultTrainer):
         built = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
+            # before precise batch norm, the last checkpoint and the last evaluation
+            _AverageHook(self.cfg.SOLVER.AVERAGE_LAST),
             precise_bn,
             _CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD),
             hooks.EvalHook(test.EVAL_PERIOD, self._evaluate),
@@ -382,6 +384,49 @@ class _CheckpointHook(HookBase):
         if trainer._stop_now and done < trainer.max_iter:
             logger.info(f"stopped on request after iteration {trainer.iter}; go on with --resume")
             raise SystemExit(STOPPED_EXIT_CODE)
+
+
+class _AverageHook(HookBase):
+    """At the end, puts the mean over the run's last iterations in the place of the weights."""
+
+    def __init__(self, share: float):
+        if not 0 <= share <= 1:
+            raise NATSError(f"SOLVER.AVERAGE_LAST {share}: expected a share of the run, 0 to 1")
+        self._share = share
+        self._count, self._means = 0, {}
+
+    def after_step(self):
+        trainer, length = self.trainer, round(self._share * self.trainer.max_iter)
+        if trainer.iter < trainer.max_iter - length:
+            return
+        averaged = self._averaged()
+        if not self._count:
+            self._means = {name: torch.zeros_like(value) for name, value in averaged.items()}
+        self._count += 1
+        for name, value in averaged.items():
+            self._means[name].lerp_(value, 1 / self._count)
+        if trainer.iter + 1 == trainer.max_iter:
+            logger.info(f"the weights are now their mean over the last {self._count} iterations")
+            for name, value in averaged.items():
+                value.copy_(self._means[name])
+
+    def _averaged(self) -> Dict[str, torch.Tensor]:
+        """The trained weights, and the statistics that batch norms gathered with them."""
+        model = self.trainer.model
+        averaged = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        for prefix, norm in model.named_modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+                averaged[f"{prefix}.running_mean"] = norm.running_mean
+                averaged[f"{prefix}.running_var"] = norm.running_var
+        return averaged
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"count": self._count, "means": self._means}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        device = next(self.trainer.model.parameters()).device
+        self._count = state["count"]
+        self._means = {name: value.to(device) for name, value in state["means"].items()}
 
 
 def _distributed(module: nn.Module) -> nn.Module:
