@@ -7,14 +7,15 @@ import sys
 
 import torch
 
-from detectron2_nats.architecture import Architecture, decode_alpha
-from detectron2_nats.backbone import search_space_from_config
+from detectron2_nats.architecture import Architecture
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import (
+    decode_search,
     export_config,
     export_weights,
     load_config,
     load_detector_config,
+    read_search,
     write_config,
 )
 from detectron2_nats.files import write_atomically
@@ -39,50 +40,27 @@ def main(args: argparse.Namespace) -> None:
     search_config = os.path.join(folder, "config.yaml")
     searched = load_config(search_config) if os.path.isfile(search_config) else None
     if args.order or args.weights:
-        checkpoint, genotypes = _read_search(folder, searched)
+        checkpoint, genotypes = read_search(folder)
         if args.order and args.order != architecture.search.get("order"):
-            architecture = _decode(checkpoint, genotypes, args.order, architecture)
+            layers = decode_search(checkpoint, genotypes, args.order)
+            architecture = Architecture(layers, {**architecture.search, "order": args.order})
     if not args.config_file and searched is None:
-        raise NATSError(f"{folder} holds no config.yaml: name the detector with --config-file")
+        raise NATSError(f"{folder or '.'} holds no config.yaml: name the detector, --config-file")
     cfg = export_config(load_detector_config(args.config_file, searched), architecture)
-    written = []
     if args.weights:
         frozen = export_weights(checkpoint, architecture, genotypes)
         content = {"model": frozen, "__author__": "detectron2-nats"}
-        write_atomically(args.weights, lambda file: torch.save(content, file))
         cfg.MODEL.WEIGHTS = args.weights
-        written.append(args.weights)
-    output = args.output or os.path.join(folder, "retrain.yaml")
-    write_config(cfg, output)
-    for path in [*written, output]:
-        print(f"wrote {path}")
+        _write(args.weights, lambda p: write_atomically(p, lambda file: torch.save(content, file)))
+    _write(args.output or os.path.join(folder, "retrain.yaml"), lambda p: write_config(cfg, p))
 
 
-def _read_search(folder, searched):
-    """(the newest checkpoint's state dict, layer name → genotypes) of a search's output folder."""
-    tag = os.path.join(folder, "last_checkpoint")
-    if searched is None or not os.path.isfile(tag):
-        raise NATSError(
-            f"{folder} is no search's output folder: it lacks config.yaml or checkpoints"
-        )
-    with open(tag) as file:
-        path = os.path.join(folder, os.path.basename(file.read().strip()))
-    state_dict = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    space = search_space_from_config(searched)
-    names = [k[: -len(".alpha")] for k in state_dict if k.endswith(".alpha")]
-    names = [name[name.index("res") :] for name in names]
-    return state_dict, {name: space.genotypes[name.split(".")[0]] for name in names}
-
-
-def _decode(state_dict, genotypes, order, decoded: Architecture) -> Architecture:
-    """Decode a checkpoint's α in another order."""
-    layers = {}
-    for key, alpha in state_dict.items():
-        if key.endswith(".alpha"):
-            name = key[key.index("res") : -len(".alpha")]
-            channels = len(state_dict[key.replace(".alpha", ".weight")])
-            layers[name] = decode_alpha(alpha.numpy(), genotypes[name], channels, order)
-    return Architecture(layers, {**decoded.search, "order": order})
+def _write(path, write):
+    try:
+        write(path)
+    except OSError as error:
+        raise NATSError(f"{path}: cannot be written: {error.strerror or error}") from None
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

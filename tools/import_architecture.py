@@ -15,6 +15,8 @@ examples:
   without res2, which FREEZE_AT 2 would leave as it is:
     $ python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml \\
         --stages res3 res4 res5
+  for a network of half the width, each dilation keeping its share:
+    $ python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml --width 32
   what RF-Next found on mmdet's ResNet:
     $ python tools/import_architecture.py local_search_config_step11.json --output rf_next.yaml
 then:
@@ -27,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     left_out = []
     try:
         if isinstance(content, list):  # the two formats differ in this
-            architecture = from_ic_conv(content, name)
+            architecture = from_ic_conv(content, name, args.width)
         else:
             architecture, left_out = from_rf_next(content, name, args.width)
     except NATSError as error:
@@ -71,8 +73,8 @@ if __name__ == "__main__":
         "--width",
         type=_width,
         default=64,
-        help="RF-Next, whose files hold no channels: those of res2's 3x3 convs (%(default)s; "
-        "ResNeXt-101-32x4d: 128)",
+        help="channels of res2's 3x3 convs, twice as many in each further stage (%(default)s; "
+        "ResNeXt-101-32x4d: 128): RF-Next's files hold none, IC-Conv's are scaled to it",
     )
     try:
         main(parser.parse_args())

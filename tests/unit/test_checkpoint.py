@@ -123,6 +123,14 @@ def test_the_reason_is_the_disks_not_torchs(checkpointer, monkeypatch):
         save(checkpointer, 1)
 
 
+def test_a_dead_loader_process_is_not_taken_for_a_full_disk(checkpointer, tmp_path, monkeypatch):
+    save(checkpointer, 1)
+    fail_half_way(monkeypatch, RuntimeError("DataLoader worker (pid 7) is killed by signal"))
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        save(checkpointer, 2)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000001.pth"]
+
+
 def test_pruning_keeps_the_newest(checkpointer, tmp_path):
     save(checkpointer, 1, 3, 5, 7, 10000001)
     (tmp_path / "model_best.pth").touch()

@@ -3,7 +3,7 @@
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from typing import Callable, List, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import torch
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
@@ -62,23 +62,44 @@ def cost_table(plain: Cost, searched: Cost) -> str:
 
 
 def interleaved_seconds(
-    functions: Sequence[Callable[[], object]], rounds: int, warm_up: int = 1
+    functions: Sequence[Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    device: Optional[str] = None,
 ) -> List[List[float]]:
     """Seconds of each function in each round, taken in turn so that a drift hits all alike.
+
+    Args:
+        device: "cpu" or "cuda", where the functions run; by default CUDA if there is one.
 
     Returns:
         One list of `rounds` values per function.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    timed = _seconds_on_cuda if device.startswith("cuda") else _seconds_on_cpu
     seconds: List[List[float]] = [[] for _ in functions]
     for index in range(-warm_up, rounds):
         for function, values in zip(functions, seconds):
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            value = timed(function)
             if index >= 0:
-                values.append(time.perf_counter() - start)
+                values.append(value)
     return seconds
+
+
+def _seconds_on_cpu(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _seconds_on_cuda(function: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()  # nothing of what ran before may count
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def median_ratio(values: Sequence[float], reference: Sequence[float]) -> float:

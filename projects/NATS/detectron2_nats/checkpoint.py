@@ -46,6 +46,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         except (OSError, RuntimeError) as error:
             # torch's zip writer raises a RuntimeError of its own while it handles the OSError
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            if isinstance(cause, RuntimeError) and "PytorchStreamWriter" not in str(cause):
+                raise  # not the disk's: a loader process died just now
             raise NATSError(
                 f"checkpoint {path} could not be written ({_first_line(cause)}): make room "
                 f"and go on with --resume from {self.get_checkpoint_file() or 'the start'}"

@@ -1,7 +1,7 @@
 """From an architecture to a plain config, and from a super-network's weights to a frozen one's."""
 
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 
@@ -9,17 +9,21 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone
 
-from .architecture import Architecture
+from .architecture import Architecture, Run, decode_alpha
+from .backbone import search_space_from_config
 from .config import add_nats_config
 from .errors import NATSError
 from .files import MAX_FILE_BYTES, parse_yaml, read_yaml, write_atomically
+from .search_space import Dilation
 from .transform import apply_architecture, conv3x3_layers
 
 __all__ = [
+    "decode_search",
     "export_config",
     "export_weights",
     "load_config",
     "load_detector_config",
+    "read_search",
     "write_config",
 ]
 
@@ -162,7 +166,53 @@ def _difference(cfg: CfgNode, default: CfgNode) -> Dict[str, Any]:
     return difference
 
 
-def export_weights(state_dict: Dict[str, torch.Tensor], architecture: Architecture, genotypes):
+Genotypes = Mapping[str, Tuple[Dilation, ...]]
+"""Layer name → its genotypes, in the order of the replicas and of α's columns."""
+
+
+def read_search(folder: str) -> Tuple[Dict[str, torch.Tensor], Genotypes]:
+    """The state dict of a search's last checkpoint, and each searched layer's genotypes.
+
+    Args:
+        folder: a search's OUTPUT_DIR.
+
+    Raises:
+        NATSError: it is none, or the checkpoint is not readable.
+    """
+    config, tag = (os.path.join(folder, name) for name in ("config.yaml", "last_checkpoint"))
+    if not os.path.isfile(config) or not os.path.isfile(tag):
+        raise NATSError(
+            f"{folder} is no search's output folder: it lacks config.yaml or checkpoints"
+        )
+    with open(tag) as file:
+        path = os.path.join(folder, os.path.basename(file.read().strip()))
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    except Exception as error:  # it raises anything at what is no checkpoint
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise NATSError(f"{path}: not readable as a checkpoint: {reason}") from None
+    space = search_space_from_config(load_config(config))
+    names = [k[: -len(".alpha")] for k in state_dict if k.endswith(".alpha")]
+    names = [name[name.index("res") :] for name in names]
+    return state_dict, {name: space.genotypes[name.split(".")[0]] for name in names}
+
+
+def decode_search(
+    state_dict: Mapping[str, torch.Tensor], genotypes: Genotypes, order: str
+) -> Dict[str, Tuple[Run, ...]]:
+    """Decode the α of a super-network's state dict: layer name → runs, see `decode_alpha`."""
+    layers = {}
+    for key, alpha in state_dict.items():
+        if key.endswith(".alpha"):
+            name = key[key.index("res") : -len(".alpha")]
+            channels = len(state_dict[key[: -len("alpha")] + "weight"])
+            layers[name] = decode_alpha(alpha.numpy(), genotypes[name], channels, order)
+    return layers
+
+
+def export_weights(
+    state_dict: Dict[str, torch.Tensor], architecture: Architecture, genotypes: Genotypes
+) -> Dict[str, torch.Tensor]:
     """The super-network's own weights as a state dict of the frozen network (voted order).
 
     Each output channel takes its row from the replica of the dilation that it was given.
@@ -170,7 +220,6 @@ def export_weights(state_dict: Dict[str, torch.Tensor], architecture: Architectu
     Args:
         state_dict: of a detector or backbone that holds the super-network.
         architecture: decoded in voted order.
-        genotypes: layer name → its genotypes, in the order of the replicas.
     """
     if architecture.search.get("order") != "voted":
         raise NATSError(

@@ -41,7 +41,7 @@ def _no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return content
 
 
-def from_ic_conv(content: Any, source: str = "") -> Architecture:
+def from_ic_conv(content: Any, source: str = "", width: int = _WIDTH) -> Architecture:
     """IC-Conv's pattern file: a list of one dict per 3×3 conv, from res2 on, in block order.
 
     Each dict maps "(d_h - 1, d_w - 1)" to output channels. Only counts are published; they become
@@ -50,6 +50,8 @@ def from_ic_conv(content: Any, source: str = "") -> Architecture:
     Args:
         content: of the file.
         source: its name, noted in the architecture.
+        width: channels of the 3×3 convs in res2 of the network that it is for. The files are for
+            64; for another width each pattern keeps its shares, rounded to whole channels.
 
     Raises:
         NATSError: malformed, or of no ResNet-50 or -101.
@@ -64,7 +66,7 @@ def from_ic_conv(content: Any, source: str = "") -> Architecture:
     names = [f"res{s}.{b}.conv2" for s, blocks in enumerate(depths, 2) for b in range(blocks)]
     layers, widths = {}, {}
     for name, pattern in zip(names, content):
-        layers[name] = _ic_conv_runs(name, pattern)
+        layers[name] = _scaled(_ic_conv_runs(name, pattern), width)
         total = sum(channels for channels, _, _ in layers[name])
         stage = name.split(".")[0]
         if widths.setdefault(stage, total) != total:
@@ -87,6 +89,17 @@ def _ic_conv_runs(name: str, pattern: Mapping[str, Any]) -> List[Tuple[int, int,
     if not runs:
         raise NATSError(f"IC-Conv pattern: {name} has no channels")
     return runs
+
+
+def _scaled(runs: List[Tuple[int, int, int]], width: int) -> List[Tuple[int, int, int]]:
+    """The runs for a ResNet of another width: each run's end is scaled and rounded."""
+    scaled, end, scaled_end = [], 0, 0
+    for channels, *dilation in runs:
+        end += channels
+        start, scaled_end = scaled_end, (2 * end * width + _WIDTH) // (2 * _WIDTH)
+        if scaled_end > start:
+            scaled.append((scaled_end - start, *dilation))
+    return scaled
 
 
 def from_rf_next(

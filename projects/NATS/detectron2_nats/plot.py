@@ -29,6 +29,7 @@ __all__ = [
     "plot_detections",
     "plot_history",
     "plot_receptive_fields",
+    "plot_study",
     "read_history",
     "save",
 ]
@@ -382,6 +383,42 @@ def plot_detections(
                 )
     if title:
         figure.suptitle(title, fontsize=11)
+    return figure
+
+
+# -- studies -------------------------------------------------------------------------------------
+
+
+def plot_study(ap: Mapping[str, Sequence[float]], title: str = "") -> Figure:
+    """AP of each method: one point per seed, points of a seed joined; the means as bars.
+
+    Args:
+        ap: method → AP of each seed, the same seeds for all.
+    """
+    figure = _figure(1.6 + 1.1 * len(ap), 4.2)
+    axes = figure.subplots()
+    values = np.asarray(list(ap.values()))  # (methods, seeds)
+    places = np.arange(len(ap))
+    axes.plot(places, values, color="#9e9e9e", linewidth=0.8, marker="o", markersize=4, zorder=1)
+    means = values.mean(axis=1)
+    axes.hlines(means, places - 0.3, places + 0.3, color="#08519c", linewidth=2.5, zorder=2)
+    for place, mean in zip(places, means):
+        axes.annotate(
+            f"{mean:.1f}",
+            (place + 0.32, mean),
+            va="center",
+            fontsize=9,
+            color="#08519c",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+        )
+    axes.set_xticks(places, list(ap))
+    axes.set_xlim(-0.5, len(ap) - 0.2)
+    axes.set_ylabel("AP (a line joins the runs of one seed)")
+    axes.grid(axis="y", alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=11)
     return figure
 
 

@@ -1,0 +1,215 @@
+"""What a comparison of architectures over seeds and folds needs: data splits and statistics."""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+from typing import Any, Dict, Mapping, Sequence, Tuple
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy import stats
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
+
+from .architecture import Architecture, decode_alpha
+from .errors import NATSError
+from .export import decode_search, read_search
+from .files import write_atomically
+from .transform import searched_layers
+
+__all__ = [
+    "agreement",
+    "detectable_difference",
+    "merged_annotations",
+    "paired_interval",
+    "plain_share",
+    "pooled_ap",
+    "random_architecture",
+    "searched_architecture",
+    "write_folds",
+]
+
+
+# -- data: folds ---------------------------------------------------------------------------------
+
+
+def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
+    """Several COCO annotation files as one; images and annotations get new ids.
+
+    Raises:
+        NATSError: a file is not readable as COCO's format, categories differ, or an image stands
+            in two files.
+    """
+    merged: Dict[str, Any] = {"images": [], "annotations": [], "categories": None}
+    files = set()
+    for path in paths:
+        try:
+            with open(path) as file:
+                content = json.load(file)
+            categories = [{"id": c["id"], "name": c["name"]} for c in content["categories"]]
+            if merged["categories"] not in (None, categories):
+                raise NATSError(f"{path}: other categories than {paths[0]}")
+            merged["categories"] = categories
+            new_ids = {}
+            for image in content["images"]:
+                if image["file_name"] in files:
+                    raise NATSError(f"{path}: {image['file_name']} stands in two files")
+                files.add(image["file_name"])
+                new_ids[image["id"]] = len(merged["images"]) + 1
+                merged["images"].append({**image, "id": new_ids[image["id"]]})
+            for annotation in content["annotations"]:
+                image_id = new_ids[annotation["image_id"]]
+                new = {"id": len(merged["annotations"]) + 1, "image_id": image_id}
+                merged["annotations"].append({**annotation, **new})
+        except OSError as error:
+            raise NATSError(f"{path}: {error.strerror or error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise NATSError(f"{path}: not COCO's annotation format ({error!r})") from None
+    return merged
+
+
+def write_folds(
+    annotations: Mapping[str, Any], folds: int, folder: str, calibration_share: float = 0.3
+) -> None:
+    """Write fold_K/{test,train,calibration,rest}.json for K = 0 … and all.json.
+
+    Every image is in one fold's test split; the rest (`rest`: what a retraining uses) is cut into
+    the two splits of a search. The same files for the same input.
+
+    Raises:
+        NATSError: fewer images than folds, or a split without images.
+    """
+    images = list(annotations["images"])
+    if len(images) < 3 * folds:
+        raise NATSError(f"{len(images)} images are too few for {folds} folds")
+    order = np.random.default_rng(0).permutation(len(images))
+    write_atomically(os.path.join(folder, "all.json"), json.dumps(annotations))
+    for fold in range(folds):
+        test = [i for place, i in enumerate(order) if place % folds == fold]
+        rest = [i for place, i in enumerate(order) if place % folds != fold]
+        cut = max(1, round(calibration_share * len(rest)))
+        os.makedirs(os.path.join(folder, f"fold_{fold}"), exist_ok=True)
+        for name, chosen in {
+            "test": test,
+            "rest": rest,
+            "calibration": rest[:cut],
+            "train": rest[cut:],
+        }.items():
+            kept = [images[i] for i in sorted(chosen)]
+            ids = {image["id"] for image in kept}
+            content = {
+                "images": kept,
+                "annotations": [a for a in annotations["annotations"] if a["image_id"] in ids],
+                "categories": annotations["categories"],
+            }
+            path = os.path.join(folder, f"fold_{fold}", f"{name}.json")
+            write_atomically(path, json.dumps(content))
+
+
+def pooled_ap(annotation_file: str, result_files: Sequence[str]) -> float:
+    """AP of the folds' detections taken together, in percent: each image was tested once."""
+    detections = []
+    for path in result_files:
+        with open(path) as file:
+            detections += json.load(file)
+    if not detections:
+        return 0.0
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(annotation_file)
+        for annotation in truth.dataset["annotations"]:
+            annotation.setdefault("iscrowd", 0)
+            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return 100 * float(evaluation.stats[0])
+
+
+# -- architectures ---------------------------------------------------------------------------------
+
+
+def random_architecture(cfg: CfgNode, seed: int) -> Architecture:
+    """Each channel group of the search space of `cfg` draws its genotype, all with equal chance.
+
+    Groups keep their own rows ("voted" order).
+    """
+    with torch.device("meta"):
+        searched = searched_layers(build_backbone(cfg))
+    if not searched:
+        raise NATSError("the search config holds no super-network to draw architectures from")
+    rng = np.random.default_rng(seed)
+    layers = {}
+    for name, conv in searched.items():
+        drawn = np.eye(len(conv.genotypes))[rng.integers(len(conv.genotypes), size=conv.num_groups)]
+        layers[name] = decode_alpha(drawn, conv.genotypes, conv.out_channels, "voted")
+    return Architecture(layers, {"method": "random", "seed": seed})
+
+
+def searched_architecture(folder: str, order: str) -> Architecture:
+    """What the search in a folder found, decoded in an order of choice."""
+    return Architecture(decode_search(*read_search(folder), order), {"order": order})
+
+
+def plain_share(architecture: Architecture) -> float:
+    """Share of the channels of its layers that keep the dilation (1, 1)."""
+    channels = [
+        (count, (d_h, d_w)) for runs in architecture.layers.values() for count, d_h, d_w in runs
+    ]
+    return sum(c for c, d in channels if d == (1, 1)) / sum(c for c, _ in channels)
+
+
+def _per_channel(runs) -> np.ndarray:
+    """(C_out,): each channel's dilation as one number."""
+    return np.concatenate([np.full(channels, 65536 * d_h + d_w) for channels, d_h, d_w in runs])
+
+
+def agreement(architectures: Sequence[Architecture]) -> Tuple[float, float]:
+    """Share of the channels that have the same dilation in two searches, mean over all pairs.
+
+    Returns:
+        The share, and what the architectures' own counts would give by chance. Equal: apart from
+        how often each dilation is chosen, the searches have nothing in common.
+    """
+    seen, chance = [], []
+    for one, other in itertools.combinations(architectures, 2):
+        for name in one.layers:
+            a, b = _per_channel(one.layers[name]), _per_channel(other.layers[name])
+            seen.append(float((a == b).mean()))
+            chance.append(sum(float((a == d).mean() * (b == d).mean()) for d in np.unique(a)))
+    return float(np.mean(seen)), float(np.mean(chance))
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def paired_interval(differences: Sequence[float], level: float = 0.95) -> Tuple[float, float]:
+    """Mean of paired differences and half the width of its confidence interval (Student's t)."""
+    values = np.asarray(differences, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), math.inf
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean()), float(half)
+
+
+def detectable_difference(
+    differences: Mapping[str, Sequence[float]], level: float = 0.95, power: float = 0.8
+) -> float:
+    """The true difference that a paired comparison of this size finds with probability `power`.
+
+    Args:
+        differences: paired differences of each method; their variances are averaged.
+    """
+    counts = [len(d) for d in differences.values()]
+    if not counts or min(counts) < 2:
+        return math.inf
+    count = min(counts)
+    deviation = np.mean([np.var(d, ddof=1) for d in differences.values()]) ** 0.5
+    quantiles = stats.t.ppf((1 + level) / 2, count - 1) + stats.t.ppf(power, count - 1)
+    return float(quantiles * deviation / count**0.5)
