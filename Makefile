@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults lint format clean
+.PHONY: help setup demo test faults bench bench-smoke lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -19,6 +19,12 @@ test: setup  ## run all tests
 
 faults: setup  ## break a small search in many ways and print what it survived (about 20 minutes)
 	@$(PYTHON) tests/faults/run_faults.py
+
+bench: setup  ## time plain, frozen and super-networks on the CPU, into output/benchmark.md (hours)
+	@$(PYTHON) -W ignore tools/benchmark.py --output output/benchmark.md
+
+bench-smoke: setup  ## a small part of it, ratios only (two minutes)
+	@$(PYTHON) -W ignore tools/benchmark.py --smoke
 
 lint: setup  ## check the formatting and style
 	@$(PYTHON) -m black --quiet --check --diff .

@@ -117,15 +117,14 @@ def main(args: argparse.Namespace) -> None:
         *("train_net.py", "--config-file", base, "OUTPUT_DIR", plain),
     )
     print("\n" + compare({"plain": (base, plain), "searched": (retrain, searched)}))
-    print("\nwritten:")
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
     for path in (
         os.path.join(search, "architecture.yaml"),
         retrain,
         os.path.join(plain, "model_final.pth"),
         os.path.join(searched, "model_final.pth"),
     ):
-        print(f"  {path}")
-    print(f"{time.perf_counter() - start:.0f} s in all")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

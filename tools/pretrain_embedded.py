@@ -5,9 +5,6 @@ A narrow ResNet-50 (stem 32, width per group 16, 1.5 M parameters) learns to nam
 crops of the embedded data set's kind, drawn from seeds that the data set does not use. It takes a
 few minutes on two CPU cores. The result is what `embedded_weights()` resolves to; when it is made
 anew, put the hash that is printed into WEIGHTS_SHA256 of detectron2_nats/data/embedded.py.
-
-Example:
-    python tools/pretrain_embedded.py
 """
 
 import argparse
@@ -25,6 +22,11 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2_nats.data import embedded
+
+EPILOG = """
+example:
+  $ python tools/pretrain_embedded.py --output embedded_r50.pth
+"""
 
 # The detector that the weights are for: it gives the network's widths and the pixels' scale.
 CONFIG = Path(__file__).parents[1] / "configs/quickstart/base.yaml"
@@ -125,12 +127,16 @@ def save(state, path):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Path(embedded.__file__).with_name(embedded.WEIGHTS_NAME)
     parser.add_argument("--output", type=Path, default=default, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=900, help="default: %(default)s")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: expected at least 1")
+    if not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
 
     torch.manual_seed(SEED)
     model = Classifier()
@@ -140,7 +146,7 @@ def main():
     print(f"accuracy on new crops: {accuracy(model, args.steps * BATCH_SIZE):.3f}")
     save(state, args.output)
     digest = hashlib.sha256(args.output.read_bytes()).hexdigest()
-    print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)\nsha256 {digest}")
+    print(f"sha256 {digest}, {args.output.stat().st_size / 1e6:.1f} MB\nwrote {args.output}")
 
 
 if __name__ == "__main__":

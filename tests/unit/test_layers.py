@@ -148,7 +148,7 @@ def test_one_hot_mixture_is_the_frozen_conv(kwargs):
     with torch.no_grad():
         for group, g in enumerate(chosen):
             rows = slice(4 * group, 4 * group + 4)
-            plain.weight[rows] = conv.replica(g)[rows]
+            plain.weight[rows] = conv.genotype_weights()[g][rows]
     frozen = GroupedDilationConv2d(plain, [(4, *GENOTYPES[g]) for g in chosen])
     for alpha_trains in (True, False):
         conv.alpha.requires_grad_(alpha_trains)

@@ -102,11 +102,12 @@ class MixedDilationConv2d(_DilationConv2d):
             torch.zeros(num_groups, len(self.genotypes), dtype=dtype, device=self.weight.device)
         )
 
-    def replica(self, index: int) -> torch.Tensor:
-        """The weight of genotype `index`, (C_out, C_in / groups, 3, 3)."""
-        if index == 0 or self.replicas is None:
-            return self.weight
-        return self.replicas[index - 1]
+    def genotype_weights(self) -> List[torch.Tensor]:
+        """The weight of each genotype, G times (C_out, C_in / groups, 3, 3)."""
+        if self.replicas is None:
+            return [self.weight] * len(self.genotypes)
+        # not indexed one by one: each index would fill a gradient of all replicas' size with zeros
+        return [self.weight, *self.replicas.unbind()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -124,9 +125,8 @@ class MixedDilationConv2d(_DilationConv2d):
         # When it does not, conv(x, s·W) = s·conv(x, W) spares the passes over every y^g.
         scale_outputs = torch.is_grad_enabled() and self.alpha.requires_grad
         mixed = None
-        for index, genotype in enumerate(self.genotypes):
-            scale = mixture[:, index]
-            weight = self.replica(index)
+        columns = mixture.unbind(dim=1)
+        for genotype, scale, weight in zip(self.genotypes, columns, self.genotype_weights()):
             if not scale_outputs:
                 weight = scale.to(weight.dtype).view(-1, 1, 1, 1) * weight
             dilation = self._effective(genotype)
@@ -204,6 +204,9 @@ class GroupedDilationConv2d(_DilationConv2d):
         Returns:
             (B, C_out, H / stride, W / stride).
         """
+        if len(self._dilations) > 1 and not x.is_cuda:
+            # oneDNN would bring x into a layout of its own once per branch
+            x = x.contiguous(memory_format=torch.channels_last)
         branches: List[torch.Tensor] = []
         for dilation, rows in zip(self._dilations, self._rows):
             inputs, weight, bias, groups = x, self.weight, self.bias, self.groups

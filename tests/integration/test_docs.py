@@ -1,0 +1,516 @@
+"""Every command in the documentation does what it says, or at least can be parsed.
+
+Commands stand in the code blocks and inline code of Markdown pages, and after `$` in the scripts'
+help. What can run on the embedded data set is run, in a copy of a folder that holds the files that
+the pages speak of; what needs COCO, many GPUs or hours is parsed by its own parser and its config
+is loaded. A command for which RULES has no line fails.
+"""
+
+import argparse
+import ast
+import json
+import os
+import pickle
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Dict, List, NamedTuple
+
+import pytest
+import torch
+from tiny import REPOSITORY, TINY
+
+from detectron2.modeling import build_backbone, build_model
+from detectron2_nats import Architecture, apply_architecture
+from detectron2_nats.export import export_config, load_config, write_config
+from detectron2_nats.files import parse_yaml
+
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md"]
+PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
+SCRIPTS = [REPOSITORY / "search_net.py", REPOSITORY / "train_net.py"]
+SCRIPTS += sorted((REPOSITORY / "tools").glob("*.py"))
+SCRIPTS += sorted((REPOSITORY / "examples").glob("*.py"))
+SCRIPTS += [REPOSITORY / "tests/faults/run_faults.py"]
+
+# What stands in the text → what is run instead. The files that it then names are made by
+# `workspace` below.
+SUBSTITUTIONS = [
+    (r"(train_net\.py .*--config-file) \.\.\.", r"\1 configs/quickstart/base.yaml"),
+    (r"--config-file \.\.\.", "--config-file configs/quickstart/search.yaml"),
+    (r"--num-gpus 8 (--config-file output/)", r"\1"),
+    (r"'\$SLURM_NODEID'", "0"),
+    (r"output/demo/search", "output/search"),
+    (
+        r"(tools/study\.py) \.\.\.",
+        r"\1 --config-file configs/quickstart/base.yaml "
+        "--search-config configs/quickstart/search.yaml",
+    ),
+    (r"DETECTRON2_DATASETS=/data", "DETECTRON2_DATASETS=datasets"),
+]
+
+# The first pattern that is found decides: the name of a check_… function below.
+RULES = [
+    (r"^make [a-z-]+$", "make"),
+    (r"^source \.venv/bin/activate$", "activate"),
+    (r"^pip install -r \S+$", "requirements"),
+    (r"^torchrun ", "torchrun"),
+    (r"^tensorboard --logdir ", "tensorboard"),
+    # COCO, its weights, or several machines
+    (r"^python (search_net|train_net)\.py .*configs/(search|retrain|study)/", "parsed"),
+    (r"^python (search_net|train_net)\.py .*--num-(gpus|machines)", "parsed"),
+    # minutes to hours
+    (r"^python tools/(benchmark|demo|pretrain_embedded|study)\.py", "parsed"),
+    (r"^python tests/faults/run_faults\.py", "parsed"),
+    (r"^python (search_net|train_net)\.py", "trained"),
+    (r"^(DETECTRON2_DATASETS=\S+ )?python tools/make_val35k\.py", "run"),
+    (r"^python tools/(analyze|export|import_architecture|plot)\.py", "run"),
+    (r"^python examples/\w+\.py", "run"),
+]
+
+# Appended to what is trained, and to what is run.
+SHORT = [
+    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "1000"),
+    *("DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SEED", "1"),
+    *("MODEL.ROI_HEADS.NUM_CLASSES", "5", "INPUT.MIN_SIZE_TEST", "64"),
+]
+FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.TEST", "('few',)"]
+SMALL = {
+    "tools/plot.py": ["--images", "1", "--field-size", "64"],
+    "tools/analyze.py": ["--size", "64", "96"],
+    "tools/make_val35k.py": ["--force"],
+}
+FULL_WIDTH = [  # so that what is found fits a ResNet-50 of the zoo
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "64"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "256", "SEARCH.ALPHA_START", "0.0"),
+]
+
+
+class Text(NamedTuple):
+    """Something to be tested, and where it stands."""
+
+    place: str
+    text: str
+
+
+# -- collecting ---------------------------------------------------------------------------------
+
+
+def blocks(page: Path):
+    """(language, place, lines) of each code block; "indented" is the language of those."""
+    language, found, start, blank = None, [], 0, True
+    lines = page.read_text().splitlines()
+    for number, line in enumerate(lines + [""], 1):
+        fence = re.match(r"\s*```(\w*)", line)
+        if language is None and fence:
+            language, found, start = fence[1] or "none", [], number + 1
+        elif language not in (None, "indented"):
+            if fence:
+                yield language, f"{page.relative_to(REPOSITORY)}:{start}", found
+                language = None
+            else:
+                found.append(line)
+        elif re.match(r" {4,}\S", line):
+            if language is None and blank:
+                language, found, start = "indented", [], number
+            found.append(line.strip())
+        elif language == "indented":
+            yield language, f"{page.relative_to(REPOSITORY)}:{start}", found
+            language = None
+        blank = not line.strip()
+
+
+def joined(place: str, lines: List[str]) -> List[Text]:
+    """Lines as commands, those that end in a backslash with the next."""
+    text = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
+    return [Text(place, line.strip()) for line in text.splitlines() if line.strip()]
+
+
+def commands_of_pages() -> List[Text]:
+    found = []
+    for page in PAGES:
+        for language, place, lines in blocks(page):
+            if language in ("bash", "indented"):
+                if not lines[0].startswith("#!"):
+                    found += joined(place, lines)
+                    continue
+                for line in joined(place, lines):  # a shell script: what it calls in the end
+                    found += [Text(place, c) for c in re.findall(r"python \S+\.py[^']*", line.text)]
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            for inline in re.findall(r"(?<!`)`((?:python|make|torchrun) [^`]+)`", line):
+                found.append(Text(f"{page.relative_to(REPOSITORY)}:{number}", inline))
+    return found
+
+
+def examples(script: Path) -> List[Text]:
+    """After `$ ` in the strings of a script; on the last line of make_val35k's help."""
+    place, found = str(script.relative_to(REPOSITORY)), []
+    nodes = list(ast.walk(ast.parse(script.read_text())))
+    formatted = {
+        id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values
+    }
+    for node in nodes:
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in formatted
+        ):
+            text = re.sub(r"\s*\\\n\s*", " ", node.value)
+            found += re.findall(r"^(?:  +\$|example:) +(.+)$", text, re.M)
+    return [Text(place, command) for command in found]
+
+
+def substituted(command: str) -> str:
+    command = shlex.join(shlex.split(command.replace("…", "..."), comments=True))
+    for pattern, replacement in SUBSTITUTIONS:
+        command = re.sub(pattern, replacement, command)
+    return command
+
+
+def commands() -> List[Text]:
+    """Each command once, as it is tested."""
+    found: Dict[str, Text] = {}
+    for place, text in commands_of_pages() + [e for s in SCRIPTS for e in examples(s)]:
+        text = substituted(text)
+        found.setdefault(text, Text(place, text))
+    return list(found.values())
+
+
+def python_blocks() -> List[Text]:
+    return [
+        Text(place, "\n".join(lines))
+        for page in PAGES
+        for language, place, lines in blocks(page)
+        if language == "python"
+    ]
+
+
+def yaml_blocks() -> List[Text]:
+    return [
+        Text(place, "\n".join(lines))
+        for page in PAGES
+        for language, place, lines in blocks(page)
+        if language == "yaml"
+    ]
+
+
+def name_of(item: Text) -> str:
+    return f"{item.place} {item.text.splitlines()[0][:70]}"
+
+
+# -- the files that the pages speak of ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A folder like the repository's root after a search and some training."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("configs", "examples", "tools", "search_net.py", "train_net.py"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "tiny.yaml").write_text(f"VERSION: 2\n{TINY}")
+    search = shlex.split("python search_net.py --config-file tiny.yaml OUTPUT_DIR output/search")
+    started(folder, search + FULL_WIDTH + SHORT + ["DATASETS.TEST", "()"])
+    (folder / "tiny.yaml").unlink()
+    for name in ("architecture.yaml", "retrain.yaml"):
+        shutil.copy(folder / "output/search" / name, folder)
+    architecture = Architecture.load(str(folder / "architecture.yaml"))
+
+    plain = load_config(str(REPOSITORY / "configs/quickstart/base.yaml"))
+    searched = load_config(str(folder / "retrain.yaml"))
+    for cfg, paths in (
+        (plain, ["output/model_final.pth", "output/plain/model_final.pth"]),
+        (searched, ["output/retrain/model_final.pth", "output/searched/model_final.pth"]),
+    ):
+        cfg.MODEL.DEVICE = "cpu"
+        state_dict = build_model(cfg).state_dict()
+        for path in paths:
+            (folder / path).parent.mkdir(exist_ok=True)
+            torch.save({"model": state_dict}, folder / path)
+
+    # own data: the embedded images under other names, a half-width network
+    from detectron2_nats.data.embedded import ensure_embedded_dataset
+
+    source = Path(ensure_embedded_dataset())
+    (folder / "images").mkdir()
+    for name, split in (("train", "train"), ("calib", "calibration"), ("val", "val")):
+        content = json.loads((source / f"instances_{split}.json").read_text())
+        content["images"] = content["images"][:8]
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in names]
+        (folder / f"{name}.json").write_text(json.dumps(content))
+        for image in names.values():
+            (folder / "images" / image).symlink_to((source / split / image).resolve())
+    own = load_config(str(REPOSITORY / "configs/examples/own_data_retrain.yaml"))
+    own.MODEL.DEVICE = "cpu"
+    weights = {key: value.numpy() for key, value in build_backbone(own).state_dict().items()}
+    (folder / "path/to").mkdir(parents=True)
+    with open(folder / "path/to/R-50-half.pkl", "wb") as file:
+        content = {"model": weights, "__author__": "a test", "matching_heuristics": True}
+        pickle.dump(content, file)
+    half = {
+        name: [[channels // 2, *dilation] for channels, *dilation in runs]
+        for name, runs in architecture.layers.items()
+    }
+    write_config(export_config(own, Architecture(half)), str(folder / "output/own_data.yaml"))
+    (folder / "output/own_data").mkdir()
+    os.rename(folder / "output/own_data.yaml", folder / "output/own_data/retrain.yaml")
+
+    # other methods' files
+    pattern, structure = [], {}
+    for stage, blocks_of_stage in enumerate((3, 4, 6, 3)):
+        pattern += [{"(0, 0)": 32 * 2**stage, "(0, 2)": 32 * 2**stage}] * blocks_of_stage
+        for block in range(blocks_of_stage):
+            structure[f"backbone.layer{stage + 1}.{block}.conv2"] = 1 + block % 3
+    (folder / "ic_resnet50_k9.json").write_text(json.dumps(pattern))
+    (folder / "local_search_config_step11.json").write_text(json.dumps({"structure": structure}))
+    run_here(
+        folder, "python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml"
+    )
+
+    # COCO, of a few images
+    annotations = folder / "datasets/coco/annotations"
+    annotations.mkdir(parents=True)
+    for split, ids in (("val2014", range(1, 6)), ("val2017", (2, 4))):
+        images = [{"id": i, "file_name": f"{i}.jpg", "height": 9, "width": 9} for i in ids]
+        content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+        (annotations / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def here(workspace, tmp_path, monkeypatch) -> Path:
+    """A copy of it, to work in: what is written is seen by no other test."""
+    folder = tmp_path / "root"
+    shutil.copytree(workspace, folder, symlinks=True, copy_function=os.link)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def environment() -> Dict[str, str]:
+    changes = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY / "projects/NATS"),
+        "DETECTRON2_DATASETS": str((REPOSITORY / "datasets").resolve()),
+    }
+    return {**os.environ, **changes}
+
+
+def started(folder: Path, words: List[str]) -> str:
+    """Run a command in a process of its own; returns what it printed."""
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", *words[1:]],
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode == 0, f"status {process.returncode}:\n{process.stdout[-3000:]}"
+    return process.stdout
+
+
+def _skip_without_packages(script: str) -> None:
+    if script == "examples/pointrend_searched.py":
+        pytest.importorskip("cv2")
+
+
+def run_here(folder: Path, command: str) -> None:
+    """Run a tool in this process, which spares the imports."""
+    words = shlex.split(command)
+    _skip_without_packages(words[1])
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.chdir(folder)
+        while "=" in words[0]:
+            patch.setenv(*words.pop(0).split("=", 1))
+        patch.setattr(sys, "argv", words[1:])
+        try:
+            runpy.run_path(words[1], run_name="__main__")
+        except SystemExit as status:
+            assert not status.code, status.code
+
+
+# -- the checks ---------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """A script's parser, caught where it is about to be used."""
+
+    class Caught(Exception):
+        pass
+
+    def catch(parser, *_):
+        raise Caught(parser)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(argparse.ArgumentParser, "parse_args", catch)
+        patch.setattr(sys, "argv", [script])
+        _skip_without_packages(script)
+        try:
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        except Caught as caught:
+            return caught.args[0]
+    raise AssertionError(f"{script} parses no command line")
+
+
+def check_make(command: str, _) -> None:
+    target = command.split()[1]
+    assert re.search(rf"^{target}:.*##", (REPOSITORY / "Makefile").read_text(), re.M), target
+
+
+def check_activate(command: str, _) -> None:
+    assert "venv=.venv" in (REPOSITORY / "tools/setup_env.sh").read_text()
+
+
+def check_requirements(command: str, _) -> None:
+    assert (REPOSITORY / command.split()[-1]).is_file()
+
+
+def check_tensorboard(command: str, here: Path) -> None:
+    (folder,) = re.findall(r"--logdir (\S+)", command)
+    assert list((here / folder).glob("events.out.tfevents.*"))
+    assert (Path(sys.executable).parent / "tensorboard").exists()
+
+
+def check_torchrun(command: str, here: Path) -> None:
+    from torch.distributed.run import get_args_parser
+
+    args = get_args_parser().parse_args(shlex.split(command)[1:])
+    check_parsed(shlex.join(["python", args.training_script, *args.training_script_args]), here)
+
+
+def check_parsed(command: str, here: Path) -> None:
+    """Its options exist, the files that it names do, and its config takes its KEY VALUE pairs."""
+    _, script, *words = shlex.split(command)
+    args = parser_of(script).parse_args(words)
+    for word in words:
+        if re.match(r"(configs|docs|examples|tests|tools)/", word):
+            assert (REPOSITORY / word).exists(), word
+    for key in ("config_file", "search_config"):
+        if getattr(args, key, ""):
+            load_config(getattr(args, key), [o for o in getattr(args, "opts", []) if o != "--"])
+    if script in ("search_net.py", "train_net.py"):
+        cfg = load_config(args.config_file, args.opts)
+        is_search = cfg.MODEL.BACKBONE.NAME == "build_nats_backbone" and not (
+            cfg.MODEL.NATS.ARCHITECTURE
+        )
+        assert is_search == (script == "search_net.py"), "the config is for the other script"
+
+
+def check_trained(command: str, here: Path) -> None:
+    """Two iterations of it, or its evaluation."""
+    words = shlex.split(command)
+    evaluates = "--eval-only" in words
+    more = list(SHORT)
+    if "OUTPUT_DIR" not in words:
+        more += ["OUTPUT_DIR", "output/here"]
+    if evaluates:
+        more += FEW_IMAGES
+    elif "DATASETS.TEST" not in words:
+        more += ["DATASETS.TEST", "()"]
+    printed = started(here, words + more)
+    words += more
+    folder = here / words[words.index("OUTPUT_DIR") + 1]
+    if evaluates:
+        assert "Evaluation results for few" in printed
+    else:
+        assert (folder / "model_final.pth").is_file()
+        assert (folder / "retrain.yaml").is_file() == (words[1] == "search_net.py")
+
+
+def check_run(command: str, here: Path, capsys) -> None:
+    """It ends well, and its last line names a file that is there."""
+    script = next(word for word in shlex.split(command) if word.endswith(".py"))
+    capsys.readouterr()
+    if script == "examples/export_detector.py":  # TorchScript leaves traces in a process
+        printed = started(here, shlex.split(command))
+    else:
+        run_here(here, shlex.join([*shlex.split(command), *SMALL.get(script, [])]))
+        printed = capsys.readouterr().out
+    last = printed.splitlines()[-1]
+    if script == "tools/analyze.py":
+        assert last.split()[0] == "activations"
+    else:
+        path = last.removeprefix("wrote ").split(" (")[0]
+        assert (here / path).is_file(), last
+
+
+# -- the tests ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item", commands(), ids=name_of)
+def test_command(item, here, capsys):
+    for pattern, kind in RULES:
+        if re.search(pattern, item.text):
+            break
+    else:
+        raise AssertionError(
+            f"{item.place}: nothing says how to test `{item.text}`: add a line to RULES in "
+            "tests/integration/test_docs.py, and a text or file that it needs to SUBSTITUTIONS or "
+            "workspace"
+        )
+    check = globals()[f"check_{kind}"]
+    if kind == "run":
+        check(item.text, here, capsys)
+    else:
+        check(item.text, here)
+
+
+@pytest.mark.parametrize("item", python_blocks(), ids=name_of)
+def test_python_block(item, here):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(item.text, item.place, "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("item", yaml_blocks(), ids=name_of)
+def test_yaml_block(item, tmp_path):
+    """An architecture file, or a config: of a ResNet-50 where it names layers."""
+    content = parse_yaml(item.text, item.place)
+    if "format" in content:
+        architecture = Architecture.from_dict(content)
+    else:
+        path = tmp_path / "block.yaml"
+        path.write_text(f"VERSION: 2\n{item.text}")
+        cfg = load_config(str(path))
+        if not cfg.MODEL.NATS.ARCHITECTURE:
+            return
+        architecture = Architecture.from_config(cfg.MODEL.NATS.ARCHITECTURE)
+    plain = load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    with torch.device("meta"):
+        apply_architecture(build_backbone(plain), architecture)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: str(s.relative_to(REPOSITORY)))
+def test_help_has_an_example_of_itself(script):
+    name = str(script.relative_to(REPOSITORY))
+    shown = parser_of(name).format_help()
+    assert any(name in e.text for e in examples(script)), f"{name}: no example in its help"
+    assert re.search(rf"(\$|example:) .*{re.escape(name)}", shown)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_page(page):
+    """Shell scripts parse, links lead somewhere, and no command hides in a block of plain text."""
+    for language, place, lines in blocks(page):
+        known = ("bash", "indented", "none", "python", "text", "yaml")
+        assert language in known, f"{place}: {language}: collect it in tests/integration/test_docs"
+        if language == "bash":
+            done = subprocess.run(["bash", "-n"], input="\n".join(lines), text=True)
+            assert done.returncode == 0, place
+        if language in ("none", "text"):
+            for line in lines:
+                hidden = re.match(r"\s*(\$|python|pip|make|torchrun|bash|tensorboard) ", line)
+                assert not hidden, f"{place}: a command in a block without a language: {line}"
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,157 @@
+"""The tools as a user starts them: good runs name what they wrote, bad input is one line.
+
+What has no need of a process of its own runs in this one, which spares the imports.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import REPOSITORY, TINY
+
+from detectron2.modeling import build_model
+from detectron2_nats import Architecture
+from detectron2_nats.export import load_config
+from detectron2_nats.transform import searched_layers
+
+
+def tool(name: str, *arguments, folder=REPOSITORY) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", str(REPOSITORY / name), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "projects/NATS")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def tool_here(monkeypatch, folder: Path, name: str, *arguments: str):
+    """The same in this process; returns what it left with: None, a status or a last line."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            runpy.run_path(str(REPOSITORY / name), run_name="__main__")
+        except SystemExit as left:
+            return left.code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With `search`, a search's output folder, and files that are damaged or in the way."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "search").mkdir()
+    (folder / "tiny.yaml").write_text(f"VERSION: 2\n{TINY}")
+    cfg = load_config(str(folder / "tiny.yaml"))
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    for conv in searched_layers(model).values():
+        torch.nn.init.normal_(conv.alpha)
+    search = {"order": "paper", "iteration": 6}
+    Architecture.decode(searched_layers(model), **search).save(f"{folder}/search/architecture.yaml")
+    (folder / "search/config.yaml").write_text(cfg.dump())
+    torch.save({"model": model.state_dict()}, folder / "search/model_final.pth")
+    (folder / "search/last_checkpoint").write_text("model_final.pth")
+    values = {"alpha/entropy": 0.9, "alpha/votes_changed": 3, "intensity/res3.0.conv2/1x1": 1.0}
+    (folder / "search/metrics.json").write_text(json.dumps({"iteration": 5, **values}) + "\n")
+
+    (folder / "damaged").mkdir()
+    for name in ("architecture.yaml", "config.yaml", "last_checkpoint"):
+        (folder / "damaged" / name).write_text((folder / "search" / name).read_text())
+    (folder / "damaged/model_final.pth").write_text("no checkpoint")
+    (folder / "a_file").write_text("nothing of use")
+    pattern = [{"(0, 0)": 48 * 2**s, "(1, 2)": 16 * 2**s} for s in (0, 1, 2, 3)]
+    blocks = [p for p, count in zip(pattern, (3, 4, 6, 3)) for _ in range(count)]
+    (folder / "ic_conv.json").write_text(json.dumps(blocks))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["analyze", "export", "import_architecture", "make_val35k", "plot", "pretrain_embedded"]
+)
+def test_help(monkeypatch, capsys, name):
+    assert tool_here(monkeypatch, REPOSITORY, f"tools/{name}.py", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "usage: " in shown and "example" in shown and f"python tools/{name}.py" in shown
+
+
+@pytest.mark.parametrize(
+    "name, arguments, written",
+    [
+        ("plot", "search --output p --format both", "p/architecture.png p/history.svg"),
+        ("plot", "search/architecture.yaml --output q", "q/architecture.png"),
+        ("import_architecture", "ic_conv.json --output ic.yaml --stages res5", "ic.yaml"),
+        ("export", "search --order voted --weights w.pth --output voted.yaml", "w.pth voted.yaml"),
+    ],
+)
+def test_good_run(folder, name, arguments, written):
+    done = tool(f"tools/{name}.py", *arguments.split(), folder=folder)
+    assert done.returncode == 0, done.stderr
+    named = [line.removeprefix("wrote ") for line in done.stdout.splitlines()]
+    assert set(written.split()) <= set(named), done.stdout
+    assert named[-1] == written.split()[-1]
+    assert all((folder / path).stat().st_size for path in named)
+
+
+def test_analyze(folder):
+    done = tool("tools/analyze.py", "search", "--size", "64", "100", folder=folder)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("res") for line in lines) == 13
+    assert "one image of 64 x 128 pixels" in done.stdout
+    assert [line.split()[-1] for line in lines[-3:]] == ["equal"] * 3
+
+
+@pytest.mark.parametrize(
+    "name, arguments, error",
+    [
+        ("plot", "nowhere", "nowhere: cannot be read: No such file or directory"),
+        ("plot", "search --output a_file", "a_file: cannot be written"),
+        ("plot", "search --plain tiny.yaml a_file", "give both --plain and --searched"),
+        ("analyze", "tiny.yaml", "a config without MODEL.NATS.ARCHITECTURE"),
+        ("analyze", "search --config-file none.yaml", "config none.yaml not found"),
+        ("import_architecture", "a_file --output x.yaml", "a_file: not readable as JSON"),
+        ("import_architecture", "ic_conv.json --output a_file/x", "a_file/x: cannot be written"),
+        ("export", "a_file", "a_file: not an architecture file"),
+        ("export", "none.yaml", "none.yaml: cannot be read"),
+        ("export", "search --output a_file/x.yaml", "a_file/x.yaml: cannot be written"),
+        ("export", "search --weights w.pth", "fit only an architecture in voted order"),
+        ("export", "damaged --order voted", "model_final.pth: not readable as a checkpoint"),
+    ],
+)
+def test_bad_input(monkeypatch, capsys, folder, name, arguments, error):
+    left = tool_here(monkeypatch, folder, f"tools/{name}.py", *arguments.split())
+    # Python prints this line on stderr and exits with 1
+    assert left.startswith("error: ") and error in left and "\n" not in left
+    assert "wrote" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["analyze", "export", "import_architecture", "plot"])
+def test_error_is_one_line_on_stderr(folder, name):
+    more = ["--output", "x.yaml"] if name == "import_architecture" else []
+    done = tool(f"tools/{name}.py", "nowhere", *more, folder=folder)
+    assert done.returncode == 1 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: nowhere: cannot be read")
+
+
+@pytest.mark.parametrize(
+    "name, arguments, error",
+    [
+        ("plot", "search --images 0", "'0': expected a whole number from 1 to 4096"),
+        ("pretrain_embedded", "--steps 0", "--steps 0: expected at least 1"),
+        ("pretrain_embedded", "--output nowhere/x.pth", "there is no folder nowhere"),
+    ],
+)
+def test_bad_options(monkeypatch, capsys, folder, name, arguments, error):
+    assert tool_here(monkeypatch, folder, f"tools/{name}.py", *arguments.split()) == 2
+    assert error in capsys.readouterr().err.splitlines()[-1]

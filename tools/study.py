@@ -1,0 +1,576 @@
+#!/usr/bin/env python
+"""Is it worth it? Compare plain, random and searched architectures over seeds and folds.
+
+Each method is retrained with the same budget, once per seed; what is missing is run, what is there
+is kept. Leaves study.md (a table) and study.png in the output folder.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Callable, Dict, List, Optional
+
+import torch
+from tabulate import tabulate
+
+from detectron2.data import build_detection_test_loader
+from detectron2.modeling import build_model
+from detectron2_nats import plot, study
+from detectron2_nats.analysis import backbone_cost, interleaved_seconds, median_ratio
+from detectron2_nats.architecture import Architecture
+from detectron2_nats.data.registry import register_datasets
+from detectron2_nats.errors import NATSError
+from detectron2_nats.export import export_config, load_config, write_config
+from detectron2_nats.files import write_atomically
+from detectron2_nats.stopping import STOPPED_EXIT_CODE
+from detectron2_nats.training import config_differences
+
+EPILOG = """
+methods:
+  plain        the detector as it is
+  random       each channel group draws its dilation; another one for each seed
+  path         path-level search: one choice per conv
+  nats-paper   the search, channels sorted by dilation
+  nats-voted   the same search, each group keeping its own channels
+  NAME         of --architecture NAME=FILE: the same one for each seed
+
+examples:
+  on the embedded data set, two seeds, two runs at a time:
+    $ python tools/study.py --config-file configs/quickstart/base.yaml \\
+        --search-config configs/quickstart/search.yaml --seeds 2 --jobs 2 --output output/study
+  own data in five folds, so that every image is tested once:
+    $ python tools/study.py --config-file configs/study/small.yaml \\
+        --search-config configs/study/small_search.yaml --seeds 5 --folds 5 \\
+        --annotations train.json calib.json val.json --images images \\
+        --architecture ic-conv=ic_conv.yaml --output output/study \\
+        MODEL.WEIGHTS path/to/R-50-half.pkl
+  on COCO, eight GPUs for each run:
+    $ python tools/study.py --config-file configs/retrain/faster_rcnn_R_50_FPN.yaml \\
+        --search-config configs/search/faster_rcnn_R_50_FPN.yaml --seeds 3 --num-gpus 8 \\
+        --output output/study
+  what is there so far, without running anything:
+    $ python tools/study.py ... --report
+
+The same command goes on after a kill. KEY VALUE pairs go into both configs.
+exit status: 0 done, 2 bad input, 75 stopped on request, 1 a run failed (its console is named).
+"""
+
+METHODS = ("plain", "random", "path", "nats-paper", "nats-voted")
+
+
+class RunFailed(NATSError):
+    """A run of a script ended with an error."""
+
+
+@dataclass
+class Task:
+    """One run of a script.
+
+    Attributes:
+        kind: "search" or "retraining"; runs of a kind take about the same time.
+        folder: its OUTPUT_DIR; named after method and seed.
+        prepare: called before the start, returns the command.
+        after: runs that must have ended before.
+        slot: which of the runs at one time it is; chooses its GPUs.
+    """
+
+    kind: str
+    folder: str
+    prepare: Callable[[], List[str]]
+    after: List["Task"] = field(default_factory=list)
+    slot: int = 0
+    started: float = 0.0
+    process: Optional[subprocess.Popen] = None
+
+    @property
+    def done(self) -> bool:
+        return self.cost().get("done", False)
+
+    @property
+    def console(self) -> str:
+        return os.path.join(self.folder, "console.txt")
+
+    def cost(self) -> dict:
+        """Seconds so far, over all starts: {"seconds", "cpu_seconds", "done"}."""
+        path = os.path.join(self.folder, "cost.json")
+        if not os.path.isfile(path):
+            return {}
+        with open(path) as file:
+            return json.load(file)
+
+    def start(self, environment: Dict[str, str]) -> None:
+        os.makedirs(self.folder, exist_ok=True)
+        command = self.prepare()
+        with open(self.console, "a") as log:
+            log.write(f"$ python {' '.join(command)}\n")
+            log.flush()
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+                start_new_session=True,  # Ctrl-C reaches it once, through us
+            )
+        self.started = time.perf_counter()
+
+    def poll(self) -> Optional[int]:
+        """The exit status when it has just ended; what it cost is then written down."""
+        pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+        if not pid:
+            return None
+        code = os.waitstatus_to_exitcode(status)
+        self.process.returncode = code
+        cost = self.cost()
+        seconds = time.perf_counter() - self.started
+        cpu_seconds = usage.ru_utime + usage.ru_stime
+        cost = {
+            "seconds": cost.get("seconds", 0) + seconds,
+            "cpu_seconds": cost.get("cpu_seconds", 0) + cpu_seconds,
+            "done": code == 0,
+        }
+        write_atomically(os.path.join(self.folder, "cost.json"), json.dumps(cost))
+        return code
+
+
+class Study:
+    """The runs of a study and what came of them.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.seeds = range(args.seeds)
+        self.given = dict(args.architecture)
+        self.methods = [*args.methods, *self.given]
+        for path in self.given.values():
+            Architecture.load(path)  # a malformed one should come to light now
+        self.settings = {
+            "config": load_config(args.config_file, args.opts).dump(),
+            "search_config": load_config(args.search_config, args.opts).dump(),
+            "folds": args.folds,
+            "annotations": args.annotations,
+            "images": args.images,
+        }
+        self._check_same_study()
+        if args.folds:
+            annotations = study.merged_annotations(args.annotations)
+            study.write_folds(annotations, args.folds, self.path("data"))
+        self.tasks = self._tasks()
+
+    def path(self, *parts: str) -> str:
+        return os.path.join(self.args.output, *parts)
+
+    def folder(self, method: str, seed: int) -> str:
+        return self.path(f"seed_{seed}", method)
+
+    def _check_same_study(self) -> None:
+        """One folder, one study; seeds and methods may be added later."""
+        path = self.path("study.json")
+        os.makedirs(self.path("data"), exist_ok=True)
+        if not os.path.isfile(path):
+            write_atomically(path, json.dumps(self.settings, indent=1))
+            return
+        with open(path) as file:
+            old = json.load(file)
+        for key, value in self.settings.items():
+            if old.get(key) == value:
+                continue
+            detail = f"{old.get(key)!r}, now {value!r}"
+            if "config" in key:
+                cfg = load_config(
+                    self.args.search_config if "search" in key else self.args.config_file,
+                    self.args.opts,
+                )
+                differences = config_differences(old[key], cfg)
+                if not differences:  # paths and the like
+                    continue
+                detail = "; ".join(differences[:5])
+            raise NATSError(f"{path} is of another study: {key}: {detail}. Choose another --output")
+
+    # -- runs ------------------------------------------------------------------------------------
+
+    def _options(self, seed: int, folder: str, searching: bool) -> List[str]:
+        opts = [*self.args.opts, "SEED", str(seed), "OUTPUT_DIR", folder]
+        if self.args.folds:
+            fold = self.path("data", f"fold_{seed % self.args.folds}")
+            names = {n: f"study_{seed % self.args.folds}_{n}" for n in os.listdir(fold)}
+            register = [[v, os.path.join(fold, n), self.args.images] for n, v in names.items()]
+            train = "train.json" if searching else "rest.json"
+            opts += ["DATASETS.REGISTER", repr(register)]
+            opts += ["DATASETS.TRAIN", repr((names[train],))]
+            opts += ["DATASETS.TEST", repr((names["test.json"],))]
+            opts += ["DATASETS.CALIBRATION", repr((names["calibration.json"],))]
+        if searching:
+            opts += ["DATASETS.TEST", "()"]
+        return opts
+
+    def _tasks(self) -> List[Task]:
+        tasks = []
+        for seed in self.seeds:  # seed by seed: each one that is complete can be reported
+            searches = {
+                name: self._search(name, seed)
+                for name in ("path", "nats")
+                if any(method.startswith(name) for method in self.args.methods)
+            }
+            tasks += searches.values()
+            tasks += [self._retraining(method, seed, searches) for method in self.methods]
+        return tasks
+
+    def _search(self, name: str, seed: int) -> Task:
+        folder = self.folder(f"search-{name}", seed)
+        opts = self._options(seed, folder, searching=True)
+        if name == "path":
+            opts += ["MODEL.NATS.NUM_GROUPS", "1", "MODEL.NATS.CHANNELS_PER_GROUP", "0"]
+        command = ["search_net.py", *self._common(self.args.search_config), *opts]
+        return Task("search", folder, lambda: command)
+
+    def _retraining(self, method: str, seed: int, searches: Dict[str, Task]) -> Task:
+        folder = self.folder(method, seed)
+        search = searches.get(method.split("-")[0]) if method in METHODS else None
+
+        def prepare() -> List[str]:
+            config = self.args.config_file
+            architecture = self._architecture(method, seed)
+            if architecture is not None:
+                config = os.path.join(folder, "retrain.yaml")
+                base = load_config(self.args.config_file)
+                write_config(export_config(base, architecture), config)
+            opts = self._options(seed, folder, searching=False)
+            return ["train_net.py", *self._common(config), *opts]
+
+        return Task("retraining", folder, prepare, [search] if search else [])
+
+    def _common(self, config: str) -> List[str]:
+        return ["--config-file", config, "--resume", "--num-gpus", str(self.args.num_gpus)]
+
+    def _architecture(self, method: str, seed: int) -> Optional[Architecture]:
+        """What a method makes of a seed; None for the plain detector."""
+        if method == "plain":
+            return None
+        if method in self.given:
+            return Architecture.load(self.given[method])
+        if method == "random":
+            cfg = load_config(self.args.search_config, self.args.opts)
+            return study.random_architecture(cfg, seed)
+        search = self.folder(f"search-{method.split('-')[0]}", seed)
+        if method == "path":  # one group: no order
+            return Architecture.load(os.path.join(search, "architecture.yaml"))
+        return study.searched_architecture(search, method.split("-")[1])
+
+    def run(self) -> None:
+        """Run what is missing, `jobs` runs at a time.
+
+        Raises:
+            RunFailed: one of them did. The others were stopped with a checkpoint.
+        """
+        waiting = [task for task in self.tasks if not task.done]
+        total, running = len(self.tasks), []
+        print(f"{total - len(waiting)} of {total} runs are done", flush=True)
+        try:
+            while waiting or running:
+                for task in [t for t in waiting if all(a.done for a in t.after)]:
+                    if len(running) == self.args.jobs:
+                        break
+                    taken = {t.slot for t in running}
+                    task.slot = min(set(range(self.args.jobs)) - taken)
+                    task.start(self._environment(task.slot))
+                    waiting.remove(task)
+                    running.append(task)
+                for task in list(running):
+                    code = task.poll()
+                    if code is None:
+                        continue
+                    running.remove(task)
+                    if code == STOPPED_EXIT_CODE:
+                        raise KeyboardInterrupt  # somebody stopped it by itself
+                    if code:
+                        raise RunFailed(f"exit status {code}: see the end of {task.console}")
+                    number = total - len(waiting) - len(running)
+                    print(f"[{number}/{total}] {self._line(task)}{self._left(waiting, running)}")
+                    sys.stdout.flush()
+                time.sleep(0.2)
+        finally:
+            for task in running:
+                task.process.send_signal(signal.SIGTERM)  # it writes a checkpoint and leaves
+            for task in running:
+                while task.poll() is None:
+                    time.sleep(0.2)
+
+    def _environment(self, slot: int) -> Dict[str, str]:
+        """Processors and GPUs shared out to the runs at one time."""
+        threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        if torch.cuda.is_available():
+            count, each = torch.cuda.device_count(), self.args.num_gpus
+            devices = [(slot * each + i) % count for i in range(each)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        return environment
+
+    def _line(self, task: Task) -> str:
+        name = os.path.relpath(task.folder, self.args.output)
+        result = f"AP {last_metric(task.folder, 'bbox/AP'):.1f} " if task.kind != "search" else ""
+        return f"{name}: {result}in {task.cost()['seconds']:.0f} s"
+
+    def _left(self, waiting: List[Task], running: List[Task]) -> str:
+        times: Dict[str, List[float]] = {}
+        for task in self.tasks:
+            if task.done:
+                times.setdefault(task.kind, []).append(task.cost()["seconds"])
+        overall = statistics.mean(t for values in times.values() for t in values)
+        expected = {kind: statistics.mean(values) for kind, values in times.items()}
+        left = sum(expected.get(task.kind, overall) for task in waiting)
+        for task in running:
+            left += max(0.0, expected.get(task.kind, overall) - time.perf_counter() + task.started)
+        minutes = left / self.args.jobs / 60
+        return f" (about {minutes:.0f} min left)" if minutes >= 1 else ""
+
+    # -- results -----------------------------------------------------------------------------------
+
+    def report(self) -> str:
+        """Write study.md and study.png of the seeds for which all methods are done."""
+        seeds = [s for s in self.seeds if all(self._done(m, s) for m in self.methods)]
+        if not seeds:
+            raise NATSError(f"{self.args.output}: no seed has a result of every method yet")
+        ap = {m: [last_metric(self.folder(m, s), "bbox/AP") for s in seeds] for m in self.methods}
+        ap50 = {
+            m: [last_metric(self.folder(m, s), "bbox/AP50") for s in seeds] for m in self.methods
+        }
+        references = dict.fromkeys([self.methods[0], *(m for m in self.methods if m == "random")])
+        differences = {
+            r: {m: [a - b for a, b in zip(ap[m], ap[r])] for m in self.methods if m != r}
+            for r in references
+        }
+        costs, ratios = self._network_costs(seeds[0])
+        rows = []
+        for method in self.methods:
+            row = {"": method, "AP": _mean_and_deviation(ap[method])}
+            row["AP50"] = _mean_and_deviation(ap50[method])
+            pooled = self._pooled(method, seeds)
+            if pooled is not None:
+                row["AP, folds pooled"] = f"{pooled:.1f}"
+            for reference in references:
+                row[f"AP − {reference} [95 %]"] = _interval(differences[reference].get(method))
+            row["parameters"] = f"{costs[method].parameters:,}"
+            row["GFLOPs"] = f"{costs[method].flops / 1e9:.2f}"
+            row["backbone time"] = f"{ratios[method]:.3f}×"
+            row["search, CPU min"] = self._search_cost(method, seeds)
+            rows.append(row)
+        detectable = study.detectable_difference(differences[self.methods[0]])
+        lines = [
+            f"{len(seeds)} seeds; mean ± standard deviation over them, differences paired by seed.",
+            "",
+            _table([list(row.values()) for row in rows], list(rows[0])),
+            "",
+            f"A true difference of {detectable:.1f} AP to {self.methods[0]} would be found with "
+            "80 % probability (two-sided test at 5 %).",
+        ]
+        lines += ["", *self._seed_table(ap, seeds), "", *self._search_lines(seeds)]
+        text = "\n".join(lines).rstrip() + "\n"
+        write_atomically(self.path("study.md"), text)
+        figure = plot.plot_study(ap, f"{len(seeds)} seeds")
+        plot.save(figure, self.args.output, "study", ["png"])
+        return text
+
+    def _done(self, method: str, seed: int) -> bool:
+        return any(t.done for t in self.tasks if t.folder == self.folder(method, seed))
+
+    def _seed_table(self, ap: Dict[str, List[float]], seeds: List[int]) -> List[str]:
+        rows = [[m, *(f"{value:.1f}" for value in ap[m])] for m in ap]
+        return [_table(rows, ["AP", *(f"seed {seed}" for seed in seeds)])]
+
+    def _pooled(self, method: str, seeds: List[int]) -> Optional[float]:
+        """Mean over the rounds of folds; None without folds or a whole round."""
+        folds = self.args.folds
+        rounds = [range(r, r + folds) for r in range(0, len(self.seeds), folds)] if folds else []
+        rounds = [r for r in rounds if set(r) <= set(seeds)]
+        if not rounds:
+            return None
+        name = os.path.join("inference", "coco_instances_results.json")
+        return statistics.mean(
+            study.pooled_ap(
+                self.path("data", "all.json"),
+                [os.path.join(self.folder(method, s), name) for s in r],
+            )
+            for r in rounds
+        )
+
+    def _search_cost(self, method: str, seeds: List[int]) -> str:
+        if method not in ("path", "nats-paper", "nats-voted"):
+            return "—"
+        folders = {self.folder(f"search-{method.split('-')[0]}", seed) for seed in seeds}
+        tasks = [t for t in self.tasks if t.folder in folders]
+        return f"{statistics.mean(t.cost()['cpu_seconds'] for t in tasks) / 60:.1f}"
+
+    def _search_lines(self, seeds: List[int]) -> List[str]:
+        """Did the searches decide anything, and the same thing?"""
+        rows = []
+        for name in ("path", "nats"):
+            folders = [self.folder(f"search-{name}", seed) for seed in seeds]
+            if not all(any(t.folder == f for t in self.tasks) for f in folders):
+                continue
+            entropy = [last_metric(folder, "alpha/entropy") for folder in folders]
+            found = [study.searched_architecture(folder, "voted") for folder in folders]
+            plain = statistics.mean(study.plain_share(a) for a in found)
+            row = [name, f"{statistics.mean(entropy):.3f}", f"{plain:.0%}"]
+            if len(found) > 1:
+                row += [f"{share:.0%}" for share in study.agreement(found)]
+            rows.append(row)
+        if not rows:
+            return []
+        headers = [
+            "search",
+            "entropy of α",
+            "channels left plain",
+            "agreement of seeds",
+            "by chance",
+        ]
+        return [_table(rows, headers)]
+
+    def _network_costs(self, seed: int):
+        """Of each method's network of one seed: counts, and time per image against the first."""
+        costs, models, images = {}, {}, None
+        for method in self.methods:
+            folder = self.folder(method, seed)
+            cfg = load_config(os.path.join(folder, "config.yaml"))
+            register_datasets(cfg)
+            if images is None:
+                images = [
+                    b
+                    for _, b in zip(
+                        range(4), build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])
+                    )
+                ]
+            model = build_model(cfg).eval()
+            models[method] = model
+            height, width = (-(-side // 32) * 32 for side in images[0][0]["image"].shape[-2:])
+            costs[method] = backbone_cost(model.backbone, height, width)
+
+        def backbone(model):
+            with torch.no_grad():
+                for batch in images:
+                    model.backbone(model.preprocess_image(batch).tensor)
+
+        functions = [lambda m=m: backbone(m) for m in models.values()]
+        seconds = interleaved_seconds(functions, rounds=9)
+        ratios = {m: median_ratio(values, seconds[0]) for m, values in zip(models, seconds)}
+        return costs, ratios
+
+
+def last_metric(folder: str, name: str) -> float:
+    """The last value of a metric in a run's metrics.json."""
+    path = os.path.join(folder, "metrics.json")
+    try:
+        with open(path) as file:
+            return [m[name] for m in map(json.loads, file) if name in m][-1]
+    except (OSError, IndexError):
+        raise NATSError(f"{path} holds no {name}: does the config name DATASETS.TEST?") from None
+
+
+def _table(rows: List[List[str]], headers: List[str]) -> str:
+    align = ["left", *["right"] * (len(headers) - 1)]
+    return tabulate(rows, headers, "pipe", disable_numparse=True, colalign=align)
+
+
+def _interval(differences: Optional[List[float]]) -> str:
+    if not differences:
+        return "—"
+    mean, half = study.paired_interval(differences)
+    if half == math.inf:
+        return f"{mean:+.1f}"
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def _mean_and_deviation(values: List[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def _named_file(text: str):
+    name, separator, path = text.partition("=")
+    if not separator or not name or not path or name in METHODS or "/" in name:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE with a name of its own")
+    return name, path
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 1000")
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file", required=True, help="detector to retrain: path or zoo name"
+    )
+    parser.add_argument("--search-config", required=True, help="its search")
+    parser.add_argument("--output", default="output/study", help="folder (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=_count, default=3, help="seeds 0 to SEEDS - 1 (%(default)s)"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"the first is compared with (default: {' '.join(METHODS)})",
+    )
+    parser.add_argument(
+        "--architecture",
+        type=_named_file,
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="another method: an architecture file; may be repeated",
+    )
+    parser.add_argument("--folds", type=_count, help="seed S tests fold S modulo FOLDS of:")
+    parser.add_argument("--annotations", nargs="+", metavar="JSON", help="COCO annotation files")
+    parser.add_argument("--images", metavar="FOLDER", help="that their images lie in")
+    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--num-gpus", type=_count, default=1, help="GPUs of each run (%(default)s)")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the table")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for both configs"
+    )
+    args = parser.parse_args()
+    if args.folds and (args.folds < 2 or not args.annotations or not args.images):
+        parser.error("--folds needs at least 2 folds, --annotations and --images")
+    if not args.folds and (args.annotations or args.images):
+        parser.error("--annotations and --images are for --folds; else the configs name the data")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    comparison = Study(args)
+    if not args.report:
+        comparison.run()
+    print(f"\n{comparison.report()}\nwrote {comparison.path('study.md')}")
+
+
+def _stop(*_):
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        main(parse_args())
+    except NATSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, RunFailed) else 2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(STOPPED_EXIT_CODE)
