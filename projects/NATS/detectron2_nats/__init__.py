@@ -8,6 +8,7 @@ from .architecture import Architecture
 from .config import add_nats_config
 from .data.embedded import register_embedded_datasets
 from .errors import NATSError
+from .fuse import fuse_for_inference
 from .layers import GroupedDilationConv2d, MixedDilationConv2d
 from .search_space import SearchSpace
 from .trainer import SearchTrainer
@@ -22,6 +23,7 @@ __all__ = [
     "SearchTrainer",
     "add_nats_config",
     "apply_architecture",
+    "fuse_for_inference",
     "to_supernet",
 ]
 
