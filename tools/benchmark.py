@@ -41,6 +41,7 @@ from detectron2_nats.backbone import search_space_from_config
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import load_config
 from detectron2_nats.files import write_atomically
+from detectron2_nats.fuse import fuse_for_inference
 from detectron2_nats.importers import from_ic_conv, read_json
 from detectron2_nats.layers import GroupedDilationConv2d, MixedDilationConv2d
 from detectron2_nats.search_space import PAPER_SETS
@@ -50,7 +51,8 @@ from detectron2_nats.transform import apply_architecture, conv3x3_layers, to_sup
 
 EPILOG = """
 parts (--what):
-  inference   backbone and whole detector: plain, frozen in both orders, IC-Conv's pattern
+  inference   backbone and whole detector: plain, frozen in both orders, IC-Conv's pattern; each
+              also after fuse_for_inference
   train       a training step of those; weight step and alpha step of the super-network
   memory      what these keep for backward, and their peak, each in a fresh process
   convs       one 3x3 conv of res3, res4, res5: plain and frozen
@@ -314,6 +316,8 @@ def run_inference(args: argparse.Namespace, report: Report, name: str, dtype: st
     models = {"plain": build_plain(args, cfg)}
     for variant, architecture in architectures(args, name).items():
         models[variant] = apply_architecture(build_plain(args, cfg), architecture)
+    for variant, model in list(models.items()):
+        models[f"{variant}, fused"] = fuse_for_inference(copy.deepcopy(model.eval()))
 
     def backbone(model):
         with torch.no_grad(), autocast(args, dtype):
@@ -327,7 +331,7 @@ def run_inference(args: argparse.Namespace, report: Report, name: str, dtype: st
     wholes = [backbone] if args.smoke else [backbone, detector]
     columns = {}
     for function in wholes:
-        functions = {k: (lambda m=m.eval(), f=function: f(m)) for k, m in models.items()}
+        functions = {k: (lambda m=m, f=function: f(m)) for k, m in models.items()}
         columns[function.__name__] = measure(args, functions)
     table = timing_table(args, columns, dict.fromkeys(models, "plain"))
     report.add(_title(args, "inference", name, dtype), table)

@@ -121,22 +121,15 @@ class MixedDilationConv2d(_DilationConv2d):
         mixture = self.alpha.softmax(dim=1).repeat_interleave(
             self.out_channels // self.num_groups, dim=0
         )
-        # Two equal forms. When α needs a gradient, the outputs are scaled: <grad, y^g> is cheap.
-        # When it does not, conv(x, s·W) = s·conv(x, W) spares the passes over every y^g.
-        scale_outputs = torch.is_grad_enabled() and self.alpha.requires_grad
+        # The outputs are scaled, not the weights: y^g is then kept for backward only while α is
+        # trained. Scaled weights would be kept always, one for each genotype.
         mixed = None
         columns = mixture.unbind(dim=1)
         for genotype, scale, weight in zip(self.genotypes, columns, self.genotype_weights()):
-            if not scale_outputs:
-                weight = scale.to(weight.dtype).view(-1, 1, 1, 1) * weight
             dilation = self._effective(genotype)
             y = F.conv2d(x, weight, None, self.stride, dilation, dilation, self.groups)
-            if scale_outputs:
-                scale = scale.to(y.dtype).view(1, -1, 1, 1)
-                mixed = y * scale if mixed is None else torch.addcmul(mixed, y, scale)
-            else:
-                # in place: a sum keeps none of its terms for backward
-                mixed = y if mixed is None else mixed.add_(y)
+            scale = scale.to(y.dtype).view(1, -1, 1, 1)
+            mixed = y * scale if mixed is None else torch.addcmul(mixed, y, scale)
         if self.bias is not None:
             mixed = mixed + self.bias.to(mixed.dtype).view(1, -1, 1, 1)
         return self._finish(mixed)
