@@ -61,7 +61,9 @@ def runnable(folder):
     return {path.stem for path in config_files(folder) if not path.stem.startswith("Base-")}
 
 
-@pytest.mark.parametrize("path", config_files("search", "retrain", "examples"), ids=by_name)
+@pytest.mark.parametrize(
+    "path", config_files("search", "retrain", "examples", "study"), ids=by_name
+)
 def test_loads_and_names_its_version(path):
     cfg = load(path)
     assert cfg.VERSION == 2
@@ -75,8 +77,20 @@ def test_loads_and_names_its_version(path):
 
 
 def test_every_row_of_the_paper_has_a_config():
-    assert runnable("search") == set(SEARCH)
+    assert runnable("search") == {*SEARCH, "faster_rcnn_R_50_FPN_bs64"}
     assert runnable("retrain") == set(RETRAIN)
+
+
+def test_eight_images_per_gpu_are_the_same_search_with_the_rate_that_follows():
+    usual, large = (
+        load(CONFIGS / "search" / f"faster_rcnn_R_50_FPN{suffix}.yaml") for suffix in ("", "_bs64")
+    )
+    assert large.SOLVER.AMP.ENABLED and large.SOLVER.IMS_PER_BATCH == 64
+    assert large.SOLVER.MAX_ITER == rounded(25 * TRAIN2014 / 64)
+    assert large.SOLVER.BASE_LR == pytest.approx(LR_PER_IMAGE * 64)
+    assert large.SOLVER.BASE_LR_END == pytest.approx(LR_PER_IMAGE_END * 64)
+    large.SOLVER = usual.SOLVER
+    assert large == usual
 
 
 @pytest.mark.parametrize("name", SEARCH)
