@@ -27,6 +27,9 @@ def start_rank(rank, port, test, results, arguments):
     except BaseException:
         results.put((rank, traceback.format_exc()))
         raise
+    # A process that exits as a member can be aborted by the group's threads.
+    comm.synchronize()
+    torch.distributed.destroy_process_group()
 
 
 def on_two_ranks(test, *arguments):

@@ -23,7 +23,7 @@ from .data.embedded import ensure_embedded_dataset
 from .data.registry import check_datasets, register_datasets
 from .errors import NATSError
 from .export import load_config
-from .stopping import handle_signals
+from .stopping import STOPPED_EXIT_CODE, exit_at_once, handle_signals
 from .training import ResumableTrainer
 
 __all__ = ["run_script", "setup", "train_or_evaluate"]
@@ -137,18 +137,28 @@ def _run_under_torchrun(main, args) -> None:
 
 
 def _call(main, args) -> None:
+    status = 0
     try:
         main(args)
     except NATSError as error:
         # Every rank says it: the fault may be one rank's alone
         rank = comm.get_rank()
         print(f"error: {error}" + (f" [rank {rank}]" if rank else ""), file=sys.stderr, flush=True)
-        sys.exit(2)
+        status = 2
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         print(f"error: {error}: make room and go on with --resume", file=sys.stderr, flush=True)
-        sys.exit(1)
+        status = 1
+    except SystemExit as stop:
+        status = stop.code
     if dist.is_initialized():
-        comm.synchronize()
-        dist.destroy_process_group()
+        # A process that exits as a member of a group can be aborted by the group's threads, with a
+        # status of their own.
+        if status in (0, STOPPED_EXIT_CODE):  # all ranks leave together
+            comm.synchronize()
+            dist.destroy_process_group()
+        else:  # NCCL would wait for ranks that are elsewhere
+            exit_at_once(status)
+    if status:
+        sys.exit(status)

@@ -4,11 +4,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 from multiprocessing import util
-from typing import Iterator
+from typing import Iterator, NoReturn
 
 __all__ = [
     "STOPPED_EXIT_CODE",
+    "exit_at_once",
     "handle_signals",
     "hold_signals",
     "ignore_signals",
@@ -81,6 +83,14 @@ def kill_children_at_exit() -> None:
     """End child processes with SIGKILL when this one exits, by whatever way Python knows of."""
     # Above priority 0 it runs before multiprocessing's own clean-up; atexit is not run in children.
     util.Finalize(None, _kill_children, exitpriority=100)
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """Exit without waiting for anything: for a process whose threads may hang or abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _kill_children()
+    os._exit(status)
 
 
 def _kill_children() -> None:
