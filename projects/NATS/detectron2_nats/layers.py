@@ -174,20 +174,16 @@ class GroupedDilationConv2d(_DilationConv2d):
         if self.groups > 1 and any(channels % rows_per_group for channels, _, _ in self.runs):
             raise NATSError(f"runs {self.runs} cut conv groups of {rows_per_group} channels")
 
-        spans = {}  # dilation -> [(first, last + 1)] of its output channels
-        order = []  # per run, in channel order: (branch, first, length) within the branch's output
-        start = 0
-        for channels, d_h, d_w in self.runs:
-            branch = spans.setdefault((d_h, d_w), [])
-            index = list(spans).index((d_h, d_w))
-            order.append((index, sum(b - a for a, b in branch), channels))
-            branch.append((start, start + channels))
-            start += channels
         # plain lists of ints, so that TorchScript can read them
-        self._dilations: List[List[int]] = [list(self._effective(d)) for d in spans]
-        self._rows: List[List[Tuple[int, int]]] = list(spans.values())
-        self._order: List[Tuple[int, int, int]] = order
+        self._channels: List[int] = [channels for channels, _, _ in self.runs]
+        per_group = self.in_channels // self.groups
         self._rows_per_group = rows_per_group
+        self._inputs: List[int] = [n // rows_per_group * per_group for n in self._channels]
+        branches = {}  # dilation -> its runs
+        for index, (_, *dilation) in enumerate(self.runs):
+            branches.setdefault(tuple(dilation), []).append(index)
+        self._branches: List[List[int]] = list(branches.values())
+        self._dilations: List[List[int]] = [list(self._effective(d)) for d in branches]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -197,36 +193,35 @@ class GroupedDilationConv2d(_DilationConv2d):
         Returns:
             (B, C_out, H / stride, W / stride).
         """
-        if len(self._dilations) > 1 and not x.is_cuda:
+        if len(self._branches) == 1:
+            dilation = self._dilations[0]
+            return self._finish(
+                F.conv2d(x, self.weight, self.bias, self.stride, dilation, dilation, self.groups)
+            )
+        if not x.is_cuda:
             # oneDNN would bring x into a layout of its own once per branch
             x = x.contiguous(memory_format=torch.channels_last)
-        branches: List[torch.Tensor] = []
-        for dilation, rows in zip(self._dilations, self._rows):
-            inputs, weight, bias, groups = x, self.weight, self.bias, self.groups
-            if len(self._dilations) > 1:
-                weight = self._select(weight, rows, 0)
-                if bias is not None:
-                    bias = self._select(bias, rows, 0)
-                if self.groups > 1:
-                    per_row = x.shape[1] // self.groups
-                    groups = weight.shape[0] // self._rows_per_group
-                    columns = [
-                        (a // self._rows_per_group * per_row, b // self._rows_per_group * per_row)
-                        for a, b in rows
-                    ]
-                    inputs = self._select(x, columns, 1)
-            branches.append(F.conv2d(inputs, weight, bias, self.stride, dilation, dilation, groups))
-        if len(branches) == 1:
-            y = branches[0]
-        else:
-            pieces = [branches[b].narrow(1, first, length) for b, first, length in self._order]
-            y = torch.cat(pieces, 1)
-        return self._finish(y)
-
-    def _select(self, tensor: torch.Tensor, spans: List[Tuple[int, int]], dim: int) -> torch.Tensor:
-        """The spans of `tensor` along `dim`, as a view where it is a single one."""
-        pieces = [tensor.narrow(dim, a, b - a) for a, b in spans]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+        # All cuts at once: a narrow() for each run would fill a gradient of the whole with zeros.
+        bias = self.bias  # a local name: TorchScript cannot tell that an attribute is not None
+        weights = self.weight.split(self._channels)
+        biases = bias.split(self._channels) if bias is not None else []
+        inputs = x.split(self._inputs, 1) if self.groups > 1 else []
+        outputs = [x] * len(self._channels)  # per run, each replaced just below
+        for dilation, runs in zip(self._dilations, self._branches):
+            weight, read, groups = _joined([weights[run] for run in runs], 0), x, 1
+            if self.groups > 1:
+                read = _joined([inputs[run] for run in runs], 1)
+                groups = len(weight) // self._rows_per_group
+            shift = _joined([biases[run] for run in runs], 0) if bias is not None else None
+            y = F.conv2d(read, weight, shift, self.stride, dilation, dilation, groups)
+            for run, piece in zip(runs, y.split([self._channels[run] for run in runs], 1)):
+                outputs[run] = piece
+        return self._finish(torch.cat(outputs, 1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, runs={self.runs}"
+
+
+def _joined(pieces: List[torch.Tensor], dim: int) -> torch.Tensor:
+    """The concatenation; no copy of a single piece."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
