@@ -226,13 +226,39 @@ def test_empty_batch(kwargs):
 RUNS = [(4, 3, 1), (4, 1, 1), (4, 3, 1), (4, 2, 2)]  # a dilation in two places
 
 
+@pytest.fixture(params=["AVX2", "AVX512"])
+def processor(request, monkeypatch):
+    """Decides the layout that the frozen conv computes in, whatever this machine has."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    return request.param
+
+
+def test_layout_follows_the_processor(processor):
+    y = GroupedDilationConv2d(plain_conv(), RUNS)(input_())
+    assert y.is_contiguous(memory_format=torch.channels_last) == (processor == "AVX512")
+
+
+def test_no_gradient_of_the_whole_is_filled_for_a_run():
+    """The weight and the output are each cut by one node of the graph."""
+    y = GroupedDilationConv2d(plain_conv(), RUNS)(input_())
+    seen, waiting = [], [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.append(node)
+            waiting += [child for child, _ in node.next_functions]
+    names = [node.name() for node in seen]
+    assert sum("Split" in name for name in names) == 1 + 3  # the weight, each branch's output
+    assert not [name for name in names if "Slice" in name or "Narrow" in name]
+
+
 @pytest.mark.parametrize(
     "runs",
     [RUNS, [(16, 1, 1)], [(16, 2, 3)], [(8, 1, 1), (8, 1, 3)], RUNS[::-1]],
     ids=str,
 )
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_every_output_channel_has_its_own_dilation(kwargs, runs):
+def test_every_output_channel_has_its_own_dilation(kwargs, runs, processor):
     conv = GroupedDilationConv2d(plain_conv(**kwargs), runs)
     x = input_().requires_grad_(True)
     dilations = [(d_h, d_w) for count, d_h, d_w in runs for _ in range(count)]
@@ -285,7 +311,7 @@ def test_runs_that_do_not_fit(runs, groups, message):
 
 
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_script_and_trace(kwargs):
+def test_script_and_trace(kwargs, processor):
     kwargs = dict(kwargs, norm=FrozenBatchNorm2d(16))
     conv = GroupedDilationConv2d(plain_conv(**kwargs), RUNS).eval()
     with torch.no_grad():

@@ -184,6 +184,9 @@ class GroupedDilationConv2d(_DilationConv2d):
             branches.setdefault(tuple(dilation), []).append(index)
         self._branches: List[List[int]] = list(branches.values())
         self._dilations: List[List[int]] = [list(self._effective(d)) for d in branches]
+        # With AVX-512 oneDNN would bring x into a layout of its own once per branch. Without, its
+        # gradient of dilated weights is slower in channels_last.
+        self._channels_last: bool = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -198,8 +201,7 @@ class GroupedDilationConv2d(_DilationConv2d):
             return self._finish(
                 F.conv2d(x, self.weight, self.bias, self.stride, dilation, dilation, self.groups)
             )
-        if not x.is_cuda:
-            # oneDNN would bring x into a layout of its own once per branch
+        if self._channels_last and not x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
         # All cuts at once: a narrow() for each run would fill a gradient of the whole with zeros.
         bias = self.bias  # a local name: TorchScript cannot tell that an attribute is not None
