@@ -213,7 +213,7 @@ class GroupedDilationConv2d(_DilationConv2d):
             weight, read, groups = _joined([weights[run] for run in runs], 0), x, 1
             if self.groups > 1:
                 read = _joined([inputs[run] for run in runs], 1)
-                groups = len(weight) // self._rows_per_group
+                groups = weight.shape[0] // self._rows_per_group
             shift = _joined([biases[run] for run in runs], 0) if bias is not None else None
             y = F.conv2d(read, weight, shift, self.stride, dilation, dilation, groups)
             for run, piece in zip(runs, y.split([self._channels[run] for run in runs], 1)):
