@@ -18,6 +18,7 @@ import os
 import platform
 import resource
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,15 +26,20 @@ from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, 
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 import detectron2
 from detectron2.config import CfgNode
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2_nats.analysis import interleaved_seconds
 from detectron2_nats.architecture import Architecture, decode_alpha
@@ -46,7 +52,12 @@ from detectron2_nats.importers import from_ic_conv, read_json
 from detectron2_nats.layers import GroupedDilationConv2d, MixedDilationConv2d
 from detectron2_nats.search_space import PAPER_SETS
 from detectron2_nats.trainer import SearchTrainer
-from detectron2_nats.training import ResumableTrainer, _BatchNormState, _LossModule
+from detectron2_nats.training import (
+    ResumableTrainer,
+    _BatchNormState,
+    _distributed,
+    _LossModule,
+)
 from detectron2_nats.transform import apply_architecture, conv3x3_layers, to_supernet
 
 EPILOG = """
@@ -57,6 +68,8 @@ parts (--what):
   memory      what these keep for backward, and their peak, each in a fresh process
   convs       one 3x3 conv of res3, res4, res5: plain and frozen
   rivals      the super-network's conv against other ways to write it
+  ranks       the search's steps by one process and by two of half the cores each (or a GPU each),
+              and the bytes that each hands to the other
 
 examples:
   ratios only, two minutes:
@@ -76,7 +89,7 @@ CONFIGS = {
     "R101": "faster_rcnn_R_101_FPN",
     "X101": "faster_rcnn_X_101_32x4d_FPN",
 }
-PARTS = ("inference", "train", "memory", "convs", "rivals")
+PARTS = ("inference", "train", "memory", "convs", "rivals", "ranks")
 STRIDES = {"res3": 8, "res4": 16, "res5": 32}
 SEARCH_PLAIN = "plain, search config"  # its batch norms are frozen, those of retraining are not
 SEARCH_VARIANTS = (SEARCH_PLAIN, "weight step", "α step", "weight + α step")
@@ -346,7 +359,10 @@ def prepared(trainer_class: type, cfg: CfgNode, model: nn.Module, batch: List[di
     optimizer = trainer.build_optimizer(cfg, model)
     trainer._bn_state, trainer._loss_module = _BatchNormState(model), _LossModule(model)
     loader = itertools.repeat(batch)
-    trainer.weights = trainer.new_phase("", trainer._loss_module, loader, optimizer)
+    losses = _distributed(trainer._loss_module)
+    if isinstance(losses, DistributedDataParallel):
+        losses.register_comm_hook(None, allreduce_hook)  # the same message, but it can be counted
+    trainer.weights = trainer.new_phase("", losses, loader, optimizer)
     if trainer_class is SearchTrainer:
         optimizer = torch.optim.Adam(
             [conv.alpha for conv in trainer.searched.values()],
@@ -463,6 +479,68 @@ def measure_memory(args: argparse.Namespace, name: str, dtype: str, variant: str
     peak = peak_bytes(args)  # before counting, which holds more
     saved = max(saved_bytes(step, model) for step in steps)
     return json.dumps({"bare": bare, "peak": peak, "saved": saved})
+
+
+def run_ranks(args: argparse.Namespace, report: Report, name: str, dtype: str) -> None:
+    """Data parallelism: images per second of one and of two processes, bytes of each step."""
+    if args.device == "cuda" and torch.cuda.device_count() < 2:
+        report.add(_title(args, "ranks", name, dtype), "Needs two GPUs.")
+        return
+    alone, pair = (_on_ranks(args, name, dtype, world) for world in (1, 2))
+    rows = []
+    for variant in SEARCH_VARIANTS[:3]:
+        one = statistics.median(alone["seconds"][variant])
+        two = statistics.median(pair["seconds"][variant])
+        speeds = (args.batch / one, 2 * args.batch / two)
+        sent = _number(pair["bytes"][variant] / 2**20)
+        rows.append([variant, *map(_number, speeds), f"{one / two:.0%}", sent])
+    headers = ("", "1 process, images/s", "2 processes, images/s", "of twice", "all-reduced, MiB")
+    report.add(_title(args, "ranks", name, dtype), _markdown(rows, headers))
+
+
+def _on_ranks(args: argparse.Namespace, name: str, dtype: str, world: int) -> dict:
+    """Rank 0's {"seconds": variant → of each round, "bytes": variant → of one step}."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_rank, (world, port, args, name, dtype, queue), nprocs=world)
+    return queue.get()
+
+
+def _rank(rank: int, world: int, port: int, args, name: str, dtype: str, queue) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    if args.device == "cuda":
+        torch.cuda.set_device(rank)
+    address = f"tcp://127.0.0.1:{port}"
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=address, world_size=world, rank=rank)
+    comm.create_local_process_group(world)
+    steps = training_steps(args, name, dtype, SEARCH_VARIANTS[:3])
+    calls = {variant: parts[0] for variant, (parts, _) in steps.items()}
+    seconds = measure(args, calls)
+    sent = {variant: all_reduced_bytes(call) for variant, call in calls.items()}
+    if rank == 0:
+        queue.put({"seconds": seconds, "bytes": sent})
+    comm.synchronize()
+    dist.destroy_process_group()
+
+
+def all_reduced_bytes(step: Callable[[], None]) -> int:
+    """Bytes that this process gives to all-reduces while `step` runs."""
+    counted, plain = 0, dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        nonlocal counted
+        counted += tensor.nbytes
+        return plain(tensor, *args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        step()
+    finally:
+        dist.all_reduce = plain
+    return counted
 
 
 def run_convs(args: argparse.Namespace, report: Report, name: str, dtype: str) -> None:
@@ -699,6 +777,7 @@ def main(args: argparse.Namespace) -> None:
         "train": run_train,
         "memory": run_memory,
         "convs": run_convs,
+        "ranks": run_ranks,
     }
     for part, dtype in itertools.product(args.what, args.dtype):
         if part == "rivals":

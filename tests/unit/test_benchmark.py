@@ -155,3 +155,14 @@ def test_end_to_end(tmp_path):
     rows = [line.split("|")[1].strip() for line in table if line.startswith("| res")]
     variants = ("plain", "frozen, paper order", "frozen, voted order")
     assert rows == [f"{stage} {v}" for stage in ("res3", "res4", "res5") for v in variants]
+
+
+def test_all_reduced_bytes():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain = dist.all_reduce
+        step = lambda: [dist.all_reduce(torch.zeros(n)) for n in (3, 4)]  # noqa: E731
+        assert benchmark.all_reduced_bytes(step) == 7 * 4 and dist.all_reduce is plain
+    finally:
+        dist.destroy_process_group()

@@ -1,8 +1,10 @@
 """Batches that depend only on a seed and a position; images that cannot be read."""
 
+import gc
 import itertools
 import logging
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -262,3 +264,21 @@ def test_errors_of_the_code_are_not_swallowed(dicts, monkeypatch):
     monkeypatch.setattr(DatasetMapper, "__call__", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         take(build(dicts), 1)
+
+
+class Record(dict):
+    """A dict that can be watched."""
+
+
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+def test_the_list_of_dicts_is_not_kept(dicts, sampler):
+    """Loader processes would copy it, page by page, each for itself."""
+    opts = ["DATALOADER.SAMPLER_TRAIN", sampler]
+    expected = take(build(dicts, *opts), 6)
+    records = [Record(record) for record in dicts]
+    first = weakref.ref(records[0])
+    loader = build(records, *opts)
+    del records
+    gc.collect()
+    assert first() is None
+    assert_same(expected, take(loader, 6))

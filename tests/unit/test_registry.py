@@ -215,10 +215,10 @@ def test_what_is_not_coco(tmp_path, content):
 
 
 def test_disjoint(tmp_path):
-    train = [{"file_name": str(tmp_path / f"{i}.png")} for i in range(5)]
-    other = [{"file_name": str(tmp_path / f"{i}.png")} for i in range(5, 9)]
+    train = [str(tmp_path / f"{i}.png") for i in range(5)]
+    other = [str(tmp_path / f"{i}.png") for i in range(5, 9)]
     check_disjoint(train, other)
     link = tmp_path / "link.png"  # the same image under another name
     link.symlink_to(tmp_path / "3.png")
     with pytest.raises(NATSError, match=f"CALIBRATION share 2 images, such as {link}"):
-        check_disjoint(train, [*other, {"file_name": str(link)}, train[1]])
+        check_disjoint(train, [*other, str(link), train[1]])

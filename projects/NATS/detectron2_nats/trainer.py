@@ -49,14 +49,13 @@ class SearchTrainer(ResumableTrainer):
         super().__init__(cfg)
         cfg = self.cfg  # scaled to the number of processes
         self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.max_iter)
-        calibration = dataset_dicts(cfg, cfg.DATASETS.CALIBRATION)
-        check_disjoint(self.train_dicts, calibration)
         loader = build_resumable_loader(
             cfg,
-            calibration,
+            dataset_dicts(cfg, cfg.DATASETS.CALIBRATION),
             total_batch_size=cfg.SEARCH.ALPHA_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH,
             seed=self.seed + 1,
         )
+        check_disjoint(self.weights.loader.files, loader.files)
         optimizer = torch.optim.Adam(
             [conv.alpha for conv in self.searched.values()],
             lr=cfg.SEARCH.ALPHA_LR,

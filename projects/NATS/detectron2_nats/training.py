@@ -148,9 +148,11 @@ class ResumableTrainer(DefaultTrainer):
             model = self.build_model(cfg)
         self.prepare_model(model)
         optimizer = self.build_optimizer(cfg, model)
-        self.train_dicts = dataset_dicts(cfg, cfg.DATASETS.TRAIN)
         loader = build_resumable_loader(
-            cfg, self.train_dicts, total_batch_size=cfg.SOLVER.IMS_PER_BATCH, seed=self.seed
+            cfg,
+            dataset_dicts(cfg, cfg.DATASETS.TRAIN),
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            seed=self.seed,
         )
         # Holds model, loader and optimizer for DefaultTrainer's properties; its steps are not used.
         self._trainer = SimpleTrainer(model, loader, optimizer)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import (
@@ -59,18 +59,18 @@ class _Samples(Dataset):
 
     MAX_TRIES = 20
 
-    def __init__(self, dicts: List[dict], mapper: Callable[[dict], Any], seed: int):
-        self.dicts, self.mapper, self.seed = dicts, mapper, seed
+    def __init__(self, records: Dataset, mapper: Callable[[dict], Any], seed: int):
+        self.records, self.mapper, self.seed = records, mapper, seed
 
     def __len__(self) -> int:
-        return len(self.dicts)
+        return len(self.records)
 
     def __getitem__(self, item: Tuple[int, int]):
         position, index = item
         unreadable = []
         # A bad image is replaced by its successor: the choice must not depend on the worker.
         for index in range(index, index + self.MAX_TRIES):
-            record = self.dicts[index % len(self.dicts)]
+            record = self.records[index % len(self.records)]
             with preserved_rng((self.seed, position)):
                 try:
                     sample = self.mapper(record)
@@ -101,7 +101,7 @@ class ResumableLoader:
     """An endless iterable of this rank's batches (lists of mapped samples).
 
     Args:
-        dicts: Detectron2's dataset dicts; with `width` and `height` when grouping.
+        dicts: Detectron2's dataset dicts; with `width` and `height` when grouping. Not kept.
         mapper: dataset dict → sample.
         make_sampler: seed → endless iterable of this rank's indices, the same for the same seed.
         batch_size: samples of this rank's batch.
@@ -123,8 +123,15 @@ class ResumableLoader:
         seed: int,
         max_bad_share: float,
     ):
-        self.dicts, self.mapper, self.make_sampler = dicts, mapper, make_sampler
-        self.batch_size, self.aspect_ratio_grouping = batch_size, aspect_ratio_grouping
+        self.mapper, self.make_sampler = mapper, make_sampler
+        self.files: List[str] = [record["file_name"] for record in dicts]
+        self._wide: List[bool] = []
+        if aspect_ratio_grouping:
+            self._wide = [record["width"] > record["height"] for record in dicts]
+        # One block of bytes: loader processes would copy a list of dicts page by page, as they
+        # count references to what they read, until each holds all of it.
+        self._records = DatasetFromList(dicts, copy=False, serialize=True)
+        self.batch_size = batch_size
         self.num_workers, self.seed, self.max_bad_share = num_workers, seed, max_bad_share
         self.batches = 0  # handed out so far
         self.bad_files: Dict[str, str] = {}  # file name → why it could not be read
@@ -141,8 +148,7 @@ class ResumableLoader:
         rank, world_size = comm.get_rank(), comm.get_world_size()
         buckets: List[List[Tuple[int, int]]] = [[], []]
         for step, index in enumerate(self.make_sampler(self.seed)):
-            record = self.dicts[index] if self.aspect_ratio_grouping else None
-            bucket = buckets[0 if record is None or record["width"] > record["height"] else 1]
+            bucket = buckets[1 if self._wide and not self._wide[index] else 0]
             bucket.append((step * world_size + rank, index))
             if len(bucket) == self.batch_size:
                 yield list(bucket)
@@ -151,7 +157,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[List[Any]]:
         kill_children_at_exit()
         loader = DataLoader(
-            _Samples(self.dicts, self.mapper, self.seed),
+            _Samples(self._records, self.mapper, self.seed),
             batch_sampler=itertools.islice(self._batch_items(), self.batches, None),
             num_workers=self.num_workers,
             collate_fn=list,
@@ -175,12 +181,12 @@ class ResumableLoader:
             return
         self.bad_files[file_name] = reason
         logger.warning(
-            f"skipping image {file_name}, the {len(self.bad_files)}. of {len(self.dicts)} that "
+            f"skipping image {file_name}, the {len(self.bad_files)}. of {len(self.files)} that "
             f"cannot be read: {reason}"
         )
-        if len(self.bad_files) > self.max_bad_share * len(self.dicts):
+        if len(self.bad_files) > self.max_bad_share * len(self.files):
             raise NATSError(
-                f"{len(self.bad_files)} of {len(self.dicts)} images cannot be read, the last "
+                f"{len(self.bad_files)} of {len(self.files)} images cannot be read, the last "
                 f"{file_name} ({reason}): mend the data, or raise RUN.MAX_BAD_DATA "
                 f"({self.max_bad_share})"
             )
@@ -215,11 +221,11 @@ def build_resumable_loader(
             f"a batch of {total_batch_size} images cannot be shared by {world_size} processes: "
             "choose a multiple (SOLVER.IMS_PER_BATCH, SEARCH.ALPHA_IMS_PER_BATCH)"
         )
-    name = cfg.DATALOADER.SAMPLER_TRAIN
+    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dicts)  # the samplers must not keep the list
     if name == "TrainingSampler":
 
         def make_sampler(seed):
-            return TrainingSampler(len(dicts), seed=seed)
+            return TrainingSampler(size, seed=seed)
 
     elif name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
@@ -233,9 +239,7 @@ def build_resumable_loader(
 
         def make_sampler(seed):
             ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-            return RandomSubsetTrainingSampler(
-                len(dicts), ratio, seed_shuffle=seed, seed_subset=seed
-            )
+            return RandomSubsetTrainingSampler(size, ratio, seed_shuffle=seed, seed_subset=seed)
 
     else:
         raise NATSError(

@@ -124,14 +124,10 @@ def _how_to_get(name: str) -> str:
     return "Correct the path in DATASETS.REGISTER"
 
 
-def check_disjoint(train: Sequence[dict], calibration: Sequence[dict]) -> None:
-    """Raise if an image stands in both splits: α must be judged on images not trained on."""
-    train_files = {os.path.realpath(record["file_name"]) for record in train}
-    shared = [
-        record["file_name"]
-        for record in calibration
-        if os.path.realpath(record["file_name"]) in train_files
-    ]
+def check_disjoint(train: Sequence[str], calibration: Sequence[str]) -> None:
+    """Raise if an image file stands in both splits: α must be judged on images not trained on."""
+    train_files = set(map(os.path.realpath, train))
+    shared = [name for name in calibration if os.path.realpath(name) in train_files]
     if shared:
         raise NATSError(
             f"DATASETS.TRAIN and DATASETS.CALIBRATION share {len(shared)} images, such as "
