@@ -142,6 +142,40 @@ def test_stops_on_request(undisturbed, tiny_config, tmp_path, number):
     assert_same_run(undisturbed, tmp_path)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stops_in_the_middle_of_an_evaluation(
+    undisturbed, undisturbed_pair, tiny_config, tmp_path, processes
+):
+    """Schedulers signal whole process groups: loader processes too."""
+    arguments = ["--num-gpus", str(processes), "--config-file", tiny_config, "--resume"]
+    arguments += ["OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "1"]
+    # no checkpoint of its own stands at the evaluation
+    period = ["SOLVER.CHECKPOINT_PERIOD", "100", "TEST.EVAL_PERIOD", "3"]
+    tests = ["DATASETS.TEST", "('nats_embedded_val',)"]
+    process = script("search_net.py", *arguments, *period, *tests, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while "Start inference on" not in printed(process):
+        assert process.poll() is None and time.monotonic() < deadline, printed(process)[-3000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = finish(process, status=75)
+    assert "stopped on request, in the middle of an evaluation" in output
+    assert "Traceback" not in output and "Evaluation results" not in output
+    finish(script("search_net.py", *arguments))
+    assert_same_run(undisturbed if processes == 1 else undisturbed_pair, tmp_path)
+
+
+def test_evaluation_alone_stops_on_request(undisturbed, tiny_config, tmp_path):
+    arguments = ["--eval-only", "--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    arguments += ["MODEL.WEIGHTS", str(undisturbed / "model_final.pth")]
+    process = script("search_net.py", *arguments, "DATASETS.TEST", "('nats_embedded_val',)")
+    while "Start inference on" not in printed(process):
+        assert process.poll() is None, printed(process)[-3000:]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert "stopped on request" in finish(process, status=75)
+
+
 def test_two_processes_stop_on_request_and_go_on(undisturbed_pair, tiny_config, tmp_path):
     arguments = ["--num-gpus", "2", "--config-file", tiny_config, "--resume"]
     arguments += ["OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "2"]

@@ -24,7 +24,12 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 
 from .checkpoint import SafeCheckpointer
-from .data.loader import build_resumable_loader, dataset_dicts, preserved_rng
+from .data.loader import (
+    StoppableLoader,
+    build_resumable_loader,
+    dataset_dicts,
+    preserved_rng,
+)
 from .errors import NATSError
 from .evaluation import build_evaluator
 from .stopping import STOPPED_EXIT_CODE, stop_requested
@@ -311,7 +316,7 @@ class ResumableTrainer(DefaultTrainer):
             # before precise batch norm, the last checkpoint and the last evaluation
             _AverageHook(self.cfg.SOLVER.AVERAGE_LAST),
             precise_bn,
-            _CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD),
+            _CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD, test.EVAL_PERIOD),
             hooks.EvalHook(test.EVAL_PERIOD, self._evaluate),
         ]
         if comm.is_main_process():
@@ -329,6 +334,10 @@ class ResumableTrainer(DefaultTrainer):
         dicts = dataset_dicts(cfg, cfg.DATASETS.TRAIN)
         size = cfg.SOLVER.IMS_PER_BATCH
         return build_resumable_loader(cfg, dicts, total_batch_size=size, seed=max(cfg.SEED, 0))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> StoppableLoader:
+        return StoppableLoader(super().build_test_loader(cfg, dataset_name))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
@@ -372,16 +381,16 @@ def _scaled_to_processes(cfg: CfgNode) -> CfgNode:
 
 
 class _CheckpointHook(HookBase):
-    """Writes checkpoints at a period, at the end, and when a stop is asked for."""
+    """Writes checkpoints at a period, before evaluations, at the end, and when asked to stop."""
 
-    def __init__(self, period: int):
-        self._period = period
+    def __init__(self, *periods: int):
+        self._periods = [period for period in periods if period > 0]
 
     def after_step(self):
         trainer, done = self.trainer, self.trainer.iter + 1
         if done >= trainer.max_iter:
             trainer.save_checkpoint("model_final")
-        elif done % self._period == 0 or trainer._stop_now:
+        elif trainer._stop_now or any(done % period == 0 for period in self._periods):
             trainer.save_checkpoint(f"model_{trainer.iter:07d}")
         if trainer._stop_now and done < trainer.max_iter:
             logger.info(f"stopped on request after iteration {trainer.iter}; go on with --resume")

@@ -28,9 +28,22 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 
 from ..errors import NATSError
-from ..stopping import hold_signals, ignore_signals, kill_children_at_exit
+from ..stopping import (
+    STOPPED_EXIT_CODE,
+    exit_at_once,
+    hold_signals,
+    ignore_signals,
+    kill_children_at_exit,
+    stop_requested,
+)
 
-__all__ = ["ResumableLoader", "build_resumable_loader", "dataset_dicts", "preserved_rng"]
+__all__ = [
+    "ResumableLoader",
+    "StoppableLoader",
+    "build_resumable_loader",
+    "dataset_dicts",
+    "preserved_rng",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +177,7 @@ class ResumableLoader:
             worker_init_fn=ignore_signals,
             # its own generator: the global one's state must not depend on when workers start
             generator=torch.Generator(),
-            # a spawned rank would spawn them: slow, and a signal meanwhile hangs the rank
-            multiprocessing_context="fork" if self.num_workers and _CAN_FORK else None,
+            multiprocessing_context=_worker_context(self.num_workers),
         )
         with hold_signals():
             iterator = iter(loader)
@@ -190,6 +202,42 @@ class ResumableLoader:
                 f"{file_name} ({reason}): mend the data, or raise RUN.MAX_BAD_DATA "
                 f"({self.max_bad_share})"
             )
+
+
+class StoppableLoader:
+    """A loader of test images whose evaluation ends at once when a stop is asked for.
+
+    The process exits with status 75 before the next batch: an evaluation can take longer than a
+    scheduler waits.
+
+    Args:
+        loader: of Detectron2; its workers must not have been started.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+        loader.worker_init_fn = ignore_signals
+        loader.multiprocessing_context = _worker_context(loader.num_workers)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[List[dict]]:
+        kill_children_at_exit()
+        with hold_signals():
+            iterator = iter(self.loader)
+        for batch in iterator:
+            if stop_requested():
+                logger.info("stopped on request, in the middle of an evaluation")
+                if torch.distributed.is_initialized():
+                    exit_at_once(STOPPED_EXIT_CODE)  # each rank at an image of its own
+                raise SystemExit(STOPPED_EXIT_CODE)
+            yield batch
+
+
+def _worker_context(num_workers: int) -> Optional[str]:
+    """A spawned rank would spawn its workers: slow, and a signal meanwhile hangs the rank."""
+    return "fork" if num_workers and _CAN_FORK else None
 
 
 def dataset_dicts(cfg: CfgNode, names: Sequence[str]) -> List[dict]:
