@@ -28,7 +28,7 @@ from tiny import REPOSITORY, TINY, assert_same_run, printed, script  # noqa: E40
 
 EPILOG = """
 examples:
-  all kinds, about about 20 minutes on two CPU cores:
+  all kinds, about 20 minutes on two CPU cores:
     $ python tests/faults/run_faults.py --seed 0 --faults 33 --output output/fault_table.md
   some:
     $ python tests/faults/run_faults.py --faults 4 --kinds SIGKILL "full disk"
