@@ -226,6 +226,19 @@ def test_errors_are_one_line_with_status_2(tiny_config, tmp_path):
     assert "Traceback" not in output
 
 
+def test_errors_of_several_processes_are_the_last_lines(tiny_config, tmp_path):
+    arguments = ["--num-gpus", "2", "--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    output = run("search_net.py", *arguments, "MODEL.NATS.SPACE", "Z", status=2)
+    assert output.strip().splitlines()[-1].startswith("error: unknown SPACE 'Z'")
+    assert "Traceback" not in output
+
+
+def test_a_checkpoint_before_the_first_line_of_the_log(tiny_config, tmp_path):
+    arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1"]
+    output = run("search_net.py", *arguments, "RUN.LOG_PERIOD", "100")
+    assert "no pictures" not in output
+
+
 @pytest.mark.parametrize("name", ["search_net.py", "train_net.py", "tools/export.py"])
 def test_help_has_an_example(name):
     output = run(name, "--help")

@@ -86,6 +86,8 @@ def run_script(main: Callable[[argparse.Namespace], object], description: str, e
             _run_under_torchrun(main, args)
         elif args.num_gpus * args.num_machines > 1:
             handle_signals("launcher")
+            # It would say after our error that it ends the other ranks
+            logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
             if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
                 args.dist_url = "auto"  # any free port: two runs on one machine must not meet
             launch(

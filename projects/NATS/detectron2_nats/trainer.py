@@ -165,7 +165,7 @@ class SearchTrainer(ResumableTrainer):
             done = f"after iteration {self.iter + 1} of {self.max_iter}"
             figures = {"architecture": plot.plot_architecture(architecture, done)}
             metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
-            if os.path.isfile(metrics):  # not before the first line of the log
+            if os.path.isfile(metrics) and os.path.getsize(metrics):  # after the log's first line
                 figures["history"] = plot.plot_history(plot.read_history(metrics), done)
             for name, figure in figures.items():
                 get_event_storage().put_image(f"alpha/{name}", plot.as_image(figure))
