@@ -159,10 +159,27 @@ def test_end_to_end(tmp_path):
 
 def test_all_reduced_bytes():
     dist = torch.distributed
+
+    def step():
+        dist.all_reduce(torch.zeros(3))
+        dist.all_reduce(torch.zeros(4))
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         plain = dist.all_reduce
-        step = lambda: [dist.all_reduce(torch.zeros(n)) for n in (3, 4)]  # noqa: E731
         assert benchmark.all_reduced_bytes(step) == 7 * 4 and dist.all_reduce is plain
     finally:
         dist.destroy_process_group()
+
+
+def test_ranks_table(monkeypatch):
+    def on_ranks(args, name, dtype, world):
+        seconds = {variant: [2.0, 2.0 * world, 9.0] for variant in benchmark.SEARCH_VARIANTS[:3]}
+        return {"seconds": seconds, "bytes": dict.fromkeys(seconds, 3 * 2**20)}
+
+    monkeypatch.setattr(benchmark, "_on_ranks", on_ranks)
+    report = benchmark.Report("")
+    benchmark.run_ranks(benchmark.parse(["--batch", "4"]), report, "R50", "float32")
+    row = next(line for line in report.text.splitlines() if line.startswith("| weight step"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["weight step", "2", "2", "50%", "3"]
