@@ -27,7 +27,7 @@ from detectron2_nats.export import load_config
 EPILOG = """
 example:
   $ python examples/export_detector.py --config-file output/search/retrain.yaml \\
-      --weights output/retrain/model_final.pth --output output/exported
+      --weights output/search/retrain/model_final.pth --output output/exported
 writes traced.ts, scripted.ts, detector.onnx, backbone.onnx.
 """
 

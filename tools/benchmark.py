@@ -68,8 +68,8 @@ parts (--what):
   memory      what these keep for backward, and their peak, each in a fresh process
   convs       one 3x3 conv of res3, res4, res5: plain and frozen
   rivals      the super-network's conv against other ways to write it
-  ranks       the search's steps by one process and by two of half the cores each (or a GPU each),
-              and the bytes that each hands to the other
+  ranks       the search's steps by one process and by two, each on half the cores (or a GPU each),
+              and the bytes that each hands to all-reduces
 
 examples:
   ratios only, two minutes:
@@ -361,7 +361,8 @@ def prepared(trainer_class: type, cfg: CfgNode, model: nn.Module, batch: List[di
     loader = itertools.repeat(batch)
     losses = _distributed(trainer._loss_module)
     if isinstance(losses, DistributedDataParallel):
-        losses.register_comm_hook(None, allreduce_hook)  # the same message, but it can be counted
+        # The same messages, where they can be counted; dividing by the ranks is a pass of its own
+        losses.register_comm_hook(None, allreduce_hook)
     trainer.weights = trainer.new_phase("", losses, loader, optimizer)
     if trainer_class is SearchTrainer:
         optimizer = torch.optim.Adam(
@@ -504,12 +505,16 @@ def _on_ranks(args: argparse.Namespace, name: str, dtype: str, world: int) -> di
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, (world, port, args, name, dtype, queue), nprocs=world)
+    try:
+        mp.spawn(_rank, (world, port, args, name, dtype, queue), nprocs=world)
+    except mp.ProcessRaisedException as error:
+        last = str(error).strip().splitlines()[-1]
+        raise NATSError(f"{world} processes of {name}: {last[:300]}") from None
     return queue.get()
 
 
 def _rank(rank: int, world: int, port: int, args, name: str, dtype: str, queue) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     if args.device == "cuda":
         torch.cuda.set_device(rank)
     address = f"tcp://127.0.0.1:{port}"

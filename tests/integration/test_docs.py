@@ -224,12 +224,12 @@ def workspace(tmp_path_factory) -> Path:
     searched = load_config(str(folder / "retrain.yaml"))
     for cfg, paths in (
         (plain, ["output/model_final.pth", "output/plain/model_final.pth"]),
-        (searched, ["output/retrain/model_final.pth", "output/searched/model_final.pth"]),
+        (searched, ["output/search/retrain/model_final.pth", "output/searched/model_final.pth"]),
     ):
         cfg.MODEL.DEVICE = "cpu"
         state_dict = build_model(cfg).state_dict()
         for path in paths:
-            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
             torch.save({"model": state_dict}, folder / path)
 
     # own data: the embedded images under other names, a half-width network

@@ -1,6 +1,7 @@
 """The scripts themselves, as a user starts them."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import assert_same_run, finish, printed, run, script
 
 from detectron2.config import get_cfg
@@ -17,13 +19,22 @@ from detectron2.modeling import build_model
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
-def wait_for(path: Path, process, timeout: float = 120) -> None:
+def wait_for(path: Path, process) -> None:
     """Until the file is there."""
+    wait_until(path.exists, process)
+
+
+def wait_for_text(text: str, process) -> None:
+    """Until the process has printed it."""
+    wait_until(lambda: text in printed(process), process)
+
+
+def wait_until(condition, process, timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
-    while not path.exists():
+    while not condition():
         assert process.poll() is None, printed(process)[-3000:]
-        assert time.monotonic() < deadline, f"no {path} after {timeout} s"
-        time.sleep(0.05)
+        assert time.monotonic() < deadline, f"not after {timeout} s:\n{printed(process)[-3000:]}"
+        time.sleep(0.03)
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +129,37 @@ def test_frozen_weights_from_the_supernetwork(undisturbed, tmp_path):
     assert len(seen) > 1  # else nothing was tested
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_survives_sigkill(undisturbed, tiny_config, tmp_path, workers):
-    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
-    arguments += ["DATALOADER.NUM_WORKERS", str(workers)]
-    process = script("search_net.py", *arguments)
-    wait_for(tmp_path / "model_0000003.pth", process)
-    process.kill()
-    process.wait()
-    finish(script("search_net.py", *arguments))
-    assert_same_run(undisturbed, tmp_path)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_survives_sigkill(undisturbed, undisturbed_pair, tiny_config, tmp_path, processes):
+    arguments = ["--num-gpus", str(processes), "--config-file", tiny_config, "--resume"]
+    arguments += ["OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "2"]
+    process = script("search_net.py", *arguments, start_new_session=True)
+    wait_for(tmp_path / "model_0000001.pth", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    output = finish(script("search_net.py", *arguments))
+    assert re.search(r"Starting training from iteration [24]", output)
+    assert_same_run(undisturbed if processes == 1 else undisturbed_pair, tmp_path)
+
+
+def test_interrupted_twice_leaves_at_once(tiny_config, tmp_path):
+    arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    opts = ["SOLVER.MAX_ITER", "1000000", "SOLVER.CHECKPOINT_PERIOD", "1000000"]
+    process = script("search_net.py", *arguments, *opts)
+    wait_for(tmp_path / "metrics.json", process)
+    process.send_signal(signal.SIGSTOP)  # both arrive in the same step
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert process.returncode in (75, 130)  # 75: a step ended between the two
+
+
+def test_pictures_are_in_tensorboard(undisturbed):
+    events = EventAccumulator(str(undisturbed), size_guidance={"images": 0})
+    events.Reload()
+    for name in ("alpha/architecture", "alpha/history"):
+        assert len(events.Images(name)) >= 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -153,14 +185,13 @@ def test_stops_in_the_middle_of_an_evaluation(
     period = ["SOLVER.CHECKPOINT_PERIOD", "100", "TEST.EVAL_PERIOD", "3"]
     tests = ["DATASETS.TEST", "('nats_embedded_val',)"]
     process = script("search_net.py", *arguments, *period, *tests, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while "Start inference on" not in printed(process):
-        assert process.poll() is None and time.monotonic() < deadline, printed(process)[-3000:]
-        time.sleep(0.02)
+    wait_for_text("Start inference on", process)
     os.killpg(process.pid, signal.SIGTERM)
     output = finish(process, status=75)
     assert "stopped on request, in the middle of an evaluation" in output
-    assert "Traceback" not in output and "Evaluation results" not in output
+    assert "Evaluation results" not in output
+    assert processes == 2 or "Traceback" not in output  # a rank may find its connection cut
+    assert (tmp_path / "model_0000002.pth").exists()
     finish(script("search_net.py", *arguments))
     assert_same_run(undisturbed if processes == 1 else undisturbed_pair, tmp_path)
 
@@ -169,9 +200,7 @@ def test_evaluation_alone_stops_on_request(undisturbed, tiny_config, tmp_path):
     arguments = ["--eval-only", "--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
     arguments += ["MODEL.WEIGHTS", str(undisturbed / "model_final.pth")]
     process = script("search_net.py", *arguments, "DATASETS.TEST", "('nats_embedded_val',)")
-    while "Start inference on" not in printed(process):
-        assert process.poll() is None, printed(process)[-3000:]
-        time.sleep(0.02)
+    wait_for_text("Start inference on", process)
     process.send_signal(signal.SIGINT)
     assert "stopped on request" in finish(process, status=75)
 
@@ -196,7 +225,7 @@ def test_torchrun_restarts_after_a_rank_died(undisturbed_pair, tiny_config, tmp_
     assert len(children) == 2
     os.kill(int(children[1]), signal.SIGKILL)
     output = finish(process)
-    assert "Starting training from iteration" in output
+    assert re.search(r"Starting training from iteration [1-9]", output)
     assert_same_run(undisturbed_pair, tmp_path)
 
 

@@ -305,6 +305,7 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
         (["SOLVER.IMS_PER_BATCH", 0], "batch of 0 images"),
         (["DATALOADER.SAMPLER_TRAIN", "Magic"], "SAMPLER_TRAIN 'Magic'"),
         (["SEARCH.RETRAIN_CONFIG", "nowhere.yaml"], "config nowhere.yaml not found"),
+        (["RUN.KEEP_CHECKPOINTS", 0], "KEEP_CHECKPOINTS 0: expected at least 1"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "weights not found: nowhere.pth"),
         (["MODEL.BACKBONE.FREEZE_AT", 3], "stage res3 is frozen .*FREEZE_AT"),
         (["MODEL.NATS.NUM_GROUPS", 5], "NUM_GROUPS 5 does not divide"),
@@ -323,6 +324,27 @@ def test_refuses_the_folder_of_another_search(tiny_config, tmp_path):
     # what does not change the result may change
     again = make_trainer(tiny_config, tmp_path / "run", "DATALOADER.NUM_WORKERS", 1)
     assert again.start_iter == 6
+
+
+def test_a_new_run_leaves_an_earlier_ones_checkpoints_alone(tiny_config, tmp_path):
+    """It would prune them by their numbers, and a resume would take them for its own."""
+    trainer = make_trainer(tiny_config, tmp_path)
+    trainer.save_checkpoint("model_0000001")
+    with pytest.raises(NATSError, match="holds checkpoints of an earlier run: go on with --resume"):
+        trainer.resume_or_load(resume=False)
+
+
+def test_checkpoints_are_pruned_and_unfinished_ones_deleted(tiny_config, tmp_path):
+    unfinished = tmp_path / ".model_0000001.pth.abc"  # of a process that was killed in the middle
+    unfinished.write_bytes(b"half")
+    opts = ["RUN.KEEP_CHECKPOINTS", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 4]
+    trainer = make_trainer(tiny_config, tmp_path, *opts)
+    assert not unfinished.exists()
+    trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "model_0000002.pth",
+        "model_final.pth",
+    ]
 
 
 def test_weights_that_match_nothing_are_an_error(tiny_config, tmp_path):

@@ -166,6 +166,10 @@ def test_all_reduced_bytes():
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
+        wrapped = benchmark.DistributedDataParallel(nn.Linear(5, 2))
+        wrapped.register_comm_hook(None, benchmark.allreduce_hook)
+        backward = lambda: wrapped(torch.ones(1, 5)).sum().backward()  # noqa: E731
+        assert benchmark.all_reduced_bytes(backward) == (5 * 2 + 2) * 4
         plain = dist.all_reduce
         assert benchmark.all_reduced_bytes(step) == 7 * 4 and dist.all_reduce is plain
     finally:

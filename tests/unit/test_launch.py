@@ -1,6 +1,7 @@
 """How a process of several leaves: with the exit status that it means."""
 
 import errno
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -30,24 +31,30 @@ def test_leaves_the_group_when_done(group):
     assert not dist.is_initialized()
 
 
-def test_leaves_the_group_when_stopped(group):
-    with pytest.raises(SystemExit) as stop:
-        launch._call(raising(SystemExit(STOPPED_EXIT_CODE)), None)
-    assert stop.value.code == STOPPED_EXIT_CODE and not dist.is_initialized()
-
-
 @pytest.mark.parametrize(
-    "error, status", [(NATSError("bad"), 2), (OSError(errno.ENOSPC, "full"), 1)]
+    "error, status",
+    [
+        (NATSError("bad"), 2),
+        (OSError(errno.ENOSPC, "full"), 1),
+        (SystemExit(STOPPED_EXIT_CODE), STOPPED_EXIT_CODE),
+        (SystemExit("error: words"), 1),
+    ],
 )
-def test_does_not_wait_for_the_others_after_an_error(group, monkeypatch, capfd, error, status):
-    def exit_at_once(status):
-        raise SystemExit(status)
-
-    monkeypatch.setattr(launch, "exit_at_once", exit_at_once)
+def test_waits_for_no_other_rank_otherwise(group, monkeypatch, capfd, error, status):
+    monkeypatch.setattr(launch, "exit_at_once", sys.exit)
     with pytest.raises(SystemExit) as left:
         launch._call(raising(error), None)
     assert left.value.code == status and dist.is_initialized()
-    assert capfd.readouterr().err.startswith("error: ")
+    assert capfd.readouterr().err.startswith("error: " if status < 75 else "")
+
+
+def test_a_cut_connection_is_a_stop_only_when_one_was_asked_for(group, monkeypatch):
+    monkeypatch.setattr(launch, "exit_at_once", sys.exit)
+    with pytest.raises(RuntimeError):
+        launch._call(raising(RuntimeError("connection closed")), None)
+    monkeypatch.setattr(launch, "stop_requested", lambda: True)
+    with pytest.raises(SystemExit, match="75"):
+        launch._call(raising(RuntimeError("connection closed")), None)
 
 
 def test_without_a_group_an_error_is_a_status(capfd):

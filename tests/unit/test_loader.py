@@ -3,6 +3,7 @@
 import gc
 import itertools
 import logging
+import os
 import random
 import weakref
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from detectron2.config import get_cfg
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import (
     RandomSubsetTrainingSampler,
@@ -22,7 +23,7 @@ from detectron2.data.samplers import (
 from detectron2.structures import BoxMode
 from detectron2_nats import NATSError, add_nats_config
 from detectron2_nats.data import loader as loader_module
-from detectron2_nats.data.loader import build_resumable_loader
+from detectron2_nats.data.loader import EvaluationLoader, build_resumable_loader
 
 COUNT = 12
 
@@ -282,3 +283,25 @@ def test_the_list_of_dicts_is_not_kept(dicts, sampler):
     gc.collect()
     assert first() is None
     assert_same(expected, take(loader, 6))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_test_images_are_left_out(dicts, warnings, workers):
+    name = f"nats_test_images_{workers}"
+    DatasetCatalog.register(name, lambda: dicts)
+    cfg = get_cfg()
+    add_nats_config(cfg)
+    cfg.DATALOADER.NUM_WORKERS, cfg.RUN.MAX_BAD_DATA = workers, 0.1
+    with open(dicts[3]["file_name"], "wb") as file:
+        file.write(b"no image")
+    try:
+        loader = EvaluationLoader(cfg, name)
+        seen = [sample["image_id"] for batch in loader for sample in batch]
+        assert seen == [i for i in range(COUNT) if i != 3] and len(loader) == COUNT
+        (line,) = lines(warnings)
+        assert dicts[3]["file_name"] in line and "1. of 12" in line
+        os.unlink(dicts[7]["file_name"])
+        with pytest.raises(NATSError, match="2 of 12 images cannot be read.*RUN.MAX_BAD_DATA"):
+            list(EvaluationLoader(cfg, name))
+    finally:
+        DatasetCatalog.remove(name)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import TINY
 
+from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2_nats import Architecture, NATSError, add_nats_config
 from detectron2_nats.export import load_config
@@ -255,6 +256,20 @@ def test_each_payload_in_each_place(folder, marker, payload):
         check(lambda: load_config("", opts))
     check(lambda: load_config("", ["MODEL.NATS.ARCHITECTURE", payload]))
     assert not marker.exists()
+
+
+def test_no_path_leads_out_of_the_zoo(folder, marker, monkeypatch):
+    """Zoo configs are read unsafely, as Detectron2 reads its own: nothing else may pass for one."""
+    path = write(folder / "evil.yaml", PAYLOADS[0].encode(), marker)
+    deep = folder.joinpath(*"abcdefghijklmnopqrstuvwxyz")  # from here the path leads nowhere
+    deep.mkdir(parents=True)
+    monkeypatch.chdir(deep)
+    zoo = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
+    for name in (os.path.relpath(path, zoo), os.path.join("COCO-Detection", "..", "..", "a.yaml")):
+        with pytest.raises(NATSError, match="neither a file here nor the name of a Detectron2 zoo"):
+            load_config(name)
+    assert not marker.exists()
+    assert load_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml").MODEL.RETINANET.NUM_CLASSES
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")

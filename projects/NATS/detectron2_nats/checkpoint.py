@@ -62,6 +62,13 @@ class SafeCheckpointer(DetectionCheckpointer):
             for path in self._periodic_checkpoints()[keep:]:
                 os.unlink(path)
 
+    def remove_unfinished(self) -> None:
+        """Delete what a killed process had not finished writing; nobody else may be writing."""
+        if self.save_to_disk and os.path.isdir(self.save_dir):
+            for name in os.listdir(self.save_dir):
+                if re.fullmatch(r"\.model_\w+\.pth\..+", name):
+                    os.unlink(os.path.join(self.save_dir, name))
+
     def _periodic_checkpoints(self) -> List[str]:
         """Paths, newest first."""
         names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []

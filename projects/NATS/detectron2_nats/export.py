@@ -51,13 +51,15 @@ def load_config(path: str, opts=()) -> CfgNode:
 
 
 def _zoo_config(path: str) -> str:
-    try:
-        return model_zoo.get_config_file(path)
-    except RuntimeError:
+    folder = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
+    found = os.path.realpath(os.path.join(folder, path))
+    # "../" would lead out of the zoo, to a file that is read as if it were Detectron2's own
+    if not found.startswith(folder + os.sep) or not os.path.isfile(found):
         raise NATSError(
             f"config {path} not found: neither a file here nor the name of a Detectron2 zoo config "
             "such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
-        ) from None
+        )
+    return found
 
 
 def _check_bases(path: str, depth: int = 0) -> None:

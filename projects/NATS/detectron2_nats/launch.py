@@ -23,7 +23,7 @@ from .data.embedded import ensure_embedded_dataset
 from .data.registry import check_datasets, register_datasets
 from .errors import NATSError
 from .export import load_config
-from .stopping import STOPPED_EXIT_CODE, exit_at_once, handle_signals
+from .stopping import STOPPED_EXIT_CODE, exit_at_once, handle_signals, stop_requested
 from .training import ResumableTrainer
 
 __all__ = ["run_script", "setup", "train_or_evaluate"]
@@ -74,8 +74,8 @@ def train_or_evaluate(
 def run_script(main: Callable[[argparse.Namespace], object], description: str, epilog: str) -> None:
     """Parse the command line and call ``main(args)`` in each process; never returns.
 
-    Exit status: 0 done, 2 bad input (one line on stderr), 75 stopped on request with a checkpoint
-    written, 130 interrupted twice, 1 anything else.
+    Exit status: 0 done, 2 bad input (one line on stderr), 75 stopped on request (a training has
+    written a checkpoint), 130 interrupted twice, 1 anything else.
     """
     parser = default_argument_parser(epilog=epilog)
     parser.description = description
@@ -86,8 +86,10 @@ def run_script(main: Callable[[argparse.Namespace], object], description: str, e
             _run_under_torchrun(main, args)
         elif args.num_gpus * args.num_machines > 1:
             handle_signals("launcher")
-            # It would say after our error that it ends the other ranks
-            logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+            # It says so for each rank that it ends, after our error
+            logging.getLogger("torch.multiprocessing.spawn").addFilter(
+                lambda record: not str(record.msg).startswith("Terminating process")
+            )
             if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
                 args.dist_url = "auto"  # any free port: two runs on one machine must not meet
             launch(
@@ -153,14 +155,21 @@ def _call(main, args) -> None:
         print(f"error: {error}: make room and go on with --resume", file=sys.stderr, flush=True)
         status = 1
     except SystemExit as stop:
-        status = stop.code
+        status = stop.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr, flush=True)
+            status = 1
+    except RuntimeError:
+        # Another rank stopped first, in the middle of an evaluation, and cut the connection
+        if not (dist.is_initialized() and stop_requested()):
+            raise
+        status = STOPPED_EXIT_CODE
     if dist.is_initialized():
         # A process that exits as a member of a group can be aborted by the group's threads, with a
         # status of their own.
-        if status in (0, STOPPED_EXIT_CODE):  # all ranks leave together
-            comm.synchronize()
-            dist.destroy_process_group()
-        else:  # NCCL would wait for ranks that are elsewhere
+        if status:  # the others may be elsewhere, and NCCL would wait for them
             exit_at_once(status)
+        comm.synchronize()
+        dist.destroy_process_group()
     if status:
         sys.exit(status)

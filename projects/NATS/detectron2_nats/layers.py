@@ -203,11 +203,10 @@ class GroupedDilationConv2d(_DilationConv2d):
             )
         if self._channels_last and not x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
-        # All cuts at once: a narrow() for each run would fill a gradient of the whole with zeros.
         bias = self.bias  # a local name: TorchScript cannot tell that an attribute is not None
-        weights = self.weight.split(self._channels)
-        biases = bias.split(self._channels) if bias is not None else []
-        inputs = x.split(self._inputs, 1) if self.groups > 1 else []
+        weights = _cut(self.weight, self._channels, 0)
+        biases = _cut(bias, self._channels, 0) if bias is not None else []
+        inputs = _cut(x, self._inputs, 1) if self.groups > 1 else []
         outputs = [x] * len(self._channels)  # per run, each replaced just below
         for dilation, runs in zip(self._dilations, self._branches):
             weight, read, groups = _joined([weights[run] for run in runs], 0), x, 1
@@ -216,12 +215,25 @@ class GroupedDilationConv2d(_DilationConv2d):
                 groups = weight.shape[0] // self._rows_per_group
             shift = _joined([biases[run] for run in runs], 0) if bias is not None else None
             y = F.conv2d(read, weight, shift, self.stride, dilation, dilation, groups)
-            for run, piece in zip(runs, y.split([self._channels[run] for run in runs], 1)):
+            for run, piece in zip(runs, _cut(y, [self._channels[run] for run in runs], 1)):
                 outputs[run] = piece
         return self._finish(torch.cat(outputs, 1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, runs={self.runs}"
+
+
+def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:
+    """Consecutive pieces of `tensor` along `dim`; of these sizes, which add up to it."""
+    pieces = [tensor]
+    if len(sizes) > 1 and torch.is_grad_enabled():
+        # one gradient of the whole; that of each narrow() would be filled up with zeros
+        pieces = list(tensor.split(sizes, dim))
+    elif len(sizes) > 1:
+        # exporters make constants of a weight's narrow(), but not of its split()
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        pieces = [tensor.narrow(dim, end - size, size) for end, size in zip(ends, sizes)]
+    return pieces
 
 
 def _joined(pieces: List[torch.Tensor], dim: int) -> torch.Tensor:

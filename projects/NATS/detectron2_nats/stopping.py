@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 STOPPED_EXIT_CODE = 75
-"""Exit status of a run that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again)."""
+"""Exit status of a run that was asked to stop (EX_TEMPFAIL: try again)."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _stop = False
@@ -87,8 +87,9 @@ def kill_children_at_exit() -> None:
 
 def exit_at_once(status: int) -> NoReturn:
     """Exit without waiting for anything: for a process whose threads may hang or abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe
+            stream.flush()
     _kill_children()
     os._exit(status)
 

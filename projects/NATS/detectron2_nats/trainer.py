@@ -153,7 +153,9 @@ class SearchTrainer(ResumableTrainer):
             path = os.path.join(self.cfg.OUTPUT_DIR, "architecture.yaml")
             retrain = os.path.join(self.cfg.OUTPUT_DIR, "retrain.yaml")
             architecture.save(path)
-            write_config(export_config(self.retrain_base, architecture), retrain)
+            cfg = export_config(self.retrain_base, architecture)
+            cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "retrain")
+            write_config(cfg, retrain)
             logger.info(f"Search done: wrote {path} and the plain config {retrain}")
         return results
 

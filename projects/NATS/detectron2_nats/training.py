@@ -7,6 +7,7 @@ several CPU processes. :class:`SearchTrainer` and plain retraining share it.
 
 import logging
 import math
+import os
 import random
 import time
 import weakref
@@ -25,7 +26,7 @@ from detectron2.utils import comm
 
 from .checkpoint import SafeCheckpointer
 from .data.loader import (
-    StoppableLoader,
+    EvaluationLoader,
     build_resumable_loader,
     dataset_dicts,
     preserved_rng,
@@ -166,6 +167,8 @@ class ResumableTrainer(DefaultTrainer):
         self.weights = self.new_phase("", _distributed(self._loss_module), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, run=weakref.proxy(self))
+        if cfg.RUN.KEEP_CHECKPOINTS < 1:
+            raise NATSError(f"RUN.KEEP_CHECKPOINTS {cfg.RUN.KEEP_CHECKPOINTS}: expected at least 1")
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._stop_now = False
@@ -271,6 +274,8 @@ class ResumableTrainer(DefaultTrainer):
 
     def save_checkpoint(self, name: str) -> None:
         """Write a checkpoint; to be called on all ranks."""
+        for phase in self.phases():
+            phase.loader.merge_bad_files()
         self._rng_states = comm.gather(_rng_state())
         self.checkpointer.save(name, iteration=self.iter, config=self.cfg.dump())
         self.checkpointer.prune(self.cfg.RUN.KEEP_CHECKPOINTS)
@@ -278,7 +283,17 @@ class ResumableTrainer(DefaultTrainer):
         self.after_checkpoint()
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last usable checkpoint, else load ``MODEL.WEIGHTS`` and start."""
+        """Go on from the last usable checkpoint, else load ``MODEL.WEIGHTS`` and start.
+
+        Raises:
+            NATSError: OUTPUT_DIR holds another run's checkpoints, or none that is whole.
+        """
+        if not resume and self.checkpointer.has_checkpoint():
+            raise NATSError(
+                f"{self.cfg.OUTPUT_DIR} holds checkpoints of an earlier run: go on with --resume, "
+                "or choose another OUTPUT_DIR"
+            )
+        self.checkpointer.remove_unfinished()
         usable = self.checkpointer.find_usable_checkpoint() if resume else ""
         if not usable:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
@@ -301,6 +316,11 @@ class ResumableTrainer(DefaultTrainer):
             logger.warning(f"resuming with another setting than before: {line}")
 
     # -- what DefaultTrainer asks for -------------------------------------------------------------
+
+    def train(self):
+        results = super().train()
+        logger.info(f"Training done: wrote {os.path.join(self.cfg.OUTPUT_DIR, 'model_final.pth')}")
+        return results
 
     def build_hooks(self) -> List[HookBase]:
         """Detectron2's default hooks; ours writes checkpoints, on all ranks together."""
@@ -336,8 +356,8 @@ class ResumableTrainer(DefaultTrainer):
         return build_resumable_loader(cfg, dicts, total_batch_size=size, seed=max(cfg.SEED, 0))
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> StoppableLoader:
-        return StoppableLoader(super().build_test_loader(cfg, dataset_name))
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+        return EvaluationLoader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
@@ -394,6 +414,7 @@ class _CheckpointHook(HookBase):
             trainer.save_checkpoint(f"model_{trainer.iter:07d}")
         if trainer._stop_now and done < trainer.max_iter:
             logger.info(f"stopped on request after iteration {trainer.iter}; go on with --resume")
+            comm.synchronize()  # rank 0 has written more than the others
             raise SystemExit(STOPPED_EXIT_CODE)
 
 

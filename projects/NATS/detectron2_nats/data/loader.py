@@ -10,14 +10,14 @@ import itertools
 import logging
 import random
 import sys
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data import DatasetFromList, DatasetMapper, build_detection_test_loader
 from detectron2.data import detection_utils as utils
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import (
@@ -30,7 +30,6 @@ from detectron2.utils import comm
 from ..errors import NATSError
 from ..stopping import (
     STOPPED_EXIT_CODE,
-    exit_at_once,
     hold_signals,
     ignore_signals,
     kill_children_at_exit,
@@ -39,7 +38,7 @@ from ..stopping import (
 
 __all__ = [
     "ResumableLoader",
-    "StoppableLoader",
+    "EvaluationLoader",
     "build_resumable_loader",
     "dataset_dicts",
     "preserved_rng",
@@ -90,13 +89,16 @@ class _Samples(Dataset):
                 except Exception as error:
                     if not _is_bad_image(record, error):
                         raise
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                    unreadable.append((record["file_name"], reason))
+                    unreadable.append((record["file_name"], _reason(error)))
                     continue
             if sample is not None:
                 return sample, unreadable
         files = ", ".join(name for name, _ in unreadable[:3])
         raise NATSError(f"{self.MAX_TRIES} images in a row cannot be used, among them {files}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _is_bad_image(record: dict, error: Exception) -> bool:
@@ -185,54 +187,107 @@ class ResumableLoader:
             self.batches += 1
             for _, unreadable in batch:
                 for file_name, reason in unreadable:
-                    self._note_bad(file_name, reason)
+                    _note_bad(
+                        self.bad_files,
+                        file_name,
+                        reason,
+                        total=len(self.files),
+                        max_share=self.max_bad_share,
+                    )
             yield [sample for sample, _ in batch]
 
-    def _note_bad(self, file_name: str, reason: str) -> None:
-        if file_name in self.bad_files:
-            return
-        self.bad_files[file_name] = reason
-        logger.warning(
-            f"skipping image {file_name}, the {len(self.bad_files)}. of {len(self.files)} that "
-            f"cannot be read: {reason}"
+    def merge_bad_files(self) -> None:
+        """Let all ranks know of the unreadable files that any has met."""
+        for found in comm.all_gather(self.bad_files):
+            self.bad_files.update(found)
+
+
+def _note_bad(
+    bad_files: Dict[str, str], file_name: str, reason: str, *, total: int, max_share: float
+) -> None:
+    """Add an unreadable image to `bad_files`; warns once for each.
+
+    Raises:
+        NATSError: they are more than the share of all `total` images.
+    """
+    if file_name in bad_files:
+        return
+    bad_files[file_name] = reason
+    logger.warning(
+        f"skipping image {file_name}, the {len(bad_files)}. of {total} that cannot be read: "
+        f"{reason}"
+    )
+    if len(bad_files) > max_share * total:
+        raise NATSError(
+            f"{len(bad_files)} of {total} images cannot be read, the last {file_name} ({reason}): "
+            f"mend the data, or raise RUN.MAX_BAD_DATA ({max_share})"
         )
-        if len(self.bad_files) > self.max_bad_share * len(self.files):
-            raise NATSError(
-                f"{len(self.bad_files)} of {len(self.files)} images cannot be read, the last "
-                f"{file_name} ({reason}): mend the data, or raise RUN.MAX_BAD_DATA "
-                f"({self.max_bad_share})"
-            )
 
 
-class StoppableLoader:
-    """A loader of test images whose evaluation ends at once when a stop is asked for.
+class _Unreadable(NamedTuple):
+    """In the place of a test image that could not be read."""
 
-    The process exits with status 75 before the next batch: an evaluation can take longer than a
-    scheduler waits.
+    file_name: str
+    reason: str
 
-    Args:
-        loader: of Detectron2; its workers must not have been started.
+
+class _TestMapper:
+    """Dataset dict → sample, or :class:`_Unreadable`."""
+
+    def __init__(self, mapper: Callable[[dict], Any]):
+        self.mapper = mapper
+
+    def __call__(self, record: dict):
+        try:
+            return self.mapper(record)
+        except Exception as error:
+            if not _is_bad_image(record, error):
+                raise
+            return _Unreadable(record["file_name"], _reason(error))
+
+
+class EvaluationLoader:
+    """Detectron2's loader of test images, for evaluations that survive.
+
+    Unreadable images are left out, with a warning for each: their objects count as missed. When a
+    stop is asked for, the process exits with status 75 before the next batch, for an evaluation can
+    take longer than a scheduler waits.
+
+    Raises:
+        NATSError: more than ``RUN.MAX_BAD_DATA`` of the images are unreadable.
     """
 
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
-        loader.worker_init_fn = ignore_signals
-        loader.multiprocessing_context = _worker_context(loader.num_workers)
+    def __init__(self, cfg: CfgNode, dataset_name: str):
+        mapper = _TestMapper(DatasetMapper(cfg, is_train=False))
+        self.loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        self.loader.worker_init_fn = ignore_signals
+        self.loader.multiprocessing_context = _worker_context(self.loader.num_workers)
+        self.max_bad_share = cfg.RUN.MAX_BAD_DATA
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[List[dict]]:
         kill_children_at_exit()
+        bad_files: Dict[str, str] = {}
         with hold_signals():
             iterator = iter(self.loader)
         for batch in iterator:
-            if stop_requested():
-                logger.info("stopped on request, in the middle of an evaluation")
-                if torch.distributed.is_initialized():
-                    exit_at_once(STOPPED_EXIT_CODE)  # each rank at an image of its own
-                raise SystemExit(STOPPED_EXIT_CODE)
-            yield batch
+            _leave_if_asked()
+            for bad in [sample for sample in batch if isinstance(sample, _Unreadable)]:
+                total = len(self.loader.dataset)
+                _note_bad(bad_files, *bad, total=total, max_share=self.max_bad_share)
+            readable = [sample for sample in batch if not isinstance(sample, _Unreadable)]
+            if readable:
+                yield readable
+        _leave_if_asked()  # comparing the results can take minutes too
+
+
+def _leave_if_asked() -> None:
+    """Each rank by itself, at an image of its own."""
+    if stop_requested():
+        logger.info("stopped on request, in the middle of an evaluation")
+        raise SystemExit(STOPPED_EXIT_CODE)
 
 
 def _worker_context(num_workers: int) -> Optional[str]:
