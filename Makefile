@@ -3,13 +3,17 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults bench bench-smoke lint format clean
+.PHONY: help setup setup-optional demo test faults bench bench-smoke lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 setup:  ## make .venv with everything in requirements.txt; nothing to do when it is up to date
 	@bash tools/setup_env.sh
+
+setup-optional: setup  ## also what some examples, and their tests, need: requirements-optional.txt
+	@$(PYTHON) -m pip install -qq --no-input --disable-pip-version-check \
+		-r requirements.txt -r requirements-optional.txt
 
 demo: setup  ## search, freeze, retrain and evaluate on the embedded data set (minutes on a CPU)
 	@$(PYTHON) tools/demo.py

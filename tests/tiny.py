@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -84,6 +85,15 @@ def finish(process: subprocess.Popen, status: int = 0, timeout: float = 240) -> 
     output = printed(process)
     assert process.returncode == status, f"exit status {process.returncode}:\n{output[-3000:]}"
     return output
+
+
+def wait_until(condition, process: subprocess.Popen, timeout: float = 120) -> None:
+    """Wait for `condition()` while the script runs."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, printed(process)[-3000:]
+        assert time.monotonic() < deadline, f"not after {timeout} s:\n{printed(process)[-3000:]}"
+        time.sleep(0.03)
 
 
 def printed(process: subprocess.Popen) -> str:

@@ -6,6 +6,7 @@ is kept. Leaves study.md (a table) and study.png in the output folder.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -118,6 +119,7 @@ class Task:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
                 start_new_session=True,  # Ctrl-C reaches it once, through us
+                preexec_fn=_stop_with_parent if sys.platform.startswith("linux") else None,
             )
         self.started = time.perf_counter()
 
@@ -138,6 +140,12 @@ class Task:
         }
         write_atomically(os.path.join(self.folder, "cost.json"), json.dumps(cost))
         return code
+
+
+def _stop_with_parent() -> None:
+    """When the study is killed, its runs must not go on beside those of the next start."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 class Study:
@@ -557,7 +565,7 @@ def main(args: argparse.Namespace) -> None:
     comparison = Study(args)
     if not args.report:
         comparison.run()
-    print(f"\n{comparison.report()}\nwrote {comparison.path('study.md')}")
+    print(f"\n{comparison.report()}\nwrote {comparison.path('study.md')} and study.png")
 
 
 def _stop(*_):

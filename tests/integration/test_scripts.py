@@ -4,14 +4,13 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import assert_same_run, finish, printed, run, script
+from tiny import assert_same_run, finish, printed, run, script, wait_until
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -27,14 +26,6 @@ def wait_for(path: Path, process) -> None:
 def wait_for_text(text: str, process) -> None:
     """Until the process has printed it."""
     wait_until(lambda: text in printed(process), process)
-
-
-def wait_until(condition, process, timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, printed(process)[-3000:]
-        assert time.monotonic() < deadline, f"not after {timeout} s:\n{printed(process)[-3000:]}"
-        time.sleep(0.03)
 
 
 @pytest.fixture(scope="module")
