@@ -9,6 +9,7 @@ import pytest
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2_nats import NATSError, add_nats_config
 from detectron2_nats.data.registry import check_datasets, check_disjoint, register_datasets
 
@@ -79,6 +80,15 @@ def test_registers_and_loads(tmp_path, warnings):
     assert meta.thing_classes == ["cat", "dog"] and meta.evaluator_type == "coco"
     assert not lines(warnings)
     register_datasets(cfg)  # the same again is fine
+
+
+def test_reads_as_detectron2_does_and_parses_once(tmp_path, monkeypatch):
+    _, path = register(tmp_path)
+    expected = load_coco_json(str(path), str(tmp_path), "nats_test_registry_plain")
+    parsed, parse = [], json.load
+    monkeypatch.setattr(json, "load", lambda file: parsed.append(file.name) or parse(file))
+    assert DatasetCatalog.get(NAME) == expected
+    assert parsed == [str(path)]
 
 
 def test_a_taken_name(tmp_path):
@@ -202,6 +212,9 @@ def test_too_many_bad_annotations_stop_the_run(tmp_path, change, reason):
         coco(annotations=[{"id": 1, "image_id": 1, "category_id": 3, "bbox": None}]),
         coco(annotations=[{"id": 1, "image_id": 1, "category_id": 3, "bbox": ["a"] * 4}]),
         coco(annotations=[{"id": 1, "image_id": [1], "category_id": 3, "bbox": [1, 2, 3, 4]}]),
+        coco(annotations=[{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}]),
+        coco(annotations=[{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}] * 2),
+        coco(images=[{"id": 1, "file_name": "1.png"}], annotations=[]),
     ],
 )
 def test_what_is_not_coco(tmp_path, content):

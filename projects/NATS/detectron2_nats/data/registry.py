@@ -1,12 +1,16 @@
 """Data sets from a config (``DATASETS.REGISTER``), and the checks before a run takes them."""
 
+import contextlib
 import difflib
+import io
 import json
 import logging
 import math
 import os
-import tempfile
-from typing import List, Sequence
+from typing import Any, Dict, List, Sequence
+from unittest import mock
+
+from pycocotools.coco import COCO
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -55,12 +59,34 @@ def _load(name: str, json_file: str, image_root: str, max_bad_share: float) -> L
         categories = {category["id"] for category in content["categories"]}
         annotations = content["annotations"]
         bad = {i: why for i, a in enumerate(annotations) if (why := _fault(a, images, categories))}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise NATSError(
-            f"{json_file}: not COCO's annotation format ({type(error).__name__}: {error})"
-        ) from None
-    if not bad:
-        return load_coco_json(json_file, image_root, name)
+        if bad:
+            _report_bad(json_file, bad, annotations, images, max_bad_share)
+            content["annotations"] = [a for i, a in enumerate(annotations) if i not in bad]
+        parsed = COCO()
+        parsed.dataset = content
+        with contextlib.redirect_stdout(io.StringIO()):
+            parsed.createIndex()
+        # Detectron2's reader takes a path, and would parse a large file for a second time
+        with mock.patch("pycocotools.coco.COCO", lambda path: parsed):
+            return load_coco_json(json_file, image_root, name)
+    except NATSError:
+        raise
+    except (
+        *(KeyError, TypeError, ValueError, AttributeError, RecursionError),
+        AssertionError,  # Detectron2's, for ids that stand twice
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise NATSError(f"{json_file}: not COCO's annotation format ({reason})") from None
+
+
+def _report_bad(
+    json_file: str,
+    bad: Dict[int, str],
+    annotations: List[dict],
+    images: Dict[Any, str],
+    max_bad_share: float,
+) -> None:
+    """Warn of annotations that cannot be used, or raise when they are too many."""
     first = next(iter(bad))
     where = images.get(annotations[first].get("image_id"), "no listed image")
     summary = (
@@ -70,13 +96,6 @@ def _load(name: str, json_file: str, image_root: str, max_bad_share: float) -> L
     if len(bad) > max_bad_share * len(annotations):
         raise NATSError(f"{summary}. Mend the file, or raise RUN.MAX_BAD_DATA ({max_bad_share})")
     logger.warning(f"{summary}. They are skipped.")
-    content["annotations"] = [a for i, a in enumerate(annotations) if i not in bad]
-    # Detectron2's reader takes a path
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, os.path.basename(json_file))
-        with open(path, "w") as file:
-            json.dump(content, file)
-        return load_coco_json(path, image_root, name)
 
 
 def _fault(annotation: dict, images, categories) -> str:
