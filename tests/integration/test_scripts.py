@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -204,6 +205,21 @@ def test_two_processes_stop_on_request_and_go_on(undisturbed_pair, tiny_config, 
     process.send_signal(signal.SIGTERM)
     finish(process, status=75)
     finish(script("search_net.py", *arguments))
+    assert_same_run(undisturbed_pair, tmp_path)
+
+
+def test_two_machines(undisturbed_pair, tiny_config, tmp_path):
+    """A launcher for each, here both on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    arguments = ["--num-gpus", "1", "--num-machines", "2", "--dist-url", address]
+    opts = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    machines = [
+        script("search_net.py", *arguments, "--machine-rank", str(rank), *opts) for rank in (0, 1)
+    ]
+    for machine in machines:
+        finish(machine)
     assert_same_run(undisturbed_pair, tmp_path)
 
 
