@@ -10,7 +10,7 @@ import sys
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone
 from detectron2.projects.point_rend import add_pointrend_config
 from detectron2_nats import Architecture, NATSError, add_nats_config
 from detectron2_nats.export import export_config, write_config
@@ -51,7 +51,7 @@ def pointrend_config(architecture: Architecture, opts=()) -> CfgNode:
 
 def main(args: argparse.Namespace) -> None:
     cfg = pointrend_config(Architecture.load(args.architecture), args.opts)
-    print(build_model(cfg).backbone.bottom_up)
+    print(build_backbone(cfg).bottom_up)  # the whole detector would go to MODEL.DEVICE
     write_config(cfg, args.output)
     print(f"wrote {args.output}")
 
