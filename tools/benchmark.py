@@ -790,6 +790,8 @@ def main(args: argparse.Namespace) -> None:
             continue
         for name in args.networks:
             runs[part](args, report, name, dtype)
+    if args.output:
+        print(f"wrote {args.output}")
 
 
 def _pixels(text: str) -> int:

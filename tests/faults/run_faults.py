@@ -433,6 +433,7 @@ def main() -> int:
     print("\n" + text)
     if args.output:
         Path(args.output).write_text(text)
+        print(f"wrote {args.output}")
     return 0 if good else 1
 
 

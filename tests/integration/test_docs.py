@@ -45,7 +45,7 @@ SUBSTITUTIONS = [
     (r"--config-file \.\.\.", "--config-file configs/quickstart/search.yaml"),
     (r"--num-gpus 8 (--config-file output/)", r"\1"),
     (r"'\$SLURM_NODEID'", "0"),
-    (r"output/demo/search", "output/search"),
+    (r"output/demo/", "output/"),
     (
         r"(tools/study\.py) \.\.\.",
         r"\1 --config-file configs/quickstart/base.yaml "
