@@ -1,6 +1,6 @@
 """The one error that a user is meant to read."""
 
-__all__ = ["NATSError"]
+__all__ = ["NATSError", "one_line"]
 
 
 class NATSError(ValueError):
@@ -8,3 +8,8 @@ class NATSError(ValueError):
 
     The scripts print it without a traceback and exit with status 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and words of somebody else's error, for a message of ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

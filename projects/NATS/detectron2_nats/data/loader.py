@@ -27,7 +27,7 @@ from detectron2.data.samplers import (
 )
 from detectron2.utils import comm
 
-from ..errors import NATSError
+from ..errors import NATSError, one_line
 from ..stopping import (
     STOPPED_EXIT_CODE,
     hold_signals,
@@ -89,16 +89,12 @@ class _Samples(Dataset):
                 except Exception as error:
                     if not _is_bad_image(record, error):
                         raise
-                    unreadable.append((record["file_name"], _reason(error)))
+                    unreadable.append((record["file_name"], one_line(error)))
                     continue
             if sample is not None:
                 return sample, unreadable
         files = ", ".join(name for name, _ in unreadable[:3])
         raise NATSError(f"{self.MAX_TRIES} images in a row cannot be used, among them {files}")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _is_bad_image(record: dict, error: Exception) -> bool:
@@ -243,7 +239,7 @@ class _TestMapper:
         except Exception as error:
             if not _is_bad_image(record, error):
                 raise
-            return _Unreadable(record["file_name"], _reason(error))
+            return _Unreadable(record["file_name"], one_line(error))
 
 
 class EvaluationLoader:

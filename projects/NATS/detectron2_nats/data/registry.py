@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-from ..errors import NATSError
+from ..errors import NATSError, one_line
 
 __all__ = ["check_datasets", "check_disjoint", "register_datasets"]
 
@@ -75,8 +75,7 @@ def _load(name: str, json_file: str, image_root: str, max_bad_share: float) -> L
         *(KeyError, TypeError, ValueError, AttributeError, RecursionError),
         AssertionError,  # Detectron2's, for ids that stand twice
     ) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise NATSError(f"{json_file}: not COCO's annotation format ({reason})") from None
+        raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
 
 
 def _report_bad(
