@@ -7,7 +7,7 @@ from common import direct_frozen, direct_mixture
 from torch import nn
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d, NATSError
+from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d, NATSError, convolution
 
 CONVS = [
     dict(),
@@ -67,13 +67,21 @@ def options(kwargs):
     )
 
 
+@pytest.fixture(params=["AVX2", "AVX512"])
+def processor(request, monkeypatch):
+    """Decides the frozen conv's layout and how weights' gradients are computed, on any machine."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    monkeypatch.setattr(convolution, "_MATRIX_PRODUCTS", request.param == "AVX2")
+    return request.param
+
+
 # -- the mixture ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share_weights", [False, True])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_mixture_is_the_papers(kwargs, num_groups, share_weights):
+def test_mixture_is_the_papers(kwargs, num_groups, share_weights, processor):
     """Both forms, in value and in the gradient of everything, against autograd of the formula."""
     conv = mixed_conv(num_groups, share_weights=share_weights, **kwargs)
     x = input_().requires_grad_(True)
@@ -110,7 +118,7 @@ def test_one_norm_and_activation_follow_the_mixture(alpha_trains):
     assert conv.norm.num_batches_tracked == 1
 
 
-def test_what_is_kept_for_backward():
+def test_what_is_kept_for_backward(processor):
     """α fixed: the input, views of the weights and small scales. α trained: each y^g too."""
     conv = mixed_conv()
     x, kept = input_().requires_grad_(True), []
@@ -132,7 +140,7 @@ def test_what_is_kept_for_backward():
 
 
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_one_hot_mixture_is_the_frozen_conv(kwargs):
+def test_one_hot_mixture_is_the_frozen_conv(kwargs, processor):
     """Invariant 4 with replicas that differ: each group has the rows of the replica it chose."""
     conv = mixed_conv(4, **kwargs)
     chosen = [2, 0, 0, 3]
@@ -184,7 +192,7 @@ def test_alpha_is_at_least_float32(dtype):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kwargs", [dict(), dict(bias=True)], ids=str)
-def test_autocast(kwargs, dtype, norm):
+def test_autocast(kwargs, dtype, norm, processor):
     """The dtype that the plain conv gives; values and gradients near those of float32."""
     kwargs = dict(kwargs, norm=FrozenBatchNorm2d(16) if norm else None)
     plain = plain_conv(**kwargs).float()
@@ -209,7 +217,7 @@ def gradients(conv, y):
 
 
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_empty_batch(kwargs):
+def test_empty_batch(kwargs, processor):
     plain, x = plain_conv(**kwargs), input_(batch=0).requires_grad_(True)
     mixed = mixed_conv(**kwargs)
     frozen = GroupedDilationConv2d(plain_conv(**kwargs), [(4, 1, 1), (12, 1, 3)])
@@ -226,19 +234,12 @@ def test_empty_batch(kwargs):
 RUNS = [(4, 3, 1), (4, 1, 1), (4, 3, 1), (4, 2, 2)]  # a dilation in two places
 
 
-@pytest.fixture(params=["AVX2", "AVX512"])
-def processor(request, monkeypatch):
-    """Decides the layout that the frozen conv computes in, whatever this machine has."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    return request.param
-
-
 def test_layout_follows_the_processor(processor):
     y = GroupedDilationConv2d(plain_conv(), RUNS)(input_())
     assert y.is_contiguous(memory_format=torch.channels_last) == (processor == "AVX512")
 
 
-def test_no_gradient_of_the_whole_is_filled_for_a_run():
+def test_no_gradient_of_the_whole_is_filled_for_a_run(processor):
     """The weight and the output are each cut by one node of the graph."""
     y = GroupedDilationConv2d(plain_conv(), RUNS)(input_())
     seen, waiting = [], [y.grad_fn]
@@ -274,7 +275,7 @@ def test_every_output_channel_has_its_own_dilation(kwargs, runs, processor):
         torch.testing.assert_close(found, right, **TIGHT)
 
 
-def test_single_channels():
+def test_single_channels(processor):
     """Per-channel patterns of other methods fit too."""
     runs = [(1, 1 + o % 3, 1 + o // 3 % 4) for o in range(16)]
     conv = GroupedDilationConv2d(plain_conv(), runs)
@@ -283,7 +284,7 @@ def test_single_channels():
 
 
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_all_plain_is_bit_identical(kwargs):
+def test_all_plain_is_bit_identical(kwargs, processor):
     kwargs = dict(kwargs, norm=nn.BatchNorm2d(16), activation=torch.relu)
     plain = plain_conv(**kwargs).float()
     conv = GroupedDilationConv2d(copy.deepcopy(plain), [(4, 1, 1), (12, 1, 1)])

@@ -9,11 +9,11 @@ is renamed, split or permuted, so plain checkpoints load into either as they are
 from typing import List, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from detectron2.layers import Conv2d
 
+from .convolution import conv2d
 from .errors import NATSError
 from .search_space import Dilation
 
@@ -127,7 +127,7 @@ class MixedDilationConv2d(_DilationConv2d):
         columns = mixture.unbind(dim=1)
         for genotype, scale, weight in zip(self.genotypes, columns, self.genotype_weights()):
             dilation = self._effective(genotype)
-            y = F.conv2d(x, weight, None, self.stride, dilation, dilation, self.groups)
+            y = conv2d(x, weight, None, self.stride, dilation, self.groups)
             scale = scale.to(y.dtype).view(1, -1, 1, 1)
             mixed = y * scale if mixed is None else torch.addcmul(mixed, y, scale)
         if self.bias is not None:
@@ -184,6 +184,7 @@ class GroupedDilationConv2d(_DilationConv2d):
             branches.setdefault(tuple(dilation), []).append(index)
         self._branches: List[List[int]] = list(branches.values())
         self._dilations: List[List[int]] = [list(self._effective(d)) for d in branches]
+        self._all_plain: bool = list(branches) == [(1, 1)]
         # With AVX-512 oneDNN would bring x into a layout of its own once per branch. Without, its
         # gradient of dilated weights is slower in channels_last.
         self._channels_last: bool = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -196,11 +197,12 @@ class GroupedDilationConv2d(_DilationConv2d):
         Returns:
             (B, C_out, H / stride, W / stride).
         """
+        if self._all_plain:  # the plain conv's gradients too, bit for bit
+            return self._finish(self._conv_forward(x, self.weight, self.bias))
         if len(self._branches) == 1:
             dilation = self._dilations[0]
-            return self._finish(
-                F.conv2d(x, self.weight, self.bias, self.stride, dilation, dilation, self.groups)
-            )
+            y = conv2d(x, self.weight, self.bias, self.stride, dilation, self.groups)
+            return self._finish(y)
         if self._channels_last and not x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
         bias = self.bias  # a local name: TorchScript cannot tell that an attribute is not None
@@ -214,7 +216,7 @@ class GroupedDilationConv2d(_DilationConv2d):
                 read = _joined([inputs[run] for run in runs], 1)
                 groups = weight.shape[0] // self._rows_per_group
             shift = _joined([biases[run] for run in runs], 0) if bias is not None else None
-            y = F.conv2d(read, weight, shift, self.stride, dilation, dilation, groups)
+            y = conv2d(read, weight, shift, self.stride, dilation, groups)
             for run, piece in zip(runs, _cut(y, [self._channels[run] for run in runs], 1)):
                 outputs[run] = piece
         return self._finish(torch.cat(outputs, 1))
