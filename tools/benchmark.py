@@ -64,7 +64,8 @@ EPILOG = """
 parts (--what):
   inference   backbone and whole detector: plain, frozen in both orders, IC-Conv's pattern; each
               also after fuse_for_inference
-  train       a training step of those; weight step and alpha step of the super-network
+  train       a training step of those; weight step and alpha step of the super-network; what
+              the paper's whole search would take
   memory      what these keep for backward, and their peak, each in a fresh process
   convs       one 3x3 conv of res3, res4, res5: plain and frozen
   rivals      the super-network's conv against other ways to write it
@@ -76,7 +77,7 @@ examples:
     $ python tools/benchmark.py --smoke
   everything on the CPU, into a file as well:
     $ python tools/benchmark.py --output output/benchmark.md
-  the search step of two networks on a GPU, at the paper's image size:
+  the steps of two networks on a GPU, at the paper's image size:
     $ python tools/benchmark.py --device cuda --dtype float32 bfloat16 --what train memory \\
         --networks R50 R101 --size 800 1216
   also the pattern that IC-Conv published:
@@ -95,6 +96,7 @@ SEARCH_PLAIN = "plain, search config"  # its batch norms are frozen, those of re
 SEARCH_VARIANTS = (SEARCH_PLAIN, "weight step", "α step", "weight + α step")
 _IC_CONV = "frozen, IC-Conv"
 NUM_GROUPS = 16
+TRAIN_IMAGES, WEIGHT_EPOCHS, ALPHA_EPOCHS = 82_783, 25, 15  # the paper's search: COCO train2014
 BOXES_PER_IMAGE = 10
 SEED = 7
 
@@ -434,7 +436,24 @@ def run_train(args: argparse.Namespace, report: Report, name: str, dtype: str) -
     seconds = measure(args, {variant: parts[0] for variant, (parts, _) in steps.items()})
     seconds[both] = [sum(pair) for pair in zip(seconds["weight step"], seconds["α step"])]
     table = timing_table(args, {"step": seconds}, reference, images=True)
-    report.add(_title(args, "train", name, dtype), table)
+    weight, alpha = (statistics.median(seconds[step]) / args.batch for step in SEARCH_VARIANTS[1:3])
+    note = (
+        f"The paper's whole search, {WEIGHT_EPOCHS} epochs of weight steps and {ALPHA_EPOCHS} of α "
+        f"steps over {TRAIN_IMAGES:,} images, would be {_number(search_days(weight, alpha))} days "
+        "of this machine with images of this size, without reading and exchanging anything. The "
+        "paper took 20 days of a GTX 1080 Ti."
+    )
+    report.add(_title(args, "train", name, dtype), table, *[] if args.smoke else [note])
+
+
+def search_days(weight: float, alpha: float) -> float:
+    """Days of the paper's search (section 4.2), one after the other on one device.
+
+    Args:
+        weight: seconds per image of the weight step.
+        alpha: of the α step.
+    """
+    return TRAIN_IMAGES * (WEIGHT_EPOCHS * weight + ALPHA_EPOCHS * alpha) / 86400
 
 
 def run_memory(args: argparse.Namespace, report: Report, name: str, dtype: str) -> None:

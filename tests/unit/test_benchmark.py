@@ -69,6 +69,14 @@ def test_rf_next_mixes_three_dilations():
     assert conv.dilation == (1, 1)
 
 
+def test_days_of_the_papers_search():
+    """A day of weight steps at 25 epochs of 82,783 images, half a day of α steps at 15."""
+    images = 82_783
+    day = benchmark.search_days(86400 / (25 * images), 0)
+    assert day == pytest.approx(1)
+    assert benchmark.search_days(0, 43200 / (15 * images)) == pytest.approx(0.5)
+
+
 class _Steps(nn.Module):
     """Keeps x once for two uses, and exp's result; not its own weight and buffer."""
 

@@ -1,9 +1,8 @@
-"""F.conv2d with a faster gradient of dilated 3×3 weights, for CPUs where oneDNN has none.
+"""A 3×3 conv whose output channels have different dilations: the arithmetic of the frozen conv.
 
-Without AVX-512 oneDNN unrolls the whole input for that gradient, to nine times its size, and does
-so for each dilation of a frozen conv, however few output channels use it. Here it is nine matrix
-products, one per tap (i, j) of the kernel: the output's gradient times the input shifted by
-(i · d_h, j · d_w). Nothing is unrolled: a shift is an offset into the padded, flattened image.
+It is a function of its own in autograd, so that only its input and its weight are kept for
+backward, and not the pieces that they are cut into; and so that the weight's gradient can be
+computed otherwise where the usual way is slow (:func:`weight_gradient`).
 """
 
 from typing import List, Optional
@@ -12,77 +11,151 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-__all__ = ["conv2d"]
+__all__ = ["dilated_conv2d", "conv2d", "weight_gradient"]
 
-# Where it was measured to be faster (docs/performance.md).
+# Without AVX-512, oneDNN has no kernel for the gradient of dilated weights. Other kinds of CPU
+# than this one have not been measured (docs/performance.md).
 _MATRIX_PRODUCTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def conv2d(
+def dilated_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: Optional[torch.Tensor],
     stride: List[int],
-    dilation: List[int],
     groups: int,
+    channels: List[int],
+    dilations: List[List[int]],
+    branches: List[List[int]],
 ) -> torch.Tensor:
-    """A 3×3 conv, padded by its dilation.
+    """A 3×3 conv in runs of output channels, each padded by its dilation.
+
+    Differentiable once. Conv groups are whole in each run and read their own input channels.
 
     Args:
         x: (B, C_in, H, W).
         weight: (C_out, C_in / groups, 3, 3).
         bias: (C_out,), or None.
-        stride, dilation: of height and width.
-        groups: conv groups.
+        stride: of height and width.
+        groups: conv groups of all runs together.
+        channels: output channels of each run; they add up to C_out.
+        dilations: of height and width, each dilation once.
+        branches: for each dilation the indices of its runs, each run once.
 
     Returns:
-        (B, C_out, H / stride, W / stride), always F.conv2d's own.
+        (B, C_out, H / stride, W / stride).
     """
     if not torch.jit.is_scripting():
-        if _by_matrix_products(x, weight, stride, dilation, groups):
-            return _Conv2d.apply(x, weight, bias, dilation)
-    return F.conv2d(x, weight, bias, stride, dilation, dilation, groups)
+        if torch.is_grad_enabled() and not torch.jit.is_tracing():
+            tensors = _cast([x, weight, bias])
+            return _DilatedConv2d.apply(*tensors, stride, groups, channels, dilations, branches)
+    return _forward(x, weight, bias, stride, groups, channels, dilations, branches)
 
 
-def _by_matrix_products(x, weight, stride, dilation, groups) -> bool:
-    return (
-        _MATRIX_PRODUCTS
-        and weight.requires_grad
-        and torch.is_grad_enabled()
-        and groups == 1
-        and tuple(stride) == (1, 1)
-        and tuple(dilation) != (1, 1)
-        and x.is_cpu
-        and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()  # those who count FLOPs look for the usual conv
-    )
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    stride: List[int],
+    groups: int,
+    channels: List[int],
+    dilations: List[List[int]],
+    branches: List[List[int]],
+) -> torch.Tensor:
+    weights = _cut(weight, channels, 0)
+    biases = _cut(bias, channels, 0) if bias is not None else []
+    inputs = _cut(x, _read(x, weight, channels), 1) if groups > 1 else []
+    outputs = [x] * len(channels)  # per run, each replaced in the loop
+    for dilation, runs in zip(dilations, branches):
+        rows = _joined([weights[run] for run in runs], 0)
+        # not "if bias is not None": TorchScript, asked twice, gives None after the first call
+        shift = _joined([biases[run] for run in runs], 0) if len(biases) > 0 else None
+        read = _joined([inputs[run] for run in runs], 1) if groups > 1 else x
+        y = F.conv2d(read, rows, shift, stride, dilation, dilation, read.shape[1] // rows.shape[1])
+        _put(y, outputs, runs, channels, 1)
+    return _joined(outputs, 1)
 
 
-class _Conv2d(torch.autograd.Function):
+def _cast(tensors: List[Optional[torch.Tensor]]) -> List[Optional[torch.Tensor]]:
+    """What autocast would do in the conv of each branch, once."""
+    device = tensors[0].device.type
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    if available and torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [tensor.to(dtype) if tensor is not None else None for tensor in tensors]
+    return tensors
+
+
+class _DilatedConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, dilation):
+    def forward(ctx, x, weight, bias, *how):
         ctx.save_for_backward(x, weight)
-        ctx.bias_sizes = None if bias is None else bias.shape
-        ctx.dilation = dilation
-        return F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)
+        ctx.how = how
+        return _forward(x, weight, bias, *how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        by_x, _, by_bias = torch.ops.aten.convolution_backward(
-            *(gradient, x, weight, ctx.bias_sizes, [1, 1], ctx.dilation, ctx.dilation),
-            *(False, [0, 0], 1, [of_x, False, of_bias]),
-        )
-        by_weight = weight_gradient(x, gradient, ctx.dilation) if of_weight else None
-        return by_x, by_weight, by_bias, None
+        stride, groups, channels, dilations, branches = ctx.how
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        sizes = _read(x, weight, channels)
+        weights, gradients = _cut(weight, channels, 0), _cut(gradient, channels, 1)
+        inputs = _cut(x, sizes, 1) if groups > 1 else []
+        by_x, by_inputs, by_weights = None, [x] * len(channels), [weight] * len(channels)
+        for dilation, runs in zip(dilations, branches):
+            rows = _joined([weights[run] for run in runs], 0)
+            by_y = _joined([gradients[run] for run in runs], 1)
+            read = _joined([inputs[run] for run in runs], 1) if groups > 1 else x
+            own = of_weight and _is_slow(read, rows, stride, dilation)
+            by_read, by_rows, _ = torch.ops.aten.convolution_backward(
+                *(by_y, read, rows, None, stride, dilation, dilation, False, [0, 0]),
+                *(read.shape[1] // rows.shape[1], [of_x, of_weight and not own, False]),
+            )
+            if own:
+                by_rows = weight_gradient(read, by_y, dilation)
+            if of_weight:
+                _put(by_rows, by_weights, runs, channels, 0)
+            if of_x and groups > 1:
+                _put(by_read, by_inputs, runs, sizes, 1)
+            elif of_x:
+                by_x = by_read if by_x is None else by_x.add_(by_read)
+        if of_x and groups > 1:
+            by_x = _joined(by_inputs, 1)
+        by_weight = _joined(by_weights, 0) if of_weight else None
+        by_bias = gradient.sum((0, 2, 3)) if of_bias else None
+        return by_x, by_weight, by_bias, *[None] * len(ctx.how)
+
+
+def conv2d(
+    x: torch.Tensor, weight: torch.Tensor, stride: List[int], dilation: List[int], groups: int
+) -> torch.Tensor:
+    """The same with one dilation for all output channels; F.conv2d wherever that is as fast."""
+    if _is_slow(x, weight, stride, dilation):
+        channels = [weight.shape[0]]
+        return dilated_conv2d(x, weight, None, stride, groups, channels, [dilation], [[0]])
+    return F.conv2d(x, weight, None, stride, dilation, dilation, groups)
+
+
+def _is_slow(x: torch.Tensor, weight: torch.Tensor, stride: List[int], dilation: List[int]) -> bool:
+    """Whether :func:`weight_gradient` is faster than PyTorch's own gradient, and can be used."""
+    return (
+        _MATRIX_PRODUCTS
+        and x.is_cpu
+        and x.shape[1] == weight.shape[1]  # no conv groups
+        and x.dtype in (torch.float32, torch.float64)
+        and tuple(stride) == (1, 1)
+        and tuple(dilation) != (1, 1)
+    )
 
 
 def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, dilation: List[int]) -> torch.Tensor:
-    """The gradient of a dilated conv's weight, of stride 1.
+    """The gradient of a dilated conv's weight, of stride 1 and without conv groups.
+
+    Nine matrix products, one per tap (i, j) of the kernel: the output's gradient times the input
+    shifted by (i · d_h, j · d_w). A shift is an offset into the padded, flattened image, and
+    nothing is unrolled; oneDNN without AVX-512 unrolls the image to nine times its size, however
+    few output channels there are.
 
     Args:
         x: (B, C_in, H, W), the conv's input.
@@ -104,4 +177,35 @@ def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, dilation: List[int]
         for index, tap in enumerate(taps):
             offset = index // 3 * d_h * row + index % 3 * d_w
             tap.addmm_(by_image, image[:, offset : offset + length].t())
-    return taps.permute(1, 2, 0).reshape(*taps.shape[1:], 3, 3)
+    return taps.permute(1, 2, 0).reshape(gradient.shape[1], x.shape[1], 3, 3)
+
+
+def _read(x: torch.Tensor, weight: torch.Tensor, channels: List[int]) -> List[int]:
+    """How many input channels each run reads when there are conv groups."""
+    return [count * x.shape[1] // weight.shape[0] for count in channels]
+
+
+def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:
+    """Consecutive pieces of `tensor` along `dim`; of these sizes, which add up to it."""
+    if len(sizes) == 1:
+        return [tensor]
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    # exporters make constants of a weight's narrow(), but not of its split()
+    return [tensor.narrow(dim, end - size, size) for end, size in zip(ends, sizes)]
+
+
+def _put(
+    tensor: torch.Tensor,
+    pieces: List[torch.Tensor],
+    chosen: List[int],
+    sizes: List[int],
+    dim: int,
+) -> None:
+    """What `_joined` does with the chosen pieces, undone: each is set to its part of `tensor`."""
+    for index, piece in zip(chosen, _cut(tensor, [sizes[index] for index in chosen], dim)):
+        pieces[index] = piece
+
+
+def _joined(pieces: List[torch.Tensor], dim: int) -> torch.Tensor:
+    """The concatenation; no copy of a single piece."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

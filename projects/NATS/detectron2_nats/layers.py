@@ -13,7 +13,7 @@ from torch import nn
 
 from detectron2.layers import Conv2d
 
-from .convolution import conv2d
+from .convolution import conv2d, dilated_conv2d
 from .errors import NATSError
 from .search_space import Dilation
 
@@ -127,7 +127,7 @@ class MixedDilationConv2d(_DilationConv2d):
         columns = mixture.unbind(dim=1)
         for genotype, scale, weight in zip(self.genotypes, columns, self.genotype_weights()):
             dilation = self._effective(genotype)
-            y = conv2d(x, weight, None, self.stride, dilation, self.groups)
+            y = conv2d(x, weight, self.stride, dilation, self.groups)
             scale = scale.to(y.dtype).view(1, -1, 1, 1)
             mixed = y * scale if mixed is None else torch.addcmul(mixed, y, scale)
         if self.bias is not None:
@@ -153,8 +153,9 @@ class GroupedDilationConv2d(_DilationConv2d):
     """The frozen network's conv: each output channel has its own dilation (section 3.3).
 
     One conv per distinct dilation, over the rows of `weight` that use it and all input channels;
-    the outputs are put back in channel order in one pass. Same parameters and FLOPs as the plain
-    conv. With conv groups (ResNeXt) a run holds whole ones and each reads its own input slice.
+    the outputs are put back in channel order in one pass (:func:`.convolution.dilated_conv2d`).
+    Same parameters and FLOPs as the plain conv. With conv groups (ResNeXt) a run holds whole ones
+    and each reads its own input slice. Differentiable once.
 
     Args:
         conv: the plain conv to replace; its parameters and norm are taken over.
@@ -176,18 +177,18 @@ class GroupedDilationConv2d(_DilationConv2d):
 
         # plain lists of ints, so that TorchScript can read them
         self._channels: List[int] = [channels for channels, _, _ in self.runs]
-        per_group = self.in_channels // self.groups
-        self._rows_per_group = rows_per_group
-        self._inputs: List[int] = [n // rows_per_group * per_group for n in self._channels]
         branches = {}  # dilation -> its runs
         for index, (_, *dilation) in enumerate(self.runs):
             branches.setdefault(tuple(dilation), []).append(index)
         self._branches: List[List[int]] = list(branches.values())
         self._dilations: List[List[int]] = [list(self._effective(d)) for d in branches]
         self._all_plain: bool = list(branches) == [(1, 1)]
-        # With AVX-512 oneDNN would bring x into a layout of its own once per branch. Without, its
-        # gradient of dilated weights is slower in channels_last.
-        self._channels_last: bool = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        # With AVX oneDNN would bring x into a layout of its own once per branch. Without AVX-512
+        # other convs' gradients are slower in channels_last.
+        processor = torch.backends.cpu.get_cpu_capability()
+        several = len(branches) > 1
+        self._channels_last: bool = several and processor in ("AVX2", "AVX512")
+        self._channels_last_in_training: bool = several and processor == "AVX512"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -199,45 +200,20 @@ class GroupedDilationConv2d(_DilationConv2d):
         """
         if self._all_plain:  # the plain conv's gradients too, bit for bit
             return self._finish(self._conv_forward(x, self.weight, self.bias))
-        if len(self._branches) == 1:
-            dilation = self._dilations[0]
-            y = conv2d(x, self.weight, self.bias, self.stride, dilation, self.groups)
-            return self._finish(y)
-        if self._channels_last and not x.is_cuda:
+        wanted = self._channels_last_in_training if torch.is_grad_enabled() else self._channels_last
+        if wanted and not x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
-        bias = self.bias  # a local name: TorchScript cannot tell that an attribute is not None
-        weights = _cut(self.weight, self._channels, 0)
-        biases = _cut(bias, self._channels, 0) if bias is not None else []
-        inputs = _cut(x, self._inputs, 1) if self.groups > 1 else []
-        outputs = [x] * len(self._channels)  # per run, each replaced just below
-        for dilation, runs in zip(self._dilations, self._branches):
-            weight, read, groups = _joined([weights[run] for run in runs], 0), x, 1
-            if self.groups > 1:
-                read = _joined([inputs[run] for run in runs], 1)
-                groups = weight.shape[0] // self._rows_per_group
-            shift = _joined([biases[run] for run in runs], 0) if bias is not None else None
-            y = conv2d(read, weight, shift, self.stride, dilation, groups)
-            for run, piece in zip(runs, _cut(y, [self._channels[run] for run in runs], 1)):
-                outputs[run] = piece
-        return self._finish(torch.cat(outputs, 1))
+        y = dilated_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.groups,
+            self._channels,
+            self._dilations,
+            self._branches,
+        )
+        return self._finish(y)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, runs={self.runs}"
-
-
-def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:
-    """Consecutive pieces of `tensor` along `dim`; of these sizes, which add up to it."""
-    pieces = [tensor]
-    if len(sizes) > 1 and torch.is_grad_enabled():
-        # one gradient of the whole; that of each narrow() would be filled up with zeros
-        pieces = list(tensor.split(sizes, dim))
-    elif len(sizes) > 1:
-        # exporters make constants of a weight's narrow(), but not of its split()
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        pieces = [tensor.narrow(dim, end - size, size) for end, size in zip(ends, sizes)]
-    return pieces
-
-
-def _joined(pieces: List[torch.Tensor], dim: int) -> torch.Tensor:
-    """The concatenation; no copy of a single piece."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
