@@ -67,7 +67,8 @@ parts (--what):
   train       a training step of those; weight step and alpha step of the super-network; what
               the paper's whole search would take
   memory      what these keep for backward, and their peak, each in a fresh process
-  convs       one 3x3 conv of res3, res4, res5: plain and frozen
+  convs       one 3x3 conv of res3, res4, res5: plain and frozen; IC-Conv's pattern also as its own
+              code computes it
   rivals      the super-network's conv against other ways to write it
   ranks       the search's steps by one process and by two, each on half the cores (or a GPU each),
               and the bytes that each hands to all-reduces
@@ -584,6 +585,8 @@ def run_convs(args: argparse.Namespace, report: Report, name: str, dtype: str) -
         for variant, architecture in found.items():
             runs = architecture.layers[f"{stage}.1.conv2"]
             variants[variant] = GroupedDilationConv2d(copy.deepcopy(conv), runs)
+            if variant == _IC_CONV:
+                variants[f"{variant}, a conv each"] = ConvEach(variants[variant])
         variants = {f"{stage} {variant}": conv for variant, conv in variants.items()}
 
         def forward(conv):
@@ -650,7 +653,27 @@ def step_of(
     return step
 
 
-# -- other forms of the super-network's conv -------------------------------------------------------
+# -- other forms of the frozen conv and of the super-network's ------------------------------------
+
+
+class ConvEach(nn.Module):
+    """The frozen conv as a module for each run, as IC-Conv's own code has it."""
+
+    def __init__(self, ours: GroupedDilationConv2d):
+        super().__init__()
+        self.convs = nn.ModuleList()
+        sizes = [channels for channels, _, _ in ours.runs]
+        for (channels, *dilation), rows in zip(ours.runs, ours.weight.detach().split(sizes)):
+            conv = nn.Conv2d(
+                *(ours.in_channels, channels, 3, ours.stride, dilation, dilation),
+                bias=False,
+                device="meta",
+            )
+            conv.weight = nn.Parameter(rows.clone())
+            self.convs.append(conv)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([conv(x) for conv in self.convs], 1)
 
 
 class TextbookMixture(nn.Module):

@@ -66,7 +66,7 @@ def test_a_difference_is_named_on_both_ranks(tiny_config, tmp_path):
         assert message.startswith(f"α differs between the ranks in {LAYER}: the run is stopped")
 
 
-def nan_on_rank_1(config, folder, how):
+def nan_on_rank_1(config, folder, how, good):
     trainer = make_trainer(config, folder)
     plain = trainer.model.forward
 
@@ -80,27 +80,29 @@ def nan_on_rank_1(config, folder, how):
 
     trainer.model.forward = forward
 
-    def step(iteration):
-        trainer.iter = iteration
-        trainer.run_step()
+    def state():
         return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
+    states = [state()]
     with EventStorage(0) as trainer.storage:
-        states = [step(iteration) for iteration in range(5)]
+        for trainer.iter in range(3 - good, 5):
+            trainer.run_step()
+            states.append(state())
     counts = [(phase.bad_total, phase.bad_in_row) for phase in trainer.phases()]
-    skipped = all(torch.equal(states[2][name], states[3][name]) for name in states[2])
+    skipped = all(torch.equal(states[-3][name], states[-2][name]) for name in states[0])
     went_on = not torch.equal(
-        states[3]["backbone.bottom_up.res5.0.conv2.weight"],
-        states[4]["backbone.bottom_up.res5.0.conv2.weight"],
+        states[-2]["backbone.bottom_up.res5.0.conv2.weight"],
+        states[-1]["backbone.bottom_up.res5.0.conv2.weight"],
     )
     trained = [name for name, _ in trainer.model.named_parameters()]
-    checksums = [states[4][name].double().sum().item() for name in trained]
+    checksums = [states[-1][name].double().sum().item() for name in trained]
     return counts, skipped, went_on, checksums
 
 
-@pytest.mark.parametrize("how", ["value", "raise"])
-def test_nan_on_one_rank_is_skipped_by_both(tiny_config, tmp_path, how):
-    first, second = on_two_ranks(nan_on_rank_1, tiny_config, str(tmp_path), how)
+@pytest.mark.parametrize("how, good", [("value", 3), ("raise", 3), ("raise", 0)])
+def test_nan_on_one_rank_is_skipped_by_both(tiny_config, tmp_path, how, good):
+    """Also in the first step after a start or a resume."""
+    first, second = on_two_ranks(nan_on_rank_1, tiny_config, str(tmp_path), how, good)
     assert first == second
     counts, skipped, went_on, checksums = first
     assert counts == [(1, 0), (1, 0)] and skipped and went_on

@@ -209,8 +209,10 @@ def break_losses(trainer, monkeypatch, iterations, how):
 
 
 @pytest.mark.parametrize("how", ["value", "raise"])
-def test_a_step_with_nan_is_not_taken(trainer, monkeypatch, how):
-    steps(trainer, 0, 3)
+@pytest.mark.parametrize("good", [3, 0])
+def test_a_step_with_nan_is_not_taken(trainer, monkeypatch, good, how):
+    """Also in the first step after a start or a resume."""
+    steps(trainer, 3 - good, good)
     before = snapshot(trainer)
     break_losses(trainer, monkeypatch, {3}, how)
     steps(trainer, 3, 1)

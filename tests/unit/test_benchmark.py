@@ -9,7 +9,7 @@ import torch
 from tiny import run
 from torch import nn
 
-from detectron2_nats import MixedDilationConv2d
+from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d
 from detectron2_nats.analysis import interleaved_seconds
 from detectron2_nats.search_space import PAPER_SETS
 
@@ -51,6 +51,15 @@ def test_rivals_equal_ours(form, stage, groups, stride):
     expected, actual = value_and_gradients(ours, x), value_and_gradients(form(ours), x)
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b)
+
+
+def test_a_conv_each_equals_the_frozen_conv():
+    conv = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+    frozen = GroupedDilationConv2d(conv, [(9, 1, 1), (1, 2, 4), (6, 3, 1)])
+    each = benchmark.ConvEach(frozen)
+    x = torch.randn(2, 8, 13, 12)
+    torch.testing.assert_close(each(x), frozen(x))
+    assert sum(p.numel() for p in each.parameters()) == conv.weight.numel()
 
 
 def test_merged_kernel_is_as_large_as_its_largest_dilation():

@@ -37,6 +37,8 @@ from .stopping import STOPPED_EXIT_CODE, stop_requested
 
 __all__ = ["ResumableTrainer"]
 
+_MOST_LOSSES = 127  # of one step that fit into a message between ranks
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,19 +52,13 @@ class _LossModule(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.names: Optional[List[str]] = None  # of the losses, known after the first forward
 
     def forward(self, data: List[dict]) -> Dict[str, torch.Tensor]:
         try:
-            losses = self.model(data)
+            return self.model(data)
         except FloatingPointError:
-            if self.names is None:
-                raise
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            nan = sum(p.sum() for p in trained) * math.nan
-            return {name: nan for name in self.names}
-        self.names = list(losses)
-        return losses
+            return {"loss": sum(p.sum() for p in trained) * math.nan}
 
 
 class _BatchNormState:
@@ -248,11 +244,14 @@ class ResumableTrainer(DefaultTrainer):
 
     def _mean_over_ranks(self, losses: Dict[str, torch.Tensor]) -> Dict[str, float]:
         """Mean losses; in the same message, whether any rank was asked to stop."""
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        values = torch.cat([values, values.new_tensor([float(stop_requested())])])
+        known = torch.stack([loss.detach().float() for loss in losses.values()])
+        # of fixed length: where the forward pass raised, nobody knows how many losses others have
+        values = known.new_zeros(1 + _MOST_LOSSES)
+        values[0] = float(stop_requested())
+        values[1 : 1 + len(known)] = known
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(values)
-        *means, stop = (values / comm.get_world_size()).tolist()
+        stop, *means = (values / comm.get_world_size()).tolist()
         self._stop_now = stop > 0
         return dict(zip(losses, means))
 
