@@ -7,7 +7,13 @@ from common import direct_frozen, direct_mixture
 from torch import nn
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d, NATSError, convolution
+from detectron2_nats import (
+    GroupedDilationConv2d,
+    MixedDilationConv2d,
+    NATSError,
+    convolution,
+    layers,
+)
 
 CONVS = [
     dict(),
@@ -78,10 +84,17 @@ def processor(request, monkeypatch):
 # -- the mixture ----------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[True, False], ids=["recomputed", "kept"])
+def recomputed(request, monkeypatch):
+    """Whether the step on α computes each y^g again in backward, or keeps it."""
+    monkeypatch.setattr(layers, "_FEW_CHANNELS", 128 if request.param else 0)
+    return request.param
+
+
 @pytest.mark.parametrize("share_weights", [False, True])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_mixture_is_the_papers(kwargs, num_groups, share_weights, processor):
+def test_mixture_is_the_papers(kwargs, num_groups, share_weights, processor, recomputed):
     """Both forms, in value and in the gradient of everything, against autograd of the formula."""
     conv = mixed_conv(num_groups, share_weights=share_weights, **kwargs)
     x = input_().requires_grad_(True)
@@ -118,8 +131,8 @@ def test_one_norm_and_activation_follow_the_mixture(alpha_trains):
     assert conv.norm.num_batches_tracked == 1
 
 
-def test_what_is_kept_for_backward(processor):
-    """α fixed: the input, views of the weights and small scales. α trained: each y^g too."""
+def test_what_is_kept_for_backward(processor, recomputed):
+    """The input, views of the weights, small scales. α trained, many channels: each y^g too."""
     conv = mixed_conv()
     x, kept = input_().requires_grad_(True), []
 
@@ -136,7 +149,7 @@ def test_what_is_kept_for_backward(processor):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y = conv(x)
         large = [shape for shape in kept if shape.numel() > conv.alpha.numel() * 4]
-        assert large == ([y.shape] * len(GENOTYPES) if alpha_trains else [])
+        assert large == ([y.shape] * len(GENOTYPES) if alpha_trains and not recomputed else [])
 
 
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
@@ -192,7 +205,7 @@ def test_alpha_is_at_least_float32(dtype):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kwargs", [dict(), dict(bias=True)], ids=str)
-def test_autocast(kwargs, dtype, norm, processor):
+def test_autocast(kwargs, dtype, norm, processor, recomputed):
     """The dtype that the plain conv gives; values and gradients near those of float32."""
     kwargs = dict(kwargs, norm=FrozenBatchNorm2d(16) if norm else None)
     plain = plain_conv(**kwargs).float()

@@ -10,6 +10,7 @@ from typing import List, Sequence, Tuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from detectron2.layers import Conv2d
 
@@ -18,6 +19,8 @@ from .errors import NATSError
 from .search_space import Dilation
 
 __all__ = ["MixedDilationConv2d", "GroupedDilationConv2d"]
+
+_FEW_CHANNELS = 128  # as in res3 of ResNets, and in all stages of ResNeXts
 
 
 class _DilationConv2d(Conv2d):
@@ -96,6 +99,9 @@ class MixedDilationConv2d(_DilationConv2d):
             )
         else:
             self.register_parameter("replicas", None)
+        # α's gradient needs each y^g. They are kept for it, or computed again in backward where
+        # that is cheap: the work for one number is 9 × this many products.
+        self._recomputed = self.weight.shape[1] <= _FEW_CHANNELS
         # float32 whatever the weights are: Adam's steps of 0.01 are lost in half precision
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.alpha = nn.Parameter(
@@ -117,6 +123,15 @@ class MixedDilationConv2d(_DilationConv2d):
         Returns:
             (B, C_out, H / stride, W / stride).
         """
+        if self._recomputed and self.alpha.requires_grad and torch.is_grad_enabled():
+            mixed = checkpoint(self._mix, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            mixed = self._mix(x)
+        if self.bias is not None:
+            mixed = mixed + self.bias.to(mixed.dtype).view(1, -1, 1, 1)
+        return self._finish(mixed)
+
+    def _mix(self, x: torch.Tensor) -> torch.Tensor:
         # (C_out, G): the weight of each genotype in each output channel
         mixture = self.alpha.softmax(dim=1).repeat_interleave(
             self.out_channels // self.num_groups, dim=0
@@ -130,9 +145,7 @@ class MixedDilationConv2d(_DilationConv2d):
             y = conv2d(x, weight, self.stride, dilation, self.groups)
             scale = scale.to(y.dtype).view(1, -1, 1, 1)
             mixed = y * scale if mixed is None else torch.addcmul(mixed, y, scale)
-        if self.bias is not None:
-            mixed = mixed + self.bias.to(mixed.dtype).view(1, -1, 1, 1)
-        return self._finish(mixed)
+        return mixed
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A plain conv's checkpoint: every replica starts from its weight, α stays as it is. So do
