@@ -442,7 +442,7 @@ def run_train(args: argparse.Namespace, report: Report, name: str, dtype: str) -
         f"The paper's whole search, {WEIGHT_EPOCHS} epochs of weight steps and {ALPHA_EPOCHS} of α "
         f"steps over {TRAIN_IMAGES:,} images, would be {_number(search_days(weight, alpha))} days "
         "of this machine with images of this size, without reading and exchanging anything. The "
-        "paper took 20 days of a GTX 1080 Ti."
+        "paper's own took 20 days of a GTX 1080 Ti."
     )
     report.add(_title(args, "train", name, dtype), table, *[] if args.smoke else [note])
 
@@ -477,8 +477,8 @@ def run_memory(args: argparse.Namespace, report: Report, name: str, dtype: str) 
     if args.device == "cpu":
         bare = min(values["bare"] for values in found.values())
         note += (
-            f" The program with its libraries alone takes {_number(bare / 2**20)} MiB of it. Freed "
-            "memory was given back at once (MALLOC_MMAP_THRESHOLD_)."
+            f" The program with its libraries alone takes {_number(bare / 2**20)} MiB of it. "
+            "MALLOC_MMAP_THRESHOLD_ is 1 MiB unless set: freed blocks are given back."
         )
     report.add(_title(args, "memory", name, dtype), _markdown(rows, headers), note)
 
@@ -486,8 +486,7 @@ def run_memory(args: argparse.Namespace, report: Report, name: str, dtype: str) 
 def _memory_of(name: str, dtype: str, variant: str) -> Dict[str, int]:
     command = [sys.executable, *("-W", "ignore"), __file__, *sys.argv[1:]]
     command += ["--measure-memory", name, dtype, variant]
-    # glibc then gives large blocks back when they are freed. Else a peak has its gaps in it too,
-    # which depend on little, and on the machine.
+    # glibc then gives larger blocks back when they are freed. Else its gaps are part of a peak.
     environment = {"MALLOC_MMAP_THRESHOLD_": str(2**20), **os.environ}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

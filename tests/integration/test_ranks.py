@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from tiny import make_trainer
+from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2_nats import NATSError
 from detectron2_nats.trainer import check_ranks_agree
+from detectron2_nats.training import ResumableTrainer, _LossModule
 
 LAYER = "res4.1.conv2"
 
@@ -66,13 +68,13 @@ def test_a_difference_is_named_on_both_ranks(tiny_config, tmp_path):
         assert message.startswith(f"α differs between the ranks in {LAYER}: the run is stopped")
 
 
-def nan_on_rank_1(config, folder, how, good):
+def nan_on_one_rank(config, folder, how, good, bad_rank):
     trainer = make_trainer(config, folder)
     plain = trainer.model.forward
 
     def forward(batch):
         losses = plain(batch)
-        if comm.get_rank() == 1 and trainer.iter == 3:
+        if comm.get_rank() == bad_rank and trainer.iter == 3:
             if how == "raise":
                 raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
             losses["loss_cls"] = losses["loss_cls"] * math.nan
@@ -99,11 +101,80 @@ def nan_on_rank_1(config, folder, how, good):
     return counts, skipped, went_on, checksums
 
 
-@pytest.mark.parametrize("how, good", [("value", 3), ("raise", 3), ("raise", 0)])
-def test_nan_on_one_rank_is_skipped_by_both(tiny_config, tmp_path, how, good):
+@pytest.mark.parametrize("how, good, rank", [("value", 3, 1), ("raise", 3, 1), ("raise", 0, 0)])
+def test_nan_on_one_rank_is_skipped_by_both(tiny_config, tmp_path, how, good, rank):
     """Also in the first step after a start or a resume."""
-    first, second = on_two_ranks(nan_on_rank_1, tiny_config, str(tmp_path), how, good)
+    first, second = on_two_ranks(nan_on_one_rank, tiny_config, str(tmp_path), how, good, rank)
     assert first == second
     counts, skipped, went_on, checksums = first
     assert counts == [(1, 0), (1, 0)] and skipped and went_on
     assert all(map(math.isfinite, checksums))
+
+
+class SyncedMean(torch.autograd.Function):
+    """As a SyncBN: the ranks talk to each other in the middle of forward and of backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        mean = x.mean(0)
+        torch.distributed.all_reduce(mean)
+        return x - mean / comm.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        mean = gradient.mean(0)
+        torch.distributed.all_reduce(mean)
+        return gradient - mean / comm.get_world_size()
+
+
+class SyncedDetector(torch.nn.Module):
+    """A backbone with such a norm; a head that raises on one rank, as Detectron2's RPN would."""
+
+    def __init__(self, bad_rank):
+        super().__init__()
+        self.backbone = Features()
+        self.head = torch.nn.Linear(7, 2)
+        self.bad_rank = bad_rank
+
+    def forward(self, data):
+        features = self.backbone(data)["p2"]
+        if comm.get_rank() == self.bad_rank:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+        first, second = self.head(features).square().mean(0)
+        return {"first": first, "second": second}
+
+
+class Features(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = torch.nn.Linear(3, 5), torch.nn.Linear(5, 7)
+
+    def forward(self, x):
+        return {"p2": self.after(SyncedMean.apply(self.before(x)))}
+
+
+def raise_with_sync_bn(bad_rank):
+    torch.manual_seed(0)
+    detector = SyncedDetector(bad_rank)
+    # small buckets: several all-reduces, among those of the norm
+    losses = DistributedDataParallel(_LossModule(detector), bucket_cap_mb=1e-5)
+    trainer = ResumableTrainer.__new__(ResumableTrainer)
+    reports = []
+    for detector.bad_rank in (bad_rank, None):
+        found = losses(torch.randn(4, 3))
+        detector.zero_grad()
+        sum(found.values()).backward()
+        gradients = [value for p in detector.parameters() for value in p.grad.flatten().tolist()]
+        reports.append((trainer._mean_over_ranks(found), gradients))
+    return reports
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_raise_on_one_rank_passes_through_sync_bn(bad_rank):
+    both = on_two_ranks(raise_with_sync_bn, bad_rank)
+    for rank, ((bad, bad_gradients), (good, _)) in enumerate(both):
+        assert set(bad) == ({"loss"} if rank == bad_rank else {"first", "second"})
+        assert all(map(math.isnan, [*bad.values(), *bad_gradients]))
+        assert all(map(math.isfinite, good.values()))
+    (_, first), (_, second) = (reports[1] for reports in both)
+    assert first == second and all(map(math.isfinite, first))

@@ -336,6 +336,12 @@ def test_script_and_trace(kwargs, processor):
             torch.testing.assert_close(traced(input_()), expected, **TIGHT)
 
 
+def test_trace_with_gradients(processor):
+    """The tracer compares with a run without; a norm of Detectron2's would itself differ."""
+    conv = GroupedDilationConv2d(plain_conv(), RUNS)
+    torch.testing.assert_close(torch.jit.trace(conv, (input_(),))(input_()), conv(input_()))
+
+
 # -- both -----------------------------------------------------------------------------------
 
 

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["dilated_conv2d", "conv2d", "weight_gradient"]
 
-# Without AVX-512, oneDNN has no kernel for the gradient of dilated weights. Other kinds of CPU
-# than this one have not been measured (docs/performance.md).
+# Without AVX-512 oneDNN has no kernel for the gradient of dilated weights. Measured on CPUs with
+# AVX2 (docs/performance.md), not on those with less or of other makes.
 _MATRIX_PRODUCTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
@@ -23,21 +23,21 @@ def dilated_conv2d(
     weight: torch.Tensor,
     bias: Optional[torch.Tensor],
     stride: List[int],
-    groups: int,
+    inputs: List[int],
     channels: List[int],
     dilations: List[List[int]],
     branches: List[List[int]],
 ) -> torch.Tensor:
-    """A 3×3 conv in runs of output channels, each padded by its dilation.
+    """A 3×3 conv in runs of output channels, each padded by its dilation. Differentiable once.
 
-    Differentiable once. Conv groups are whole in each run and read their own input channels.
+    A run holds whole conv groups, which read their own input channels.
 
     Args:
         x: (B, C_in, H, W).
         weight: (C_out, C_in / groups, 3, 3).
         bias: (C_out,), or None.
         stride: of height and width.
-        groups: conv groups of all runs together.
+        inputs: with conv groups the input channels of each run, which add up to C_in; else empty.
         channels: output channels of each run; they add up to C_out.
         dilations: of height and width, each dilation once.
         branches: for each dilation the indices of its runs, each run once.
@@ -45,11 +45,13 @@ def dilated_conv2d(
     Returns:
         (B, C_out, H / stride, W / stride).
     """
-    if not torch.jit.is_scripting():
-        if torch.is_grad_enabled() and not torch.jit.is_tracing():
-            tensors = _cast([x, weight, bias])
-            return _DilatedConv2d.apply(*tensors, stride, groups, channels, dilations, branches)
-    return _forward(x, weight, bias, stride, groups, channels, dilations, branches)
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing():
+        x, weight, bias = _cast([x, weight, bias])
+        if torch.is_grad_enabled():
+            return _DilatedConv2d.apply(
+                x, weight, bias, stride, inputs, channels, dilations, branches
+            )
+    return _forward(x, weight, bias, stride, inputs, channels, dilations, branches)
 
 
 def _forward(
@@ -57,20 +59,20 @@ def _forward(
     weight: torch.Tensor,
     bias: Optional[torch.Tensor],
     stride: List[int],
-    groups: int,
+    inputs: List[int],
     channels: List[int],
     dilations: List[List[int]],
     branches: List[List[int]],
 ) -> torch.Tensor:
     weights = _cut(weight, channels, 0)
     biases = _cut(bias, channels, 0) if bias is not None else []
-    inputs = _cut(x, _read(x, weight, channels), 1) if groups > 1 else []
+    slices = _cut(x, inputs, 1) if len(inputs) > 0 else []
     outputs = [x] * len(channels)  # per run, each replaced in the loop
     for dilation, runs in zip(dilations, branches):
         rows = _joined([weights[run] for run in runs], 0)
         # not "if bias is not None": TorchScript, asked twice, gives None after the first call
         shift = _joined([biases[run] for run in runs], 0) if len(biases) > 0 else None
-        read = _joined([inputs[run] for run in runs], 1) if groups > 1 else x
+        read = _joined([slices[run] for run in runs], 1) if len(slices) > 0 else x
         y = F.conv2d(read, rows, shift, stride, dilation, dilation, read.shape[1] // rows.shape[1])
         _put(y, outputs, runs, channels, 1)
     return _joined(outputs, 1)
@@ -97,16 +99,15 @@ class _DilatedConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        stride, groups, channels, dilations, branches = ctx.how
+        stride, inputs, channels, dilations, branches = ctx.how
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        sizes = _read(x, weight, channels)
         weights, gradients = _cut(weight, channels, 0), _cut(gradient, channels, 1)
-        inputs = _cut(x, sizes, 1) if groups > 1 else []
-        by_x, by_inputs, by_weights = None, [x] * len(channels), [weight] * len(channels)
+        slices = _cut(x, inputs, 1) if inputs else []
+        by_x, by_slices, by_weights = None, [x] * len(channels), [weight] * len(channels)
         for dilation, runs in zip(dilations, branches):
             rows = _joined([weights[run] for run in runs], 0)
             by_y = _joined([gradients[run] for run in runs], 1)
-            read = _joined([inputs[run] for run in runs], 1) if groups > 1 else x
+            read = _joined([slices[run] for run in runs], 1) if slices else x
             own = of_weight and _is_slow(read, rows, stride, dilation)
             by_read, by_rows, _ = torch.ops.aten.convolution_backward(
                 *(by_y, read, rows, None, stride, dilation, dilation, False, [0, 0]),
@@ -116,12 +117,13 @@ class _DilatedConv2d(torch.autograd.Function):
                 by_rows = weight_gradient(read, by_y, dilation)
             if of_weight:
                 _put(by_rows, by_weights, runs, channels, 0)
-            if of_x and groups > 1:
-                _put(by_read, by_inputs, runs, sizes, 1)
+            if of_x and slices:
+                _put(by_read, by_slices, runs, inputs, 1)
             elif of_x:
                 by_x = by_read if by_x is None else by_x.add_(by_read)
-        if of_x and groups > 1:
-            by_x = _joined(by_inputs, 1)
+            del by_read, by_y  # or they would stay while the next branch's are made
+        if of_x and slices:
+            by_x = _joined(by_slices, 1)
         by_weight = _joined(by_weights, 0) if of_weight else None
         by_bias = gradient.sum((0, 2, 3)) if of_bias else None
         return by_x, by_weight, by_bias, *[None] * len(ctx.how)
@@ -130,10 +132,13 @@ class _DilatedConv2d(torch.autograd.Function):
 def conv2d(
     x: torch.Tensor, weight: torch.Tensor, stride: List[int], dilation: List[int], groups: int
 ) -> torch.Tensor:
-    """The same with one dilation for all output channels; F.conv2d wherever that is as fast."""
-    if _is_slow(x, weight, stride, dilation):
+    """A 3×3 conv with one dilation: :func:`dilated_conv2d` where it gains, else F.conv2d.
+
+    Differentiable once where it gains, which depends on the kind of CPU.
+    """
+    if _is_slow(x, weight, stride, dilation) and not torch.is_autocast_enabled("cpu"):
         channels = [weight.shape[0]]
-        return dilated_conv2d(x, weight, None, stride, groups, channels, [dilation], [[0]])
+        return dilated_conv2d(x, weight, None, stride, [], channels, [dilation], [[0]])
     return F.conv2d(x, weight, None, stride, dilation, dilation, groups)
 
 
@@ -176,13 +181,8 @@ def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, dilation: List[int]
         by_image = F.pad(by_image, (0, 2 * d_w)).flatten(1)[:, :length]
         for index, tap in enumerate(taps):
             offset = index // 3 * d_h * row + index % 3 * d_w
-            tap.addmm_(by_image, image[:, offset : offset + length].t())
-    return taps.permute(1, 2, 0).reshape(gradient.shape[1], x.shape[1], 3, 3)
-
-
-def _read(x: torch.Tensor, weight: torch.Tensor, channels: List[int]) -> List[int]:
-    """How many input channels each run reads when there are conv groups."""
-    return [count * x.shape[1] // weight.shape[0] for count in channels]
+            tap += by_image @ image[:, offset : offset + length].t()
+    return taps.permute(1, 2, 0).contiguous().view(gradient.shape[1], x.shape[1], 3, 3)
 
 
 def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:
@@ -190,7 +190,7 @@ def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]
     if len(sizes) == 1:
         return [tensor]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    # exporters make constants of a weight's narrow(), but not of its split()
+    # narrow(), not split(): exporters fold a weight's narrow() into a constant
     return [tensor.narrow(dim, end - size, size) for end, size in zip(ends, sizes)]
 
 

@@ -178,6 +178,8 @@ class GroupedDilationConv2d(_DilationConv2d):
         NATSError: the runs do not add up, or cut a conv group.
     """
 
+    _inputs: List[int]  # declared here for TorchScript: it may be empty
+
     def __init__(self, conv: nn.Conv2d, runs: Sequence[Tuple[int, int, int]]):
         super().__init__(conv)
         self.runs = [tuple(run) for run in runs]
@@ -190,14 +192,18 @@ class GroupedDilationConv2d(_DilationConv2d):
 
         # plain lists of ints, so that TorchScript can read them
         self._channels: List[int] = [channels for channels, _, _ in self.runs]
+        per_group = self.in_channels // self.groups
+        self._inputs = []  # without conv groups each run reads all
+        if self.groups > 1:
+            self._inputs = [n // rows_per_group * per_group for n in self._channels]
         branches = {}  # dilation -> its runs
         for index, (_, *dilation) in enumerate(self.runs):
             branches.setdefault(tuple(dilation), []).append(index)
         self._branches: List[List[int]] = list(branches.values())
         self._dilations: List[List[int]] = [list(self._effective(d)) for d in branches]
         self._all_plain: bool = list(branches) == [(1, 1)]
-        # With AVX oneDNN would bring x into a layout of its own once per branch. Without AVX-512
-        # other convs' gradients are slower in channels_last.
+        # In channels_last oneDNN need not bring x into a layout of its own once per branch. The
+        # convs that follow get that layout too; without AVX-512 their gradients are slower in it.
         processor = torch.backends.cpu.get_cpu_capability()
         several = len(branches) > 1
         self._channels_last: bool = several and processor in ("AVX2", "AVX512")
@@ -213,7 +219,9 @@ class GroupedDilationConv2d(_DilationConv2d):
         """
         if self._all_plain:  # the plain conv's gradients too, bit for bit
             return self._finish(self._conv_forward(x, self.weight, self.bias))
-        wanted = self._channels_last_in_training if torch.is_grad_enabled() else self._channels_last
+        wanted = self._channels_last
+        if torch.is_grad_enabled() and not torch.jit.is_tracing():
+            wanted = self._channels_last_in_training
         if wanted and not x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
         y = dilated_conv2d(
@@ -221,7 +229,7 @@ class GroupedDilationConv2d(_DilationConv2d):
             self.weight,
             self.bias,
             self.stride,
-            self.groups,
+            self._inputs,
             self._channels,
             self._dilations,
             self._branches,

@@ -46,7 +46,8 @@ class _LossModule(nn.Module):
     """Losses of a detector, NaN where Detectron2 raises because its predictions are not finite.
 
     A rank that raised inside the forward pass would leave the others waiting in the backward's
-    all-reduce; a NaN loss passes through it, so that all ranks see it and skip the step together.
+    all-reduces: those of the weights' gradients, and those of SyncBN in the backbone. A NaN loss
+    passes through them, so that all ranks see it and skip the step together.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,11 +55,21 @@ class _LossModule(nn.Module):
         self.model = model
 
     def forward(self, data: List[dict]) -> Dict[str, torch.Tensor]:
+        reached = [p for p in self.model.parameters() if p.requires_grad]
+
+        def keep(module, inputs, features):
+            if isinstance(features, dict):
+                reached.extend(features.values())
+
+        # the backbone is done when Detectron2 looks at the predictions
+        hook = getattr(self.model, "backbone", nn.Identity()).register_forward_hook(keep)
         try:
             return self.model(data)
-        except FloatingPointError:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            return {"loss": sum(p.sum() for p in trained) * math.nan}
+        except FloatingPointError as error:
+            logger.warning(f"rank {comm.get_rank()}, forward pass: {error}")
+            return {"loss": sum(tensor.sum() for tensor in reached) * math.nan}
+        finally:
+            hook.remove()
 
 
 class _BatchNormState:
@@ -245,8 +256,11 @@ class ResumableTrainer(DefaultTrainer):
     def _mean_over_ranks(self, losses: Dict[str, torch.Tensor]) -> Dict[str, float]:
         """Mean losses; in the same message, whether any rank was asked to stop."""
         known = torch.stack([loss.detach().float() for loss in losses.values()])
-        # of fixed length: where the forward pass raised, nobody knows how many losses others have
-        values = known.new_zeros(1 + _MOST_LOSSES)
+        if len(known) > _MOST_LOSSES:
+            raise NATSError(f"{len(known)} losses in a step: no more than {_MOST_LOSSES} fit in")
+        # Of fixed length: where the forward pass raised, nobody knows how many losses others have.
+        # It has none but NaN, then, and so it has for theirs.
+        values = known.new_zeros(1 + _MOST_LOSSES) + 0 * known.sum()
         values[0] = float(stop_requested())
         values[1 : 1 + len(known)] = known
         if comm.get_world_size() > 1:
