@@ -49,6 +49,7 @@ from detectron2_nats.export import load_config
 from detectron2_nats.files import write_atomically
 from detectron2_nats.fuse import fuse_for_inference
 from detectron2_nats.importers import from_ic_conv, read_json
+from detectron2_nats.launch import exit_from_group
 from detectron2_nats.layers import GroupedDilationConv2d, MixedDilationConv2d
 from detectron2_nats.search_space import PAPER_SETS
 from detectron2_nats.trainer import SearchTrainer
@@ -554,8 +555,7 @@ def _rank(rank: int, world: int, port: int, args, name: str, dtype: str, queue) 
     sent = {variant: all_reduced_bytes(call) for variant, call in calls.items()}
     if rank == 0:
         queue.put({"seconds": seconds, "bytes": sent})
-    comm.synchronize()
-    dist.destroy_process_group()
+    exit_from_group()
 
 
 def all_reduced_bytes(step: Callable[[], None]) -> int:

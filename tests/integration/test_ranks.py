@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2_nats import NATSError
+from detectron2_nats.launch import exit_from_group
 from detectron2_nats.trainer import check_ranks_agree
 from detectron2_nats.training import ResumableTrainer, _LossModule
 
@@ -29,9 +30,7 @@ def start_rank(rank, port, test, results, arguments):
     except BaseException:
         results.put((rank, traceback.format_exc()))
         raise
-    # A process that exits as a member can be aborted by the group's threads.
-    comm.synchronize()
-    torch.distributed.destroy_process_group()
+    exit_from_group()
 
 
 def on_two_ranks(test, *arguments):

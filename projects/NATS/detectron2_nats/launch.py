@@ -1,12 +1,13 @@
 """Starting a script: arguments, processes (our own, torchrun's, several machines), errors."""
 
 import argparse
+import atexit
 import errno
 import logging
 import os
 import sys
 from datetime import timedelta
-from typing import Callable, Type
+from typing import Callable, NoReturn, Type
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from .export import load_config
 from .stopping import STOPPED_EXIT_CODE, exit_at_once, handle_signals, stop_requested
 from .training import ResumableTrainer
 
-__all__ = ["run_script", "setup", "train_or_evaluate"]
+__all__ = ["exit_from_group", "run_script", "setup", "train_or_evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -165,11 +166,21 @@ def _call(main, args) -> None:
             raise
         status = STOPPED_EXIT_CODE
     if dist.is_initialized():
-        # A process that exits as a member of a group can be aborted by the group's threads, with a
-        # status of their own.
         if status:  # the others may be elsewhere, and NCCL would wait for them
             exit_at_once(status)
-        comm.synchronize()
-        dist.destroy_process_group()
+        exit_from_group()
     if status:
         sys.exit(status)
+
+
+def exit_from_group() -> NoReturn:
+    """End this process with status 0 when all processes of the group have come here.
+
+    A thread of the group may still hold a tensor, and aborts the process if it lets go of it while
+    the interpreter is torn down, also after the group is destroyed. So nothing is torn down; what
+    is registered with :mod:`atexit` runs.
+    """
+    comm.synchronize()
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    exit_at_once(0)
