@@ -18,8 +18,8 @@ setup-optional: setup  ## also what some examples, and their tests, need: requir
 demo: setup  ## search, freeze, retrain and evaluate on the embedded data set (minutes on a CPU)
 	@$(PYTHON) tools/demo.py
 
-test: setup  ## run all tests
-	@$(PYTHON) -m pytest tests
+test: setup  ## run all tests, one process for each core, at most four
+	@$(PYTHON) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
 faults: setup  ## break a small search in many ways and print what it survived (about 20 minutes)
 	@$(PYTHON) tests/faults/run_faults.py

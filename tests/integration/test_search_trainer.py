@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,21 @@ def test_stops_after_too_many_bad_steps_in_a_row(tiny_config, tmp_path, monkeypa
         trainer.train()
     saved = torch.load(tmp_path / "run/model_0000001.pth", weights_only=True)["model"]
     assert all(v.isfinite().all() for v in saved.values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("how", ["to the end", "to an error"])
+def test_training_leaves_no_loader_processes(tiny_config, tmp_path, monkeypatch, how):
+    """Python's garbage collector would cut their queues, then wait 10 s for each."""
+    before = set(multiprocessing.active_children())
+    opts = ["DATALOADER.NUM_WORKERS", 2, "SOLVER.MAX_ITER", 4, "RUN.MAX_BAD_STEPS", 1]
+    trainer = make_trainer(tiny_config, tmp_path / "run", *opts)
+    if how == "to an error":
+        break_losses(trainer, monkeypatch, {3}, "value")
+        with pytest.raises(NATSError, match="weight steps? in a row"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert set(multiprocessing.active_children()) <= before
 
 
 # -- precision, clipping, scaling -----------------------------------------------------------------

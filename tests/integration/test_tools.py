@@ -25,7 +25,7 @@ def tool(name: str, *arguments, folder=REPOSITORY) -> subprocess.CompletedProces
     return subprocess.run(
         [sys.executable, "-W", "ignore", str(REPOSITORY / name), *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "projects/NATS")},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "projects/NATS")},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -117,6 +117,12 @@ class Phase:
             self._iterator = iter(self.loader)
         return next(self._iterator)
 
+    def close(self) -> None:
+        """End the loader's processes; the next batch would start new ones."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
     @property
     def parameters(self) -> List[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -331,7 +337,13 @@ class ResumableTrainer(DefaultTrainer):
     # -- what DefaultTrainer asks for -------------------------------------------------------------
 
     def train(self):
-        results = super().train()
+        try:
+            results = super().train()
+        finally:
+            # Left to the garbage collector, loader processes are waited for in vain, 10 s each.
+            if not self._stop_now:  # at exit they are killed
+                for phase in self.phases():
+                    phase.close()
         logger.info(f"Training done: wrote {os.path.join(self.cfg.OUTPUT_DIR, 'model_final.pth')}")
         return results
 
