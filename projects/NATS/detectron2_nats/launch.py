@@ -182,5 +182,7 @@ def exit_from_group() -> NoReturn:
     """
     comm.synchronize()
     dist.destroy_process_group()
-    atexit._run_exitfuncs()
-    exit_at_once(0)
+    try:
+        atexit._run_exitfuncs()
+    finally:  # what one of them raises has been printed, and is no failure
+        exit_at_once(0)
