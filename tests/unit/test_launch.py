@@ -15,14 +15,12 @@ from detectron2_nats.stopping import STOPPED_EXIT_CODE
 def group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def raising(error):
     def main(args):
-        if error is not None:
-            raise error
+        raise error
 
     return main
 
