@@ -55,8 +55,8 @@ from detectron2_nats.search_space import PAPER_SETS
 from detectron2_nats.trainer import SearchTrainer
 from detectron2_nats.training import (
     ResumableTrainer,
-    _BatchNormState,
     _distributed,
+    _ForwardState,
     _LossModule,
 )
 from detectron2_nats.transform import apply_architecture, conv3x3_layers, to_supernet
@@ -361,7 +361,7 @@ def prepared(trainer_class: type, cfg: CfgNode, model: nn.Module, batch: List[di
     trainer.cfg, trainer.storage = cfg, EventStorage()
     trainer.prepare_model(model.train())
     optimizer = trainer.build_optimizer(cfg, model)
-    trainer._bn_state, trainer._loss_module = _BatchNormState(model), _LossModule(model)
+    trainer._forward_state, trainer._loss_module = _ForwardState(model), _LossModule(model)
     loader = itertools.repeat(batch)
     losses = _distributed(trainer._loss_module)
     if isinstance(losses, DistributedDataParallel):
@@ -388,7 +388,7 @@ def alpha_step(trainer: SearchTrainer) -> None:
     """As the second half of :meth:`SearchTrainer.run_step`."""
     with trainer.storage, trainer._alpha_trained():
         trainer.take_step(trainer.alpha)
-        trainer._bn_state.restore()
+        trainer._forward_state.restore()
     _check_taken(trainer.alpha)
 
 

@@ -10,15 +10,15 @@ import torch
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import (
-    decode_search,
     export_config,
-    export_weights,
+    frozen_weights,
     load_config,
     load_detector_config,
     read_search,
     write_config,
 )
 from detectron2_nats.files import write_atomically
+from detectron2_nats.transform import searched_layers
 
 EPILOG = """
 examples:
@@ -27,6 +27,8 @@ examples:
   another detector with the searched backbone; --config-file takes a path or a zoo name:
     $ python tools/export.py output/search --output mask.yaml \\
         --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml
+  an undecided search: only groups that clearly want another dilation leave (1, 1):
+    $ python tools/export.py output/search --margin 0.1 --output output/search/margin.yaml
   also the super-network's own weights, to start from instead of ImageNet's (voted order):
     $ python tools/export.py output/search --order voted --weights output/search/frozen.pth
 """
@@ -39,16 +41,22 @@ def main(args: argparse.Namespace) -> None:
     )
     search_config = os.path.join(folder, "config.yaml")
     searched = load_config(search_config) if os.path.isfile(search_config) else None
-    if args.order or args.weights:
-        checkpoint, genotypes = read_search(folder)
-        if args.order and args.order != architecture.search.get("order"):
-            layers = decode_search(checkpoint, genotypes, args.order)
-            architecture = Architecture(layers, {**architecture.search, "order": args.order})
+    if args.order or args.weights or args.margin is not None:
+        checkpoint, backbone = read_search(folder)
+    if args.order or args.margin is not None:
+        search = dict(architecture.search)
+        order, margin = search.pop("order", "paper"), search.pop("margin", 0.0)
+        architecture = Architecture.decode(
+            searched_layers(backbone),
+            args.order or order,
+            margin if args.margin is None else args.margin,
+            **search,
+        )
     if not args.config_file and searched is None:
         raise NATSError(f"{folder or '.'} holds no config.yaml: name the detector, --config-file")
     cfg = export_config(load_detector_config(args.config_file, searched), architecture)
     if args.weights:
-        frozen = export_weights(checkpoint, architecture, genotypes)
+        frozen = frozen_weights(checkpoint, backbone, architecture)
         content = {"model": frozen, "__author__": "detectron2-nats"}
         cfg.MODEL.WEIGHTS = args.weights
         _write(args.weights, lambda p: write_atomically(p, lambda file: torch.save(content, file)))
@@ -76,6 +84,9 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--order", choices=["paper", "voted"], help="decode the last checkpoint anew"
+    )
+    parser.add_argument(
+        "--margin", type=float, help="decode it anew with this SEARCH.DECODE_MARGIN"
     )
     parser.add_argument("--weights", default="", metavar="FILE", help="also write frozen weights")
     try:

@@ -21,7 +21,6 @@ from detectron2.modeling import build_model
 from detectron2_nats import plot
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.checkpoint import SafeCheckpointer
-from detectron2_nats.data.embedded import ensure_embedded_dataset
 from detectron2_nats.data.registry import check_datasets, register_datasets
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import load_config
@@ -136,8 +135,6 @@ def _test_images(cfg: CfgNode, dataset: str, count: int):
     name = dataset or (cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "")
     if not name:
         raise NATSError("DATASETS.TEST is empty: name the images with --dataset")
-    if name.startswith("nats_embedded"):
-        ensure_embedded_dataset()
     check_datasets([name], "--dataset")
     records = get_detection_dataset_dicts(name, filter_empty=False)
     chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)

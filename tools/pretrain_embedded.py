@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
-from detectron2_nats.data import embedded
+from detectron2_nats.data import embedded, scenes
 
 EPILOG = """
 example:
@@ -45,7 +45,7 @@ class Crops(Dataset):
 
     Yields:
         (Tensor, int): float (3, CROP_SIZE, CROP_SIZE) in BGR with values in [0, 255], as Detectron2
-        reads images; and the index in CLASSES.
+        reads images; and the index in SHAPE_CLASSES.
     """
 
     def __init__(self, count):
@@ -56,7 +56,7 @@ class Crops(Dataset):
 
     def __getitem__(self, index):
         rng = np.random.default_rng([SEED, index])
-        image, objects = embedded.render_scene(
+        image, objects = scenes.render_scene(
             rng, CROP_SIZE, CROP_SIZE, max_objects=1, sizes=OBJECT_SIZES
         )
         bgr = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
         cfg.merge_from_file(str(CONFIG), allow_unsafe=False)
         self.backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
         channels = self.backbone.output_shape()["res5"].channels
-        self.linear = nn.Linear(channels, len(embedded.CLASSES))
+        self.linear = nn.Linear(channels, len(scenes.SHAPE_CLASSES))
         self.register_buffer("mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1))
 

@@ -2,7 +2,8 @@
 """Is it worth it? Compare plain, random and searched architectures over seeds and folds.
 
 Each method is retrained with the same budget, once per seed; what is missing is run, what is there
-is kept. Leaves study.md (a table) and study.png in the output folder.
+is kept. Leaves study.md (tables), study.png and results.json (what both are made of, and the
+architectures) in the output folder.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from tabulate import tabulate
@@ -27,8 +28,14 @@ from detectron2_nats import plot, study
 from detectron2_nats.analysis import backbone_cost, interleaved_seconds, median_ratio
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.data.registry import register_datasets
-from detectron2_nats.errors import NATSError
-from detectron2_nats.export import export_config, load_config, write_config
+from detectron2_nats.errors import NATSError, one_line
+from detectron2_nats.export import (
+    export_config,
+    frozen_weights,
+    load_config,
+    read_search,
+    write_config,
+)
 from detectron2_nats.files import write_atomically
 from detectron2_nats.stopping import STOPPED_EXIT_CODE
 from detectron2_nats.training import config_differences
@@ -36,16 +43,21 @@ from detectron2_nats.training import config_differences
 EPILOG = """
 methods:
   plain        the detector as it is
+  plain-long   the same, for as many iterations as search and retraining together: equal cost
   random       each channel group draws its dilation; another one for each seed
   path         path-level search: one choice per conv
+  transposed   what nats-voted found, with height and width of each dilation swapped
   nats-paper   the search, channels sorted by dilation
   nats-voted   the same search, each group keeping its own channels
+  nats-warm    the same architecture, retrained from the super-network's own weights
   NAME         of --architecture NAME=FILE: the same one for each seed
+The last four decode with a margin (SEARCH.DECODE_MARGIN) when it is added: nats-warm@0.1.
 
 examples:
-  on the embedded data set, two seeds, two runs at a time:
-    $ python tools/study.py --config-file configs/quickstart/base.yaml \\
-        --search-config configs/quickstart/search.yaml --seeds 2 --jobs 2 --output output/study
+  on bars, whose right answer is known, two seeds, two runs at a time:
+    $ python tools/study.py --config-file configs/quickstart/bars.yaml \\
+        --search-config configs/quickstart/bars_search.yaml --seeds 2 --jobs 2 \\
+        --output output/study
   own data in five folds, so that every image is tested once:
     $ python tools/study.py --config-file configs/study/small.yaml \\
         --search-config configs/study/small_search.yaml --seeds 5 --folds 5 \\
@@ -58,12 +70,25 @@ examples:
         --output output/study
   what is there so far, without running anything:
     $ python tools/study.py ... --report
+  tables and picture again, from nothing but a results.json:
+    $ python tools/study.py --again docs/results/bars_lying.json --output output/again
 
 The same command goes on after a kill. KEY VALUE pairs go into both configs.
 exit status: 0 done, 2 bad input, 75 stopped on request, 1 a run failed (its console is named).
 """
 
-METHODS = ("plain", "random", "path", "nats-paper", "nats-voted")
+# Method → the search that it needs.
+METHODS = {
+    "plain": "",
+    "plain-long": "",
+    "random": "",
+    "path": "path",
+    "transposed": "nats",
+    "nats-paper": "nats",
+    "nats-voted": "nats",
+    "nats-warm": "nats",
+}
+DEFAULT_METHODS = ("plain", "plain-long", "random", "nats-paper", "nats-voted", "nats-warm")
 
 
 class RunFailed(NATSError):
@@ -225,11 +250,8 @@ class Study:
     def _tasks(self) -> List[Task]:
         tasks = []
         for seed in self.seeds:  # seed by seed: each one that is complete can be reported
-            searches = {
-                name: self._search(name, seed)
-                for name in ("path", "nats")
-                if any(method.startswith(name) for method in self.args.methods)
-            }
+            needed = [METHODS[kind(method)] for method in self.args.methods]
+            searches = {n: self._search(n, seed) for n in ("path", "nats") if n in needed}
             tasks += searches.values()
             tasks += [self._retraining(method, seed, searches) for method in self.methods]
         return tasks
@@ -244,16 +266,24 @@ class Study:
 
     def _retraining(self, method: str, seed: int, searches: Dict[str, Task]) -> Task:
         folder = self.folder(method, seed)
-        search = searches.get(method.split("-")[0]) if method in METHODS else None
+        search = searches.get(METHODS.get(kind(method), ""))
 
         def prepare() -> List[str]:
             config = self.args.config_file
+            opts = self._options(seed, folder, searching=False)
             architecture = self._architecture(method, seed)
             if architecture is not None:
                 config = os.path.join(folder, "retrain.yaml")
                 base = load_config(self.args.config_file)
                 write_config(export_config(base, architecture), config)
-            opts = self._options(seed, folder, searching=False)
+            if kind(method) == "nats-warm":
+                weights = os.path.join(folder, "frozen.pth")
+                frozen = frozen_weights(*read_search(search.folder), architecture)
+                content = {"model": frozen, "__author__": "detectron2-nats"}
+                write_atomically(weights, lambda file: torch.save(content, file))
+                opts += ["MODEL.WEIGHTS", weights]
+            if method == "plain-long":
+                opts += self._longer()
             return ["train_net.py", *self._common(config), *opts]
 
         return Task("retraining", folder, prepare, [search] if search else [])
@@ -261,19 +291,27 @@ class Study:
     def _common(self, config: str) -> List[str]:
         return ["--config-file", config, "--resume", "--num-gpus", str(self.args.num_gpus)]
 
+    def _longer(self) -> List[str]:
+        """The retraining's schedule, stretched by the iterations of the search."""
+        solver = load_config(self.args.config_file, self.args.opts).SOLVER
+        search = load_config(self.args.search_config, self.args.opts).SOLVER
+        total = solver.MAX_ITER + search.MAX_ITER
+        steps = tuple(round(step * total / solver.MAX_ITER) for step in solver.STEPS)
+        return ["SOLVER.MAX_ITER", str(total), "SOLVER.STEPS", repr(steps)]
+
     def _architecture(self, method: str, seed: int) -> Optional[Architecture]:
         """What a method makes of a seed; None for the plain detector."""
-        if method == "plain":
-            return None
         if method in self.given:
             return Architecture.load(self.given[method])
-        if method == "random":
+        if kind(method) == "random":
             cfg = load_config(self.args.search_config, self.args.opts)
             return study.random_architecture(cfg, seed)
-        search = self.folder(f"search-{method.split('-')[0]}", seed)
-        if method == "path":  # one group: no order
-            return Architecture.load(os.path.join(search, "architecture.yaml"))
-        return study.searched_architecture(search, method.split("-")[1])
+        if not METHODS[kind(method)]:
+            return None
+        search = self.folder(f"search-{METHODS[kind(method)]}", seed)
+        order = "paper" if kind(method) == "nats-paper" else "voted"
+        found = study.searched_architecture(search, order, margin(method))
+        return found.transposed() if kind(method) == "transposed" else found
 
     def run(self) -> None:
         """Run what is missing, `jobs` runs at a time.
@@ -344,57 +382,45 @@ class Study:
 
     # -- results -----------------------------------------------------------------------------------
 
-    def report(self) -> str:
-        """Write study.md and study.png of the seeds for which all methods are done."""
+    def collect(self) -> Dict[str, Any]:
+        """What came of the seeds for which all methods are done, as plain values."""
         seeds = [s for s in self.seeds if all(self._done(m, s) for m in self.methods)]
         if not seeds:
             raise NATSError(f"{self.args.output}: no seed has a result of every method yet")
-        ap = {m: [last_metric(self.folder(m, s), "bbox/AP") for s in seeds] for m in self.methods}
-        ap50 = {
-            m: [last_metric(self.folder(m, s), "bbox/AP50") for s in seeds] for m in self.methods
-        }
-        references = dict.fromkeys([self.methods[0], *(m for m in self.methods if m == "random")])
-        differences = {
-            r: {m: [a - b for a, b in zip(ap[m], ap[r])] for m in self.methods if m != r}
-            for r in references
-        }
         costs, ratios = self._network_costs(seeds[0])
-        rows = []
+        methods = {}
         for method in self.methods:
-            row = {"": method, "AP": _mean_and_deviation(ap[method])}
-            row["AP50"] = _mean_and_deviation(ap50[method])
-            pooled = self._pooled(method, seeds)
-            if pooled is not None:
-                row["AP, folds pooled"] = f"{pooled:.1f}"
-            for reference in references:
-                row[f"AP − {reference} [95 %]"] = _interval(differences[reference].get(method))
-            row["parameters"] = f"{costs[method].parameters:,}"
-            row["GFLOPs"] = f"{costs[method].flops / 1e9:.2f}"
-            row["backbone time"] = f"{ratios[method]:.3f}×"
-            row["search, CPU min"] = self._search_cost(method, seeds)
-            rows.append(row)
-        detectable = study.detectable_difference(differences[self.methods[0]])
-        lines = [
-            f"{len(seeds)} seeds; mean ± standard deviation over them, differences paired by seed.",
-            "",
-            _table([list(row.values()) for row in rows], list(rows[0])),
-            "",
-            f"A true difference of {detectable:.1f} AP to {self.methods[0]} would be found with "
-            "80 % probability (two-sided test at 5 %).",
-        ]
-        lines += ["", *self._seed_table(ap, seeds), "", *self._search_lines(seeds)]
-        text = "\n".join(lines).rstrip() + "\n"
-        write_atomically(self.path("study.md"), text)
-        figure = plot.plot_study(ap, f"{len(seeds)} seeds")
-        plot.save(figure, self.args.output, "study", ["png"])
-        return text
+            folders = [self.folder(method, seed) for seed in seeds]
+            architectures = [self._architecture(method, seed) for seed in seeds]
+            methods[method] = {
+                "AP": [last_metric(folder, "bbox/AP") for folder in folders],
+                "AP50": [last_metric(folder, "bbox/AP50") for folder in folders],
+                "AP75": [last_metric(folder, "bbox/AP75") for folder in folders],
+                "pooled": self._pooled(method, seeds),
+                "parameters": costs[method].parameters,
+                "flops": costs[method].flops,
+                "time_ratio": ratios[method],
+                "cpu_seconds": [self._task(folder).cost()["cpu_seconds"] for folder in folders],
+                "architectures": [a.to_config() if a else None for a in architectures],
+            }
+        searches = {}
+        for name in ("path", "nats"):
+            folders = [self.folder(f"search-{name}", seed) for seed in seeds]
+            if all(self._task(folder) for folder in folders):
+                found = [study.searched_architecture(folder, "voted") for folder in folders]
+                searches[name] = {
+                    "entropy": [last_metric(folder, "alpha/entropy") for folder in folders],
+                    "leading": [last_metric(folder, "alpha/leading") for folder in folders],
+                    "cpu_seconds": [self._task(folder).cost()["cpu_seconds"] for folder in folders],
+                    "architectures": [architecture.to_config() for architecture in found],
+                }
+        return {"seeds": seeds, "methods": methods, "searches": searches}
+
+    def _task(self, folder: str) -> Optional[Task]:
+        return next((task for task in self.tasks if task.folder == folder), None)
 
     def _done(self, method: str, seed: int) -> bool:
-        return any(t.done for t in self.tasks if t.folder == self.folder(method, seed))
-
-    def _seed_table(self, ap: Dict[str, List[float]], seeds: List[int]) -> List[str]:
-        rows = [[m, *(f"{value:.1f}" for value in ap[m])] for m in ap]
-        return [_table(rows, ["AP", *(f"seed {seed}" for seed in seeds)])]
+        return self._task(self.folder(method, seed)).done
 
     def _pooled(self, method: str, seeds: List[int]) -> Optional[float]:
         """Mean over the rounds of folds; None without folds or a whole round."""
@@ -411,38 +437,6 @@ class Study:
             )
             for r in rounds
         )
-
-    def _search_cost(self, method: str, seeds: List[int]) -> str:
-        if method not in ("path", "nats-paper", "nats-voted"):
-            return "—"
-        folders = {self.folder(f"search-{method.split('-')[0]}", seed) for seed in seeds}
-        tasks = [t for t in self.tasks if t.folder in folders]
-        return f"{statistics.mean(t.cost()['cpu_seconds'] for t in tasks) / 60:.1f}"
-
-    def _search_lines(self, seeds: List[int]) -> List[str]:
-        """Did the searches decide anything, and the same thing?"""
-        rows = []
-        for name in ("path", "nats"):
-            folders = [self.folder(f"search-{name}", seed) for seed in seeds]
-            if not all(any(t.folder == f for t in self.tasks) for f in folders):
-                continue
-            entropy = [last_metric(folder, "alpha/entropy") for folder in folders]
-            found = [study.searched_architecture(folder, "voted") for folder in folders]
-            plain = statistics.mean(study.plain_share(a) for a in found)
-            row = [name, f"{statistics.mean(entropy):.3f}", f"{plain:.0%}"]
-            if len(found) > 1:
-                row += [f"{share:.0%}" for share in study.agreement(found)]
-            rows.append(row)
-        if not rows:
-            return []
-        headers = [
-            "search",
-            "entropy of α",
-            "channels left plain",
-            "agreement of seeds",
-            "by chance",
-        ]
-        return [_table(rows, headers)]
 
     def _network_costs(self, seed: int):
         """Of each method's network of one seed: counts, and time per image against the first."""
@@ -474,6 +468,98 @@ class Study:
         return costs, ratios
 
 
+def kind(method: str) -> str:
+    """A method without its margin."""
+    return method.partition("@")[0]
+
+
+def margin(method: str) -> float:
+    """The margin that it decodes with."""
+    return float(method.partition("@")[2] or 0)
+
+
+def read_results(path: str) -> Dict[str, Any]:
+    """A results.json, or one of docs/results."""
+    try:
+        with open(path) as file:
+            results = json.load(file)
+        {*results["methods"], *results["searches"], *results["seeds"]}
+    except OSError as error:
+        raise NATSError(f"{path}: cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise NATSError(f"{path}: no results of a study: {one_line(error)}") from None
+    return results
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def report(results: Dict[str, Any], folder: str) -> str:
+    """Write study.md, study.png and results.json of :meth:`Study.collect`'s results."""
+    methods, seeds = results["methods"], results["seeds"]
+    ap = {name: result["AP"] for name, result in methods.items()}
+    first = next(iter(ap))
+    references = dict.fromkeys([first, *(m for m in ap if m in ("plain-long", "random"))])
+    differences = {
+        r: {m: [a - b for a, b in zip(ap[m], ap[r])] for m in ap if m != r} for r in references
+    }
+    rows = []
+    for method, result in methods.items():
+        row = {"": method, "AP": _mean_and_deviation(result["AP"])}
+        row["AP50"] = _mean_and_deviation(result["AP50"])
+        row["AP75"] = _mean_and_deviation(result["AP75"])
+        if result["pooled"] is not None:
+            row["AP, folds pooled"] = f"{result['pooled']:.1f}"
+        for reference in references:
+            row[f"AP − {reference} [95 %]"] = _interval(differences[reference].get(method))
+        row["parameters"] = f"{result['parameters']:,}"
+        row["GFLOPs"] = f"{result['flops'] / 1e9:.3g}"
+        row["backbone time"] = f"{result['time_ratio']:.3f}×"
+        row["training, CPU min"] = f"{statistics.mean(result['cpu_seconds']) / 60:.1f}"
+        rows.append(row)
+    detectable = study.detectable_difference(differences[first])
+    lines = [
+        f"{len(seeds)} seeds; mean ± standard deviation over them, differences paired by seed.",
+        "",
+        _table([list(row.values()) for row in rows], list(rows[0])),
+        "",
+        f"A true difference of {detectable:.1f} AP to {first} would be found with "
+        "80 % probability (two-sided test at 5 %).",
+        "",
+        _table(
+            [[m, *(f"{value:.1f}" for value in ap[m])] for m in ap],
+            ["AP", *(f"seed {seed}" for seed in seeds)],
+        ),
+        "",
+        *_search_table(results["searches"]),
+    ]
+    text = "\n".join(lines).rstrip() + "\n"
+    write_atomically(os.path.join(folder, "study.md"), text)
+    write_atomically(os.path.join(folder, "results.json"), json.dumps(results))
+    plot.save(plot.plot_study(ap, f"{len(seeds)} seeds"), folder, "study", ["png"])
+    return text
+
+
+def _search_table(searches: Dict[str, Any]) -> List[str]:
+    """Did the searches decide anything, and the same thing?"""
+    rows = []
+    for name, search in searches.items():
+        found = [Architecture.from_config(value) for value in search["architectures"]]
+        shares = study.dilation_shares(found)
+        row = [name, _mean_and_deviation(search["entropy"], 2)]
+        row.append(f"{statistics.mean(search['leading']):.0%}")
+        row.append(", ".join(f"{h}×{w} {s:.0%}" for (h, w), s in shares.items() if s >= 0.01))
+        if len(found) > 1:
+            row += [f"{share:.0%}" for share in study.agreement(found)]
+        row.append(f"{statistics.mean(search['cpu_seconds']) / 60:.1f}")
+        rows.append(row)
+    if not rows:
+        return []
+    headers = ["search", "entropy of α", "groups that lead", "channels per dilation"]
+    headers += ["agreement of seeds", "by chance"][: len(rows[0]) - 5]
+    return [_table(rows, [*headers, "CPU min"])]
+
+
 def last_metric(folder: str, name: str) -> float:
     """The last value of a metric in a run's metrics.json."""
     path = os.path.join(folder, "metrics.json")
@@ -498,9 +584,9 @@ def _interval(differences: Optional[List[float]]) -> str:
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
-def _mean_and_deviation(values: List[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+def _mean_and_deviation(values: List[float], digits: int = 1) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def _named_file(text: str):
@@ -508,6 +594,19 @@ def _named_file(text: str):
     if not separator or not name or not path or name in METHODS or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE with a name of its own")
     return name, path
+
+
+def _method(text: str) -> str:
+    allowed = METHODS[kind(text)] == "nats" if kind(text) in METHODS and "@" in text else True
+    try:
+        known = kind(text) in METHODS and allowed and 0 <= margin(text) < 1
+    except ValueError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected one of {', '.join(METHODS)}; a search's may end in @MARGIN"
+        )
+    return text
 
 
 def _count(text: str) -> int:
@@ -520,10 +619,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config-file", required=True, help="detector to retrain: path or zoo name"
-    )
-    parser.add_argument("--search-config", required=True, help="its search")
+    parser.add_argument("--config-file", help="detector to retrain: path or zoo name")
+    parser.add_argument("--search-config", help="its search")
     parser.add_argument("--output", default="output/study", help="folder (%(default)s)")
     parser.add_argument(
         "--seeds", type=_count, default=3, help="seeds 0 to SEEDS - 1 (%(default)s)"
@@ -531,10 +628,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
-        default=list(METHODS),
+        type=_method,
+        default=list(DEFAULT_METHODS),
         metavar="METHOD",
-        help=f"the first is compared with (default: {' '.join(METHODS)})",
+        help=f"the first is compared with (default: {' '.join(DEFAULT_METHODS)})",
     )
     parser.add_argument(
         "--architecture",
@@ -549,11 +646,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--images", metavar="FOLDER", help="that their images lie in")
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (%(default)s)")
     parser.add_argument("--num-gpus", type=_count, default=1, help="GPUs of each run (%(default)s)")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the table")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the tables")
+    parser.add_argument("--again", metavar="JSON", help="only write the tables of a results.json")
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for both configs"
     )
     args = parser.parse_args()
+    if not args.again and not (args.config_file and args.search_config):
+        parser.error("--config-file and --search-config are needed")
     if args.folds and (args.folds < 2 or not args.annotations or not args.images):
         parser.error("--folds needs at least 2 folds, --annotations and --images")
     if not args.folds and (args.annotations or args.images):
@@ -562,10 +662,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    comparison = Study(args)
-    if not args.report:
-        comparison.run()
-    print(f"\n{comparison.report()}\nwrote {comparison.path('study.md')} and study.png")
+    if args.again:
+        results = read_results(args.again)
+    else:
+        comparison = Study(args)
+        if not args.report:
+            comparison.run()
+        results = comparison.collect()
+    print(f"\n{report(results, args.output)}")
+    print(f"wrote {os.path.join(args.output, 'study.md')}, study.png and results.json")
 
 
 def _stop(*_):

@@ -63,7 +63,7 @@ def test_an_alpha_step_leaves_the_rest_bit_identical(trainer):
     before = snapshot(trainer)
     with EventStorage(2) as trainer.storage, trainer._alpha_trained():
         trainer.take_step(trainer.alpha)
-        trainer._bn_state.restore()
+        trainer._forward_state.restore()
     after = snapshot(trainer)
     assert_equal(before[0], after[0], "weights and statistics")
     assert_equal(before[2], after[2], "momentum")

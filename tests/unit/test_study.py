@@ -142,7 +142,7 @@ def test_agreement_by_hand():
     seen, chance = study.agreement([one, other])
     assert seen == 0.75 and chance == 0.5 * 0.25 + 0.5 * 0.75
     assert study.agreement([one, one])[0] == 1
-    assert study.plain_share(other) == 0.25
+    assert study.dilation_shares([other]) == {(3, 3): 0.75, (1, 1): 0.25}
 
 
 def test_the_picture_has_a_line_per_seed_and_a_mean_per_method():

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
 import numpy as np
+import torch
 import yaml
 from tabulate import tabulate
 
@@ -25,12 +26,21 @@ Run = Tuple[int, int, int]
 """(output channels, d_h, d_w): consecutive output channels of one dilation."""
 
 
-def votes(alpha: np.ndarray) -> np.ndarray:
-    """The genotype index that each group chose: (N, G) → (N,). A tie goes to the first."""
+def votes(alpha: np.ndarray, margin: float = 0.0) -> np.ndarray:
+    """The genotype index that each group chose: (N, G) → (N,). A tie goes to the first.
+
+    Args:
+        margin: a group leaves the plain genotype 0 only where its best genotype's share of
+            softmax(α) is larger than genotype 0's by more than this; 0 is the paper's argmax.
+    """
     alpha = np.asarray(alpha)
     if not np.isfinite(alpha).all():
         raise NATSError("alpha holds values that are not finite: nothing can be decoded from it")
-    return alpha.argmax(axis=1)
+    chosen = alpha.argmax(axis=1)
+    if margin:
+        shares = torch.as_tensor(alpha).double().softmax(dim=1).numpy()
+        chosen[shares.max(axis=1) - shares[:, 0] <= margin] = 0
+    return chosen
 
 
 def intensities(alpha: np.ndarray) -> np.ndarray:
@@ -39,7 +49,11 @@ def intensities(alpha: np.ndarray) -> np.ndarray:
 
 
 def decode_alpha(
-    alpha: np.ndarray, genotypes: Sequence[Dilation], channels: int, order: str = "paper"
+    alpha: np.ndarray,
+    genotypes: Sequence[Dilation],
+    channels: int,
+    order: str = "paper",
+    margin: float = 0.0,
 ) -> Tuple[Run, ...]:
     """Decode one conv's α (N, G) into runs over its `channels` output channels.
 
@@ -47,10 +61,15 @@ def decode_alpha(
         order: "paper": rows in their own order, cut into consecutive pieces in genotype order,
             so that only the counts of the vote survive; "voted": each group keeps its own rows
             and gets the dilation it voted for.
+        margin: see :func:`votes`.
     """
     if order not in DECODE_ORDERS:
         raise NATSError(f"unknown DECODE_ORDER {order!r}: expected one of {list(DECODE_ORDERS)}")
-    chosen = votes(alpha)
+    if not 0 <= margin < 1:
+        raise NATSError(
+            f"DECODE_MARGIN {margin}: expected a share of softmax(α), from 0 to below 1"
+        )
+    chosen = votes(alpha, margin)
     if order == "paper":
         chosen = np.sort(chosen)
     per_group = channels // len(chosen)
@@ -106,22 +125,29 @@ class Architecture:
     # -- from a search ------------------------------------------------------------------------
 
     @classmethod
-    def decode(cls, alphas: Mapping[str, Any], order: str = "paper", **search) -> "Architecture":
+    def decode(
+        cls, alphas: Mapping[str, Any], order: str = "paper", margin: float = 0.0, **search
+    ) -> "Architecture":
         """Decode a search's result (section 3.3).
 
         Args:
             alphas: layer name → :class:`MixedDilationConv2d`, as
                 :func:`transform.searched_layers` gives them.
             order: "paper" or "voted", see :func:`decode_alpha`.
+            margin: see :func:`votes`.
             search: provenance to note in the file.
         """
         layers = {
             name: decode_alpha(
-                conv.alpha.detach().cpu().numpy(), conv.genotypes, conv.out_channels, order
+                conv.alpha.detach().cpu().numpy(),
+                conv.genotypes,
+                conv.out_channels,
+                order,
+                margin,
             )
             for name, conv in alphas.items()
         }
-        return cls(layers, {**search, "order": order})
+        return cls(layers, {**search, "order": order, **({"margin": margin} if margin else {})})
 
     # -- files and configs --------------------------------------------------------------------
 
@@ -204,6 +230,11 @@ class Architecture:
         """The part that lies in `stages`."""
         layers = {k: v for k, v in self.layers.items() if k.split(".")[0] in stages}
         return Architecture(layers, self.search)
+
+    def transposed(self) -> "Architecture":
+        """Height and width of each dilation swapped."""
+        layers = {k: [(c, d_w, d_h) for c, d_h, d_w in v] for k, v in self.layers.items()}
+        return Architecture(layers, {**self.search, "transposed": True})
 
     def channels_per_dilation(self, layer: str) -> Dict[Dilation, int]:
         """Output channels of each dilation in one layer."""

@@ -49,9 +49,16 @@ def add_nats_config(cfg: CN) -> None:
     cfg.SEARCH.ALPHA_IMS_PER_BATCH = 0
     # "paper": channels sorted by dilation; "voted": each group keeps its own rows.
     cfg.SEARCH.DECODE_ORDER = "paper"
+    # A group leaves (1, 1) only where its best share of softmax(α) leads (1, 1)'s by more than
+    # this. 0: the paper's argmax.
+    cfg.SEARCH.DECODE_MARGIN = 0.0
     # Detector config (a path, or the name of a Detectron2 zoo config) for which the search writes
     # its plain config at the end. Empty: the searched detector itself with the search's schedule.
     cfg.SEARCH.RETRAIN_CONFIG = ""
+    # What retraining starts from. "base": RETRAIN_CONFIG's MODEL.WEIGHTS, as in the paper.
+    # "supernet": the super-network's own weights, which the search writes to frozen.pth; the
+    # order is then "voted", the only one that they fit.
+    cfg.SEARCH.RETRAIN_WEIGHTS = "base"
 
     # -- how a run behaves, for searches and retraining alike -------------------------------------
     # Precision of SOLVER.AMP: "float16" (with loss scaling) or "bfloat16".

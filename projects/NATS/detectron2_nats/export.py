@@ -7,20 +7,17 @@ import torch
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_backbone
+from detectron2.modeling import Backbone, build_backbone
 
-from .architecture import Architecture, Run, decode_alpha
-from .backbone import search_space_from_config
+from .architecture import Architecture
 from .config import add_nats_config
-from .errors import NATSError
+from .errors import NATSError, one_line
 from .files import MAX_FILE_BYTES, parse_yaml, read_yaml, write_atomically
-from .search_space import Dilation
-from .transform import apply_architecture, conv3x3_layers
+from .transform import apply_architecture, conv3x3_layers, searched_layers
 
 __all__ = [
-    "decode_search",
     "export_config",
-    "export_weights",
+    "frozen_weights",
     "load_config",
     "load_detector_config",
     "read_search",
@@ -168,12 +165,8 @@ def _difference(cfg: CfgNode, default: CfgNode) -> Dict[str, Any]:
     return difference
 
 
-Genotypes = Mapping[str, Tuple[Dilation, ...]]
-"""Layer name → its genotypes, in the order of the replicas and of α's columns."""
-
-
-def read_search(folder: str) -> Tuple[Dict[str, torch.Tensor], Genotypes]:
-    """The state dict of a search's last checkpoint, and each searched layer's genotypes.
+def read_search(folder: str) -> Tuple[Dict[str, torch.Tensor], Backbone]:
+    """The state dict of a search's last checkpoint, and the super-network that it is of.
 
     Args:
         folder: a search's OUTPUT_DIR.
@@ -193,35 +186,27 @@ def read_search(folder: str) -> Tuple[Dict[str, torch.Tensor], Genotypes]:
     except Exception as error:  # it raises anything at what is no checkpoint
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise NATSError(f"{path}: not readable as a checkpoint: {reason}") from None
-    space = search_space_from_config(load_config(config))
-    names = [k[: -len(".alpha")] for k in state_dict if k.endswith(".alpha")]
-    names = [name[name.index("res") :] for name in names]
-    return state_dict, {name: space.genotypes[name.split(".")[0]] for name in names}
+    with torch.device("meta"):  # the weights are in memory already
+        backbone = build_backbone(load_config(config))
+    weights = {key[9:]: value for key, value in state_dict.items() if key.startswith("backbone.")}
+    try:
+        backbone.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise NATSError(f"{path} does not fit {config}: {one_line(error)}") from None
+    return state_dict, backbone
 
 
-def decode_search(
-    state_dict: Mapping[str, torch.Tensor], genotypes: Genotypes, order: str
-) -> Dict[str, Tuple[Run, ...]]:
-    """Decode the α of a super-network's state dict: layer name → runs, see `decode_alpha`."""
-    layers = {}
-    for key, alpha in state_dict.items():
-        if key.endswith(".alpha"):
-            name = key[key.index("res") : -len(".alpha")]
-            channels = len(state_dict[key[: -len("alpha")] + "weight"])
-            layers[name] = decode_alpha(alpha.numpy(), genotypes[name], channels, order)
-    return layers
-
-
-def export_weights(
-    state_dict: Dict[str, torch.Tensor], architecture: Architecture, genotypes: Genotypes
+def frozen_weights(
+    state_dict: Mapping[str, torch.Tensor], backbone: Backbone, architecture: Architecture
 ) -> Dict[str, torch.Tensor]:
-    """The super-network's own weights as a state dict of the frozen network (voted order).
+    """A super-network's own weights as the state dict of the frozen detector (voted order).
 
     Each output channel takes its row from the replica of the dilation that it was given.
 
     Args:
-        state_dict: of a detector or backbone that holds the super-network.
-        architecture: decoded in voted order.
+        state_dict: of the searched detector.
+        backbone: its super-network, with weights.
+        architecture: decoded from it in voted order.
     """
     if architecture.search.get("order") != "voted":
         raise NATSError(
@@ -229,18 +214,7 @@ def export_weights(
             "a channel's dilation is not the one that its weights were trained under)"
         )
     frozen = {k: v for k, v in state_dict.items() if not k.endswith((".alpha", ".replicas"))}
-    for name, runs in architecture.layers.items():
-        keys = [k for k in state_dict if k.endswith(f"{name}.weight")]
-        if len(keys) != 1 or keys[0][: -len("weight")] + "alpha" not in state_dict:
-            raise NATSError(f"the checkpoint holds no searched conv {name}")
-        weight = state_dict[keys[0]].clone()
-        replicas = state_dict.get(keys[0][: -len("weight")] + "replicas")
-        start = 0
-        for channels, *dilation in runs:
-            index = genotypes[name].index(tuple(dilation))
-            if index and replicas is not None:
-                rows = slice(start, start + channels)
-                weight[rows] = replicas[index - 1, rows]
-            start += channels
-        frozen[keys[0]] = weight
+    paths = {module: path for path, module in backbone.named_modules()}
+    for name, conv in searched_layers(backbone).items():
+        frozen[f"backbone.{paths[conv]}.weight"] = conv.frozen_weight(architecture.layers[name])
     return frozen

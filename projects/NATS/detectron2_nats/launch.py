@@ -20,7 +20,6 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from .checkpoint import SafeCheckpointer
-from .data.embedded import ensure_embedded_dataset
 from .data.registry import check_datasets, register_datasets
 from .errors import NATSError
 from .export import load_config
@@ -42,9 +41,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"SOLVER.AMP.PRECISION {cfg.SOLVER.AMP.PRECISION!r}: expected float16 or bfloat16"
         )
     register_datasets(cfg)
-    names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.CALIBRATION}
-    if any(name.startswith("nats_embedded") for name in names):
-        ensure_embedded_dataset()
     if not args.eval_only:
         if not cfg.DATASETS.TRAIN:
             raise NATSError("DATASETS.TRAIN is empty: name the data set to train on")

@@ -115,6 +115,24 @@ class MixedDilationConv2d(_DilationConv2d):
         # not indexed one by one: each index would fill a gradient of all replicas' size with zeros
         return [self.weight, *self.replicas.unbind()]
 
+    def frozen_weight(self, runs: Sequence[Tuple[int, int, int]]) -> torch.Tensor:
+        """The weight of a frozen conv: each row from the replica of the dilation that it is given.
+
+        Args:
+            runs: (output channels, d_h, d_w), decoded in voted order: only there is a row's
+                dilation the one that it was trained under.
+
+        Returns:
+            (C_out, C_in / groups, 3, 3), detached.
+        """
+        weights = self.genotype_weights()
+        pieces, start = [], 0
+        for channels, *dilation in runs:
+            weight = weights[self.genotypes.index(tuple(dilation))]
+            pieces.append(weight.detach()[start : start + channels])
+            start += channels
+        return torch.cat(pieces)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:

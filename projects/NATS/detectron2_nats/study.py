@@ -19,16 +19,17 @@ from detectron2.modeling import build_backbone
 
 from .architecture import Architecture, decode_alpha
 from .errors import NATSError
-from .export import decode_search, read_search
+from .export import read_search
 from .files import write_atomically
+from .search_space import Dilation
 from .transform import searched_layers
 
 __all__ = [
     "agreement",
     "detectable_difference",
+    "dilation_shares",
     "merged_annotations",
     "paired_interval",
-    "plain_share",
     "pooled_ap",
     "random_architecture",
     "searched_architecture",
@@ -152,17 +153,22 @@ def random_architecture(cfg: CfgNode, seed: int) -> Architecture:
     return Architecture(layers, {"method": "random", "seed": seed})
 
 
-def searched_architecture(folder: str, order: str) -> Architecture:
-    """What the search in a folder found, decoded in an order of choice."""
-    return Architecture(decode_search(*read_search(folder), order), {"order": order})
+def searched_architecture(folder: str, order: str, margin: float = 0.0) -> Architecture:
+    """What the search in a folder found, decoded in an order and with a margin of choice."""
+    _, backbone = read_search(folder)
+    return Architecture.decode(searched_layers(backbone), order, margin)
 
 
-def plain_share(architecture: Architecture) -> float:
-    """Share of the channels of its layers that keep the dilation (1, 1)."""
-    channels = [
-        (count, (d_h, d_w)) for runs in architecture.layers.values() for count, d_h, d_w in runs
-    ]
-    return sum(c for c, d in channels if d == (1, 1)) / sum(c for c, _ in channels)
+def dilation_shares(architectures: Sequence[Architecture]) -> Dict[Dilation, float]:
+    """Share of all channels that have each dilation, most frequent first."""
+    counts: Dict[Dilation, int] = {}
+    for architecture in architectures:
+        for runs in architecture.layers.values():
+            for channels, *dilation in runs:
+                counts[tuple(dilation)] = counts.get(tuple(dilation), 0) + channels
+    total = sum(counts.values())
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return {dilation: count / total for dilation, count in ordered}
 
 
 def _per_channel(runs) -> np.ndarray:

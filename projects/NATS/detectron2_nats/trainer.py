@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 from typing import Dict, Iterator, List
 
@@ -14,11 +15,13 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from .architecture import Architecture, intensities, votes
+from .architecture import Architecture, intensities
 from .data.loader import build_resumable_loader, dataset_dicts
 from .data.registry import check_disjoint
+from .decidedness import Decidedness, all_votes
 from .errors import NATSError
-from .export import export_config, load_detector_config, write_config
+from .export import export_config, frozen_weights, load_detector_config, write_config
+from .files import write_atomically
 from .training import Phase, ResumableTrainer, config_differences
 from .transform import searched_layers
 
@@ -43,6 +46,15 @@ class SearchTrainer(ResumableTrainer):
             raise NATSError(
                 f"SEARCH.ALPHA_START {cfg.SEARCH.ALPHA_START}: expected a fraction of the run, "
                 "from 0 up to but not 1"
+            )
+        if not 0 <= cfg.SEARCH.DECODE_MARGIN < 1:
+            raise NATSError(
+                f"SEARCH.DECODE_MARGIN {cfg.SEARCH.DECODE_MARGIN}: expected a share of softmax(α), "
+                "from 0 up to but not 1"
+            )
+        if cfg.SEARCH.RETRAIN_WEIGHTS not in ("base", "supernet"):
+            raise NATSError(
+                f"SEARCH.RETRAIN_WEIGHTS {cfg.SEARCH.RETRAIN_WEIGHTS!r}: expected base or supernet"
             )
         # Wrong paths should not come to light after days
         self.retrain_base = load_detector_config(cfg.SEARCH.RETRAIN_CONFIG, cfg)
@@ -83,8 +95,8 @@ class SearchTrainer(ResumableTrainer):
         if self.iter >= self.alpha_start:
             with self._alpha_trained():
                 self.take_step(self.alpha)
-                # The batch norms saw the calibration split, which is not theirs to learn from.
-                self._bn_state.restore()
+                # The norms saw the calibration split, which is not theirs to learn from.
+                self._forward_state.restore()
 
     @contextlib.contextmanager
     def _alpha_trained(self) -> Iterator[None]:
@@ -121,11 +133,14 @@ class SearchTrainer(ResumableTrainer):
 
     def architecture(self) -> Architecture:
         """What α says now."""
-        nats = self.cfg.MODEL.NATS
+        nats, search = self.cfg.MODEL.NATS, self.cfg.SEARCH
         space = "C" if nats.SPACE is None else nats.SPACE
+        # only there do the super-network's weights fit
+        order = "voted" if search.RETRAIN_WEIGHTS == "supernet" else search.DECODE_ORDER
         return Architecture.decode(
             self.searched,
-            self.cfg.SEARCH.DECODE_ORDER,
+            order,
+            search.DECODE_MARGIN,
             space=space,
             num_groups=(
                 {name: conv.num_groups for name, conv in self.searched.items()}
@@ -135,7 +150,16 @@ class SearchTrainer(ResumableTrainer):
             iteration=min(self.iter + 1, self.max_iter),
             max_iter=self.max_iter,
             seed=self.seed,
+            decidedness=self.decidedness().summary(),
         )
+
+    def alphas(self) -> Dict[str, np.ndarray]:
+        """Layer → α, (N, G)."""
+        return {name: conv.alpha.detach().cpu().numpy() for name, conv in self.searched.items()}
+
+    def decidedness(self) -> Decidedness:
+        """How decided α is now."""
+        return Decidedness.of(self.alphas(), self._alpha_hook.tenth_votes)
 
     def after_checkpoint(self) -> None:
         if not comm.is_main_process():
@@ -155,7 +179,17 @@ class SearchTrainer(ResumableTrainer):
             architecture.save(path)
             cfg = export_config(self.retrain_base, architecture)
             cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "retrain")
+            if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
+                cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
+                frozen = frozen_weights(self.model.state_dict(), self.model.backbone, architecture)
+                content = {"model": frozen, "__author__": "detectron2-nats"}
+                write_atomically(cfg.MODEL.WEIGHTS, lambda file: torch.save(content, file))
             write_config(cfg, retrain)
+            decidedness = self.decidedness()
+            logger.log(
+                logging.INFO if decidedness.decided else logging.WARNING,
+                f"The search is {decidedness.verdict()} ({decidedness})",
+            )
             logger.info(f"Search done: wrote {path} and the plain config {retrain}")
         return results
 
@@ -185,67 +219,65 @@ class SearchTrainer(ResumableTrainer):
     def build_hooks(self) -> List[HookBase]:
         # before the writer
         built = super().build_hooks()
-        return [
-            built[0],
-            _AlphaHook(self.cfg.RUN.LOG_PERIOD, self.cfg.RUN.RANK_CHECK_PERIOD),
-        ] + built[1:]
+        self._alpha_hook = _AlphaHook(self.cfg.RUN.LOG_PERIOD, self.cfg.RUN.RANK_CHECK_PERIOD)
+        return [built[0], self._alpha_hook, *built[1:]]
 
     def state_dict(self):
-        hook = next(h for h in self._hooks if isinstance(h, _AlphaHook))
-        return {**super().state_dict(), "last_votes": hook.last_votes}
+        hook = self._alpha_hook
+        votes = {"last_votes": hook.last_votes, "tenth_votes": hook.tenth_votes}
+        return {**super().state_dict(), **votes}
 
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)
-        hook = next(h for h in self._hooks if isinstance(h, _AlphaHook))
-        hook.last_votes = state["last_votes"]
+        self._alpha_hook.last_votes = state["last_votes"]
+        self._alpha_hook.tenth_votes = state.get("tenth_votes", {})
 
 
 class _AlphaHook(HookBase):
-    """Logs where α stands, and checks that all ranks hold the same."""
+    """Logs where α stands, and checks that all ranks hold the same.
+
+    Attributes:
+        last_votes: of the last line of the log.
+        tenth_votes: of the moment when the last tenth of the run began; empty before.
+    """
 
     def __init__(self, log_period: int, check_period: int):
         self._log_period, self._check_period = log_period, check_period
         self.last_votes: Dict[str, List[int]] = {}
+        self.tenth_votes: Dict[str, List[int]] = {}
 
     def after_step(self):
         done = self.trainer.iter + 1
         if done > self.trainer.alpha_start and done % self._check_period == 0:
             check_ranks_agree(self.trainer.searched)
+        if done == math.ceil(0.9 * self.trainer.max_iter):
+            self.tenth_votes = all_votes(self.trainer.alphas())
         if done % self._log_period == 0 or done == self.trainer.max_iter:
             self._log()
 
     def _log(self):
-        storage, changed, groups, entropies = get_event_storage(), 0, 0, []
+        storage, alphas = get_event_storage(), self.trainer.alphas()
+        chosen = all_votes(alphas)
+        groups = [
+            vote != before
+            for name, votes in chosen.items()
+            for vote, before in zip(votes, self.last_votes.get(name, [0] * len(votes)))
+        ]
+        changed, self.last_votes = sum(groups), chosen
         overall: Dict[tuple, List[float]] = {}
         for name, conv in self.trainer.searched.items():
-            alpha = conv.alpha.detach().double().cpu().numpy()
-            chosen = votes(alpha)
-            before = self.last_votes.get(name, [0] * len(chosen))
-            changed += int(np.count_nonzero(chosen != np.asarray(before)))
-            groups += len(chosen)
-            self.last_votes[name] = chosen.tolist()
-            entropies.append(normalised_entropy(alpha))
-            for (d_h, d_w), share in zip(conv.genotypes, intensities(alpha)):
+            for (d_h, d_w), share in zip(conv.genotypes, intensities(alphas[name])):
                 storage.put_scalar(f"intensity/{name}/{d_h}x{d_w}", share, smoothing_hint=False)
                 overall.setdefault((d_h, d_w), []).append(share)
-        entropy = float(np.mean(entropies))
-        storage.put_scalar("alpha/entropy", entropy, smoothing_hint=False)
+        decidedness = self.trainer.decidedness()
+        storage.put_scalar("alpha/entropy", decidedness.entropy, smoothing_hint=False)
+        storage.put_scalar("alpha/leading", decidedness.leading, smoothing_hint=False)
         storage.put_scalar("alpha/votes_changed", changed, smoothing_hint=False)
-        layers = len(self.trainer.searched)
-        shares = ", ".join(f"{h}x{w} {sum(s) / layers:.0%}" for (h, w), s in overall.items())
+        shares = ", ".join(f"{h}x{w} {sum(s) / len(alphas):.0%}" for (h, w), s in overall.items())
         logger.info(
-            f"alpha: entropy {entropy:.4f} of 1, {changed} of {groups} votes changed since the "
-            f"last line, intensity over all layers: {shares}"
+            f"alpha: {decidedness}; {changed} of {len(groups)} votes changed since the last line; "
+            f"intensity over all layers: {shares}"
         )
-
-
-def normalised_entropy(alpha: np.ndarray) -> float:
-    """Mean entropy of softmax(α_i) over the groups, as a share of its maximum log G."""
-    if alpha.shape[1] == 1:
-        return 0.0
-    logits = alpha - alpha.max(axis=1, keepdims=True)
-    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    return float(-(np.exp(log_p) * log_p).sum(axis=1).mean() / np.log(alpha.shape[1]))
 
 
 def check_ranks_agree(searched: Dict[str, nn.Module]) -> None:

@@ -72,19 +72,39 @@ class _LossModule(nn.Module):
             hook.remove()
 
 
-class _BatchNormState:
-    """The batch norms' running statistics, to be put back after a step that must not count."""
+class _ForwardState:
+    """What a forward pass in training changes, to be put back after a step that must not count.
+
+    Batch norms' running statistics, and a dense detector's `loss_normalizer`: a running mean of how
+    many anchors are positive, which Detectron2 keeps as a plain number in no state dict.
+    """
 
     def __init__(self, model: nn.Module):
+        self.model = model
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.buffers = [b for m in norms for b in m.buffers(recurse=False)]
         self.copies = [b.clone() for b in self.buffers]
+        self.save()
+
+    @property
+    def normalizer(self) -> Optional[float]:
+        """Of this rank; None before the first step, and where the detector has none."""
+        return getattr(self.model, "loss_normalizer", None)
+
+    @normalizer.setter
+    def normalizer(self, value: Optional[float]) -> None:
+        if value is not None:
+            self.model.loss_normalizer = value
+        elif self.normalizer is not None:
+            del self.model.loss_normalizer
 
     def save(self) -> None:
+        self._normalizer = self.normalizer
         if self.buffers:
             torch._foreach_copy_(self.copies, self.buffers)
 
     def restore(self) -> None:
+        self.normalizer = self._normalizer
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.copies)
 
@@ -175,7 +195,7 @@ class ResumableTrainer(DefaultTrainer):
         )
         # Holds model, loader and optimizer for DefaultTrainer's properties; its steps are not used.
         self._trainer = SimpleTrainer(model, loader, optimizer)
-        self._bn_state = _BatchNormState(model)
+        self._forward_state = _ForwardState(model)
         self._loss_module = _LossModule(model)
         self.weights = self.new_phase("", _distributed(self._loss_module), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -218,7 +238,7 @@ class ResumableTrainer(DefaultTrainer):
         batch = phase.next_batch()
         data_time = time.perf_counter() - start
 
-        self._bn_state.save()
+        self._forward_state.save()
         with torch.autocast(
             self.cfg.MODEL.DEVICE.split(":")[0],
             getattr(torch, amp.PRECISION),
@@ -238,7 +258,7 @@ class ResumableTrainer(DefaultTrainer):
             phase.scaler.step(phase.optimizer)
             phase.bad_in_row = 0
         else:
-            self._bn_state.restore()
+            self._forward_state.restore()
             # float16's scale starts too high on purpose: finding it is no fault
             if not loss_finite or phase.scaler.get_scale() <= 1.0:
                 phase.bad_in_row += 1
@@ -296,6 +316,7 @@ class ResumableTrainer(DefaultTrainer):
         for phase in self.phases():
             phase.loader.merge_bad_files()
         self._rng_states = comm.gather(_rng_state())
+        self._normalizers = comm.gather(self._forward_state.normalizer)
         self.checkpointer.save(name, iteration=self.iter, config=self.cfg.dump())
         self.checkpointer.prune(self.cfg.RUN.KEEP_CHECKPOINTS)
         comm.synchronize()
@@ -393,6 +414,7 @@ class ResumableTrainer(DefaultTrainer):
             "hooks": TrainerBase.state_dict(self).get("hooks", {}),
             "phases": {phase.name or "weights": phase.state_dict() for phase in self.phases()},
             "rng": self._rng_states,
+            "loss_normalizers": self._normalizers,
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -403,6 +425,8 @@ class ResumableTrainer(DefaultTrainer):
         for phase in self.phases():
             phase.load_state_dict(state["phases"][phase.name or "weights"])
         self.seed = self.weights.loader.seed  # SEED -1 drew another one just now
+        normalizers = state.get("loss_normalizers") or [None]
+        self._forward_state.normalizer = normalizers[comm.get_rank() % len(normalizers)]
         if len(state["rng"]) == comm.get_world_size():
             _set_rng_state(state["rng"][comm.get_rank()])
         else:
