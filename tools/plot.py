@@ -97,7 +97,8 @@ def main(args: argparse.Namespace) -> None:
     figures = {"architecture": plot.plot_architecture(architecture, args.title)}
     metrics = os.path.join(folder, "metrics.json")
     if is_folder and os.path.isfile(metrics):
-        figures["history"] = plot.plot_history(plot.read_history(metrics), args.title)
+        verdict = architecture.search.get("decidedness", {}).get("verdict", "")
+        figures["history"] = plot.plot_history(plot.read_history(metrics), args.title or verdict)
     if args.plain:
         figures.update(_compare(args))
     output = args.output or os.path.join(folder, "pictures")

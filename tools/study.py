@@ -8,6 +8,7 @@ architectures) in the output folder.
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from tabulate import tabulate
 
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
-from detectron2_nats import plot, study
+from detectron2_nats import comparison, plot
 from detectron2_nats.analysis import backbone_cost, interleaved_seconds, median_ratio
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.data.registry import register_datasets
@@ -196,8 +197,8 @@ class Study:
         }
         self._check_same_study()
         if args.folds:
-            annotations = study.merged_annotations(args.annotations)
-            study.write_folds(annotations, args.folds, self.path("data"))
+            annotations = comparison.merged_annotations(args.annotations)
+            comparison.write_folds(annotations, args.folds, self.path("data"))
         self.tasks = self._tasks()
 
     def path(self, *parts: str) -> str:
@@ -305,12 +306,12 @@ class Study:
             return Architecture.load(self.given[method])
         if kind(method) == "random":
             cfg = load_config(self.args.search_config, self.args.opts)
-            return study.random_architecture(cfg, seed)
+            return comparison.random_architecture(cfg, seed)
         if not METHODS[kind(method)]:
             return None
         search = self.folder(f"search-{METHODS[kind(method)]}", seed)
         order = "paper" if kind(method) == "nats-paper" else "voted"
-        found = study.searched_architecture(search, order, margin(method))
+        found = comparison.searched_architecture(search, order, margin(method))
         return found.transposed() if kind(method) == "transposed" else found
 
     def run(self) -> None:
@@ -387,7 +388,8 @@ class Study:
         seeds = [s for s in self.seeds if all(self._done(m, s) for m in self.methods)]
         if not seeds:
             raise NATSError(f"{self.args.output}: no seed has a result of every method yet")
-        costs, ratios = self._network_costs(seeds[0])
+        costs, seconds = self._network_costs(seeds[0])
+        reference = seconds[self.methods[0]]
         methods = {}
         for method in self.methods:
             folders = [self.folder(method, seed) for seed in seeds]
@@ -399,7 +401,8 @@ class Study:
                 "pooled": self._pooled(method, seeds),
                 "parameters": costs[method].parameters,
                 "flops": costs[method].flops,
-                "time_ratio": ratios[method],
+                "milliseconds": 1e3 * statistics.median(seconds[method]),
+                "time_ratio": median_ratio(seconds[method], reference),
                 "cpu_seconds": [self._task(folder).cost()["cpu_seconds"] for folder in folders],
                 "architectures": [a.to_config() if a else None for a in architectures],
             }
@@ -407,7 +410,7 @@ class Study:
         for name in ("path", "nats"):
             folders = [self.folder(f"search-{name}", seed) for seed in seeds]
             if all(self._task(folder) for folder in folders):
-                found = [study.searched_architecture(folder, "voted") for folder in folders]
+                found = [comparison.searched_architecture(folder, "voted") for folder in folders]
                 searches[name] = {
                     "entropy": [last_metric(folder, "alpha/entropy") for folder in folders],
                     "leading": [last_metric(folder, "alpha/leading") for folder in folders],
@@ -431,7 +434,7 @@ class Study:
             return None
         name = os.path.join("inference", "coco_instances_results.json")
         return statistics.mean(
-            study.pooled_ap(
+            comparison.pooled_ap(
                 self.path("data", "all.json"),
                 [os.path.join(self.folder(method, s), name) for s in r],
             )
@@ -439,19 +442,15 @@ class Study:
         )
 
     def _network_costs(self, seed: int):
-        """Of each method's network of one seed: counts, and time per image against the first."""
+        """Of each method's backbone of one seed: counts, and seconds per image in turn."""
         costs, models, images = {}, {}, None
         for method in self.methods:
             folder = self.folder(method, seed)
             cfg = load_config(os.path.join(folder, "config.yaml"))
             register_datasets(cfg)
             if images is None:
-                images = [
-                    b
-                    for _, b in zip(
-                        range(4), build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])
-                    )
-                ]
+                loader = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])
+                images = list(itertools.islice(loader, 4))
             model = build_model(cfg).eval()
             models[method] = model
             height, width = (-(-side // 32) * 32 for side in images[0][0]["image"].shape[-2:])
@@ -464,8 +463,7 @@ class Study:
 
         functions = [lambda m=m: backbone(m) for m in models.values()]
         seconds = interleaved_seconds(functions, rounds=9)
-        ratios = {m: median_ratio(values, seconds[0]) for m, values in zip(models, seconds)}
-        return costs, ratios
+        return costs, {m: [v / len(images) for v in s] for m, s in zip(models, seconds)}
 
 
 def kind(method: str) -> str:
@@ -517,15 +515,12 @@ def report(results: Dict[str, Any], folder: str) -> str:
         row["backbone time"] = f"{result['time_ratio']:.3f}×"
         row["training, CPU min"] = f"{statistics.mean(result['cpu_seconds']) / 60:.1f}"
         rows.append(row)
-    detectable = study.detectable_difference(differences[first])
     lines = [
         f"{len(seeds)} seeds; mean ± standard deviation over them, differences paired by seed.",
         "",
         _table([list(row.values()) for row in rows], list(rows[0])),
         "",
-        f"A true difference of {detectable:.1f} AP to {first} would be found with "
-        "80 % probability (two-sided test at 5 %).",
-        "",
+        *_detectable_line(first, differences[first]),
         _table(
             [[m, *(f"{value:.1f}" for value in ap[m])] for m in ap],
             ["AP", *(f"seed {seed}" for seed in seeds)],
@@ -540,17 +535,25 @@ def report(results: Dict[str, Any], folder: str) -> str:
     return text
 
 
+def _detectable_line(reference: str, differences: Dict[str, List[float]]) -> List[str]:
+    detectable = comparison.detectable_difference(differences)
+    if detectable == math.inf:  # one seed
+        return []
+    line = f"A true difference of {detectable:.1f} AP to {reference} would be found with "
+    return [line + "80 % probability (two-sided test at 5 %).", ""]
+
+
 def _search_table(searches: Dict[str, Any]) -> List[str]:
     """Did the searches decide anything, and the same thing?"""
     rows = []
     for name, search in searches.items():
         found = [Architecture.from_config(value) for value in search["architectures"]]
-        shares = study.dilation_shares(found)
+        shares = comparison.dilation_shares(found)
         row = [name, _mean_and_deviation(search["entropy"], 2)]
         row.append(f"{statistics.mean(search['leading']):.0%}")
         row.append(", ".join(f"{h}×{w} {s:.0%}" for (h, w), s in shares.items() if s >= 0.01))
         if len(found) > 1:
-            row += [f"{share:.0%}" for share in study.agreement(found)]
+            row += [f"{share:.0%}" for share in comparison.agreement(found)]
         row.append(f"{statistics.mean(search['cpu_seconds']) / 60:.1f}")
         rows.append(row)
     if not rows:
@@ -578,7 +581,7 @@ def _table(rows: List[List[str]], headers: List[str]) -> str:
 def _interval(differences: Optional[List[float]]) -> str:
     if not differences:
         return "—"
-    mean, half = study.paired_interval(differences)
+    mean, half = comparison.paired_interval(differences)
     if half == math.inf:
         return f"{mean:+.1f}"
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
@@ -615,7 +618,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -651,7 +654,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for both configs"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not args.again and not (args.config_file and args.search_config):
         parser.error("--config-file and --search-config are needed")
     if args.folds and (args.folds < 2 or not args.annotations or not args.images):
@@ -665,10 +668,10 @@ def main(args: argparse.Namespace) -> None:
     if args.again:
         results = read_results(args.again)
     else:
-        comparison = Study(args)
+        study = Study(args)
         if not args.report:
-            comparison.run()
-        results = comparison.collect()
+            study.run()
+        results = study.collect()
     print(f"\n{report(results, args.output)}")
     print(f"wrote {os.path.join(args.output, 'study.md')}, study.png and results.json")
 
@@ -677,13 +680,18 @@ def _stop(*_):
     raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
+def run_tool(function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call ``function(args)`` with the exit statuses that the help names."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        main(parse_args())
+        function(args)
     except NATSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunFailed) else 2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(STOPPED_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    run_tool(main, parse_args())

@@ -10,9 +10,11 @@ import torch
 from tiny import assert_equal, assert_same_run, make_trainer
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.architecture import decode_alpha
+from detectron2_nats.export import load_config
 from detectron2_nats.training import ResumableTrainer
 from detectron2_nats.transform import searched_layers
 
@@ -130,6 +132,52 @@ def test_the_result_is_what_alpha_says(tiny_config, tmp_path):
     assert found.search["order"] == "voted" and found.search["iteration"] == 6
     names = sorted(p.name for p in (tmp_path / "run").glob("architecture_*.yaml"))
     assert names == [f"architecture_{i:07d}.yaml" for i in (1, 3, 5)]
+
+
+def test_retraining_may_start_from_the_supernetworks_weights(tiny_config, tmp_path):
+    opts = ["SEARCH.RETRAIN_WEIGHTS", "supernet", "SEARCH.ALPHA_LR", 0.5]
+    trainer = make_trainer(tiny_config, tmp_path / "run", *opts)
+    trainer.train()
+    found = Architecture.load(str(tmp_path / "run/architecture.yaml"))
+    assert found.search["order"] == "voted"  # although DECODE_ORDER says "paper"
+    assert len({run[1:] for runs in found.layers.values() for run in runs}) > 1
+    retrain = load_config(str(tmp_path / "run/retrain.yaml"))
+    assert retrain.MODEL.WEIGHTS == str(tmp_path / "run/frozen.pth")
+    model = build_model(retrain)
+    DetectionCheckpointer(model).load(retrain.MODEL.WEIGHTS)
+
+    # a super-network whose α is one-hot in what was chosen computes the same
+    searched = trainer.model
+    for conv in trainer.searched.values():
+        chosen = conv.alpha.argmax(dim=1, keepdim=True)
+        conv.alpha.data.fill_(-1e4).scatter_(1, chosen, 0.0)
+    image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
+    with torch.no_grad():
+        a, b = (m.eval().inference(image, do_postprocess=False)[0] for m in (searched, model))
+    assert len(a) > 0 and torch.allclose(a.pred_boxes.tensor, b.pred_boxes.tensor, atol=1e-3)
+    assert torch.allclose(a.scores, b.scores, atol=1e-5)
+
+
+def test_how_decided_a_search_is_stands_in_its_results(tiny_config, tmp_path):
+    trainer = make_trainer(tiny_config, tmp_path / "run", "SEARCH.ALPHA_LR", 1e-6)
+    trainer.train()
+    noted = Architecture.load(str(tmp_path / "run/architecture.yaml")).search["decidedness"]
+    assert noted["entropy"] == 1.0 and noted["leading"] == 0.0
+    assert noted["verdict"].startswith("undecided")
+    first = Architecture.load(str(tmp_path / "run/architecture_0000001.yaml")).search["decidedness"]
+    assert "changed" not in first and "changed" in noted
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("DECODE_MARGIN", 1.5, "DECODE_MARGIN 1.5: expected a share"),
+        ("RETRAIN_WEIGHTS", "coco", "RETRAIN_WEIGHTS 'coco': expected base or supernet"),
+    ],
+)
+def test_bad_settings_come_to_light_before_the_search(tiny_config, tmp_path, key, value, words):
+    with pytest.raises(NATSError, match=words):
+        make_trainer(tiny_config, tmp_path / "run", f"SEARCH.{key}", value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -54,6 +54,34 @@ def test_zero_alpha_decodes_to_the_plain_conv(order):
     assert decode_alpha(np.zeros((16, 9)), PAPER_SETS["C"]["res5"], 128, order) == ((128, 1, 1),)
 
 
+@pytest.mark.parametrize("order", ["paper", "voted"])
+def test_a_margin_keeps_groups_plain_that_hardly_want_another_dilation(order):
+    genotypes = ((1, 1), (3, 3), (1, 3))
+    # softmax of log p is p
+    alpha = np.log([[0.3, 0.6, 0.1], [0.4, 0.5, 0.1], [0.8, 0.1, 0.1], [0.3, 0.3, 0.4]])
+    expected = {
+        0.0: ((4, 3, 3), (2, 1, 1), (2, 1, 3)),
+        0.09: ((4, 3, 3), (2, 1, 1), (2, 1, 3)),
+        0.11: ((2, 3, 3), (6, 1, 1)),
+        0.29: ((2, 3, 3), (6, 1, 1)),
+        0.31: ((8, 1, 1),),
+    }
+    for margin, runs in expected.items():
+        found = decode_alpha(alpha, genotypes, 8, order, margin)
+        assert found == (
+            tuple(sorted(runs, key=lambda r: genotypes.index(r[1:]))) if order == "paper" else runs
+        ), margin
+    for margin in (-0.1, 1.0):
+        with pytest.raises(NATSError, match=f"DECODE_MARGIN {margin}"):
+            decode_alpha(alpha, genotypes, 8, order, margin)
+
+
+def test_transposed_swaps_height_and_width():
+    one = Architecture({"res3.0.conv2": [(8, 1, 3), (4, 5, 1), (4, 2, 2)]})
+    assert one.transposed().layers == {"res3.0.conv2": ((8, 3, 1), (4, 1, 5), (4, 2, 2))}
+    assert one.transposed().transposed() == one
+
+
 def test_path_level_decodes_to_one_run():
     alpha = np.array([[0.1, 0.3, 0.2]])
     assert decode_alpha(alpha, ((1, 1), (2, 2), (3, 3)), 64) == ((64, 2, 2),)

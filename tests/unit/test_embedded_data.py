@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,25 +20,31 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from detectron2_nats import NATSError
-from detectron2_nats.data import embedded
+from detectron2_nats.data import embedded, scenes
 
 ROOT = Path(__file__).parents[2]
 COUNTS = {"train": 12, "calibration": 8, "val": 6}
+SMALL = {name: replace(whole, splits=COUNTS) for name, whole in embedded.SETS.items()}
 
 
 @pytest.fixture(autouse=True)
 def small_set_in_own_folder(tmp_path, monkeypatch):
     """Every test makes a small set of its own, if any."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    monkeypatch.setattr(embedded, "SPLITS", COUNTS)
+    monkeypatch.setattr(embedded, "SETS", dict(SMALL))
     embedded.register_embedded_datasets()
 
 
+@pytest.fixture(params=SMALL)
+def dataset(request):
+    return SMALL[request.param]
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, dataset):
     path = tmp_path / "scenes"
     path.mkdir()
-    embedded.write_embedded_dataset(path, COUNTS)
+    embedded.write_embedded_dataset(path, dataset)
     return path
 
 
@@ -50,13 +57,13 @@ def digests(folder):
     return result
 
 
-def test_the_same_seed_gives_the_same_files(folder, tmp_path):
+def test_the_same_seed_gives_the_same_files(folder, tmp_path, dataset):
     again, other = tmp_path / "again", tmp_path / "other"
     again.mkdir()
     other.mkdir()
     np.random.seed(5)  # the global generator plays no part
-    embedded.write_embedded_dataset(again, COUNTS)
-    embedded.write_embedded_dataset(other, COUNTS, seed=1)
+    embedded.write_embedded_dataset(again, dataset)
+    embedded.write_embedded_dataset(other, replace(dataset, seed=(1,)))
     assert digests(again) == digests(folder)
     assert not set(digests(other).values()) & set(digests(folder).values())
 
@@ -74,10 +81,10 @@ def test_splits_share_neither_images_nor_ids(folder):
 
 
 @pytest.mark.parametrize("split, count", COUNTS.items())
-def test_is_valid_coco(folder, split, count):
+def test_is_valid_coco(folder, dataset, split, count):
     coco = COCO(str(folder / f"instances_{split}.json"))
     assert len(coco.imgs) == count
-    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(embedded.CLASSES)
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(dataset.classes)
     for image in coco.imgs.values():
         pixels = Image.open(folder / split / image["file_name"])
         assert (pixels.mode, pixels.size) == ("RGB", (image["width"], image["height"]))
@@ -98,7 +105,7 @@ def test_is_valid_coco(folder, split, count):
 def test_objects_vary_and_stand_out():
     labels, aspects, sizes, contrasts = [], [], [], []
     for seed in range(60):
-        image, objects = embedded.render_scene(np.random.default_rng(seed), 128, 128)
+        image, objects = scenes.render_scene(np.random.default_rng(seed), 128, 128)
         assert 1 <= len(objects) <= 3
         colourfulness = np.ptp(image.astype(int), axis=2)
         for label, outline in objects:
@@ -108,10 +115,29 @@ def test_objects_vary_and_stand_out():
             aspects.append((right - x) / (bottom - y))
             sizes.append(max(right - x, bottom - y) / 128)
             contrasts.append(centre / np.median(colourfulness))
-    assert set(labels) == set(range(len(embedded.CLASSES)))
+    assert set(labels) == set(range(len(scenes.SHAPE_CLASSES)))
     assert min(aspects) < 0.5 and max(aspects) > 2
     assert min(sizes) < 0.3 and max(sizes) > 0.75
     assert np.mean(np.array(contrasts) > 2) > 0.95
+
+
+@pytest.mark.parametrize("standing", [False, True])
+@pytest.mark.parametrize("lengths", [(72, 124), (20, 40)])
+def test_a_bars_class_is_told_by_its_two_ends(standing, lengths):
+    labels = set()
+    for seed in range(60):
+        image, objects = scenes.render_bars(np.random.default_rng(seed), lengths, standing)
+        assert image.shape == (128, 128, 3) and 1 <= len(objects) <= 3
+        for label, outline in objects:
+            (x0, y0), (x1, y1) = outline.min(axis=0), outline.max(axis=0)
+            long, short = (y1 - y0, x1 - x0) if standing else (x1 - x0, y1 - y0)
+            assert lengths[0] <= long <= lengths[1] and 14 <= short <= 22
+            first = (x0 + short / 2, y0 + 4) if standing else (x0 + 4, y0 + short / 2)
+            last = (x0 + short / 2, y1 - 4) if standing else (x1 - 4, y0 + short / 2)
+            ends = [int(image[int(y), int(x)].argmax()) for x, y in (first, last)]
+            assert label == 3 * ends[0] + ends[1], scenes.BAR_CLASSES[label]
+            labels.add(label)
+    assert labels == set(range(9))
 
 
 def test_is_made_once_and_anew_for_another_version(monkeypatch):
@@ -120,7 +146,7 @@ def test_is_made_once_and_anew_for_another_version(monkeypatch):
     assert embedded.ensure_embedded_dataset() == str(path)
     assert (path / "made_by.json").stat().st_mtime_ns == made
     (path / "left_over").touch()
-    monkeypatch.setattr(embedded, "VERSION", embedded.VERSION + 1)
+    monkeypatch.setitem(embedded.SETS, "nats_embedded", replace(SMALL["nats_embedded"], version=2))
     embedded.ensure_embedded_dataset()
     assert not (path / "left_over").exists()
 
@@ -128,7 +154,7 @@ def test_is_made_once_and_anew_for_another_version(monkeypatch):
 def test_a_killed_run_leaves_nothing_half_made(tmp_path, monkeypatch):
     final = tmp_path / "nats_embedded"
 
-    def killed(folder, counts):
+    def killed(folder, dataset):
         (Path(folder) / "train").mkdir()
         raise KeyboardInterrupt
 
@@ -147,7 +173,9 @@ def test_a_killed_run_leaves_nothing_half_made(tmp_path, monkeypatch):
 def test_processes_that_start_together_make_it_once(tmp_path):
     code = (
         "from detectron2_nats.data import embedded\n"
-        f"embedded.SPLITS = {COUNTS}\n"
+        "from dataclasses import replace\n"
+        "whole = embedded.SETS['nats_embedded']\n"
+        f"embedded.SETS['nats_embedded'] = replace(whole, splits={COUNTS})\n"
         "import logging; logging.basicConfig(level='INFO')\n"
         "print(embedded.ensure_embedded_dataset())"
     )
@@ -160,16 +188,17 @@ def test_processes_that_start_together_make_it_once(tmp_path):
     assert len(list((tmp_path / "nats_embedded/train").iterdir())) == COUNTS["train"]
 
 
+@pytest.mark.parametrize("folder", SMALL)
 @pytest.mark.parametrize("split, count", COUNTS.items())
-def test_registered_names_load(tmp_path, split, count):
-    name = f"nats_embedded_{split}"
-    assert not (tmp_path / "nats_embedded").exists()  # registering makes nothing
-    assert MetadataCatalog.get(name).thing_classes == list(embedded.CLASSES)
+def test_registered_names_load(tmp_path, folder, split, count):
+    name, classes = f"{folder}_{split}", SMALL[folder].classes
+    assert not (tmp_path / folder).exists()  # registering makes nothing
+    assert MetadataCatalog.get(name).thing_classes == list(classes)
     dicts = DatasetCatalog.get(name)
     assert len(dicts) == count
     assert all(Path(record["file_name"]).is_file() for record in dicts)
     labels = {a["category_id"] for record in dicts for a in record["annotations"]}
-    assert labels <= set(range(len(embedded.CLASSES)))
+    assert labels <= set(range(len(classes)))
 
 
 def test_an_evaluator_may_come_before_the_data(tmp_path):
@@ -202,7 +231,7 @@ def test_the_weights_tell_the_classes_apart_without_training():
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     images, labels = [], []
     for seed in range(96):
-        image, objects = embedded.render_scene(np.random.default_rng([7, seed]), 64, 64, 1)
+        image, objects = scenes.render_scene(np.random.default_rng([7, seed]), 64, 64, 1)
         images.append(torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy()).float())
         labels.append(objects[0][0])
     labels = torch.tensor(labels)

@@ -154,8 +154,8 @@ def read_history(path: str) -> Dict[str, Any]:
     """α's history in a search's ``metrics.json``.
 
     Returns:
-        iteration, entropy (share of its maximum), votes_changed: lists over the lines of the log;
-        intensity: dilation → list, the share of all layers' votes.
+        iteration, entropy (share of its maximum), leading (share of the groups), votes_changed:
+        lists over the lines of the log; intensity: dilation → list, the share of all layers' votes.
 
     Raises:
         NATSError: missing, or without α's values.
@@ -178,7 +178,7 @@ def read_history(path: str) -> Dict[str, Any]:
         raise NATSError(f"{path}: holds no history of α: is it a search's?")
     history: Dict[str, Any] = {"iteration": sorted(lines)}
     ordered = [lines[iteration] for iteration in history["iteration"]]
-    for key in ("entropy", "votes_changed"):
+    for key in ("entropy", "leading", "votes_changed"):
         history[key] = [values.get(f"alpha/{key}", math.nan) for values in ordered]
     per_line = [_overall_intensity(values) for values in ordered]
     dilations = sorted({dilation for shares in per_line for dilation in shares})
@@ -199,15 +199,21 @@ def _overall_intensity(values: Mapping[str, float]) -> Dict[Dilation, float]:
 
 
 def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
-    """α over the iterations: entropy, votes changed, intensity of each dilation."""
+    """α over the iterations: how decided it is, votes changed, intensity of each dilation."""
     figure = _figure(7.5, 6.6)
-    entropy, votes, intensity = figure.subplots(3, sharex=True, height_ratios=[1, 1, 1.7])
+    decided, votes, intensity = figure.subplots(3, sharex=True, height_ratios=[1.2, 1, 1.7])
     # iterations count from 0; what is logged at the end of iteration i is the state after i + 1
     x = np.asarray(history["iteration"]) + 1
     marker = "o" if len(x) < 40 else None
-    entropy.plot(x, history["entropy"], color="#08519c", marker=marker, markersize=3, clip_on=False)
-    entropy.set_ylabel("entropy,\nshare of maximum", fontsize=9)
-    entropy.ticklabel_format(axis="y", useOffset=False)
+    for key, label, colour in (
+        ("entropy", "entropy, share of its maximum", "#08519c"),
+        ("leading", "groups whose best genotype leads", "#a63603"),
+    ):
+        line = {"color": colour, "marker": marker, "markersize": 3, "clip_on": False}
+        decided.plot(x, history[key], label=label, **line)
+    decided.set_ylabel("share", fontsize=9)
+    decided.set_ylim(0, 1)
+    decided.legend(loc="center left", bbox_to_anchor=(0.0, 0.5), frameon=False, fontsize=8)
     votes.plot(
         x, history["votes_changed"], color="#08519c", marker=marker, markersize=3, clip_on=False
     )
@@ -226,7 +232,7 @@ def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
     intensity.set_xlim(x[0], x[-1])
     intensity.xaxis.get_major_locator().set_params(integer=True)
     intensity.set_xlabel("iteration")
-    for axes in (entropy, votes):
+    for axes in (decided, votes):
         axes.grid(alpha=0.3)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)

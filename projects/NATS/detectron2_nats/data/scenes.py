@@ -144,7 +144,7 @@ def _paint(rng, image, outline):
 
 def render_bars(rng, lengths, standing=False, side=128):
     """
-    Draw one to three bars whose class is the ordered pair of the colours of their two ends.
+    Draw two to five bars whose class is the ordered pair of the colours of their two ends.
 
     Nothing else tells the class, so a network must see both ends of a bar to name it: how far it
     has to see, and in which direction, is known. See :data:`BAR_CLASSES`.
@@ -160,7 +160,7 @@ def render_bars(rng, lengths, standing=False, side=128):
     """
     image = _background(rng, side, side)
     objects, boxes = [], []
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(2, 6)):
         for _ in range(20):
             length, thickness = rng.uniform(*lengths), rng.uniform(14, 22)
             w, h = (thickness, length) if standing else (length, thickness)

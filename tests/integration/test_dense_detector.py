@@ -1,0 +1,65 @@
+"""RetinaNet keeps a running mean in a plain attribute: it is part of a run all the same."""
+
+import pytest
+import torch
+from tiny import assert_same_run, make_trainer
+
+from detectron2.utils.events import EventStorage
+from detectron2_nats.export import load_config
+
+NORMALIZER = "loss_normalizer"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    """The search on bars, small."""
+    cfg = load_config("configs/quickstart/bars_search.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    cfg.DATASETS.TRAIN = cfg.DATASETS.CALIBRATION = ()
+    cfg.merge_from_list(
+        [
+            *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.WIDTH_PER_GROUP", 8),
+            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "SOLVER.IMS_PER_BATCH", 2, "SEED", 3),
+            *("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2, "INPUT.MIN_SIZE_TRAIN", (64,)),
+            *("DATASETS.TRAIN", ("nats_bars_lying_val",), "RUN.LOG_PERIOD", 1),
+            *("DATASETS.CALIBRATION", ("nats_bars_lying_calibration",)),
+        ]
+    )
+    path = tmp_path_factory.mktemp("config") / "bars.yaml"
+    path.write_text(cfg.dump())
+    return str(path)
+
+
+def test_an_alpha_step_and_a_step_not_taken_leave_it_as_it_was(config, tmp_path):
+    trainer = make_trainer(config, tmp_path / "run")
+    assert not hasattr(trainer.model, NORMALIZER)
+    with EventStorage(0) as trainer.storage:
+        trainer.iter = 0
+        trainer.run_step()
+        after_weights = getattr(trainer.model, NORMALIZER)
+        assert after_weights != 100
+        trainer.iter = 5
+        with trainer._alpha_trained():
+            trainer.take_step(trainer.alpha)
+            assert getattr(trainer.model, NORMALIZER) != after_weights
+            trainer._forward_state.restore()
+        assert getattr(trainer.model, NORMALIZER) == after_weights
+
+        next(p for p in trainer.model.parameters() if p.requires_grad).data.fill_(torch.nan)
+        trainer.take_step(trainer.weights)
+        assert getattr(trainer.model, NORMALIZER) == after_weights
+
+
+def test_resumes_bit_for_bit(config, tmp_path):
+    whole = make_trainer(config, tmp_path / "whole")
+    whole.train()
+    part = make_trainer(config, tmp_path / "part")
+    part.max_iter = 5  # dies after iteration 4; the last checkpoint is that of iteration 3
+    save = part.save_checkpoint
+    part.save_checkpoint = lambda name: save(name) if "final" not in name else None
+    part.train()
+    rest = make_trainer(config, tmp_path / "part")
+    assert rest.start_iter == 4
+    rest.train()
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+    assert getattr(rest.model, NORMALIZER) == getattr(whole.model, NORMALIZER)
