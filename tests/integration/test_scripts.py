@@ -134,6 +134,18 @@ def test_survives_sigkill(undisturbed, undisturbed_pair, tiny_config, tmp_path, 
     assert_same_run(undisturbed if processes == 1 else undisturbed_pair, tmp_path)
 
 
+def test_goes_on_with_as_many_threads(undisturbed, tiny_config, tmp_path):
+    """Left to itself, the second start would take one for each core."""
+    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
+    process = script("search_net.py", *arguments, env={"OMP_NUM_THREADS": "1"})
+    wait_for(tmp_path / "model_0000001.pth", process)
+    process.kill()
+    process.wait()
+    output = run("search_net.py", *arguments, env={"OMP_NUM_THREADS": None})
+    assert "not bit for bit" not in output
+    assert_same_run(undisturbed, tmp_path)
+
+
 def test_interrupted_twice_leaves_at_once(tiny_config, tmp_path):
     arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
     opts = ["SOLVER.MAX_ITER", "1000000", "SOLVER.CHECKPOINT_PERIOD", "1000000"]

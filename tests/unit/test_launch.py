@@ -79,3 +79,15 @@ def test_without_a_group_an_error_is_a_status(capfd):
     with pytest.raises(SystemExit) as left:
         launch._call(raising(NATSError("bad")), None)
     assert left.value.code == 2 and capfd.readouterr().err == "error: bad\n"
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    """Whatever OMP_NUM_THREADS says goes before."""
+    chosen = []
+    monkeypatch.setattr(launch.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(launch.torch, "set_num_threads", chosen.append)
+    launch._share_out_cores(2)  # conftest.py set it
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    launch._share_out_cores(2)
+    launch._share_out_cores(9)
+    assert chosen == [4, 1]

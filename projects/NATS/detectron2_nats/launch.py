@@ -114,8 +114,7 @@ def run_script(main: Callable[[argparse.Namespace], object], description: str, e
 
 def _worker(main, args) -> None:
     handle_signals("worker")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.num_gpus))
+    _share_out_cores(args.num_gpus)
     _call(main, args)
 
 
@@ -136,9 +135,19 @@ def _run_under_torchrun(main, args) -> None:
         timeout=timedelta(minutes=30),
     )
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    _share_out_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
     if restarts:
         args.resume = True  # a worker died and the group was started again
     _call(main, args)
+
+
+def _share_out_cores(processes: int) -> None:
+    """Let each of this machine's processes compute with its share of the cores.
+
+    Sums depend on the number of threads in their last bit: what the user set rules.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def _call(main, args) -> None:
