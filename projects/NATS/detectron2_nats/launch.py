@@ -24,7 +24,14 @@ from .data.embedded import ensure_embedded_dataset
 from .data.registry import check_datasets, register_datasets
 from .errors import NATSError
 from .export import load_config
-from .stopping import STOPPED_EXIT_CODE, exit_at_once, handle_signals, stop_requested
+from .lock import lock_folder
+from .stopping import (
+    STOPPED_EXIT_CODE,
+    die_with_parent,
+    exit_at_once,
+    handle_signals,
+    stop_requested,
+)
 from .training import ResumableTrainer
 
 __all__ = ["exit_from_group", "run_script", "setup", "train_or_evaluate"]
@@ -51,6 +58,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
     cfg.freeze()
+    if comm.is_main_process() and not args.eval_only:
+        lock_folder(cfg.OUTPUT_DIR)
     if args.config_file and not os.path.isfile(args.config_file):
         args.config_file = ""  # a zoo name: default_setup would look for a file
     default_setup(cfg, args)
@@ -113,12 +122,14 @@ def run_script(main: Callable[[argparse.Namespace], object], description: str, e
 
 
 def _worker(main, args) -> None:
+    die_with_parent()
     handle_signals("worker")
     _share_out_cores(args.num_gpus)
     _call(main, args)
 
 
 def _run_under_torchrun(main, args) -> None:
+    die_with_parent()
     handle_signals("alone")
     cuda = torch.cuda.is_available()
     if cuda:
