@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from datetime import timedelta
 from typing import Callable, NoReturn, Type
 
@@ -180,17 +181,33 @@ def _call(main, args) -> None:
         if not isinstance(status, int):
             print(status, file=sys.stderr, flush=True)
             status = 1
-    except RuntimeError:
+    except Exception as error:
         # Another rank stopped first, in the middle of an evaluation, and cut the connection
-        if not (dist.is_initialized() and stop_requested()):
-            raise
-        status = STOPPED_EXIT_CODE
+        if isinstance(error, RuntimeError) and dist.is_initialized() and stop_requested():
+            status = STOPPED_EXIT_CODE
+        else:
+            status = 1
+            traceback.print_exc()
+            if _is_out_of_memory(error):
+                print(f"error: out of memory: {_LESS_MEMORY}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         if status:  # the others may be elsewhere, and NCCL would wait for them
             exit_at_once(status)
         exit_from_group()
     if status:
         sys.exit(status)
+
+
+_LESS_MEMORY = (
+    "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True or, in a "
+    "search, SEARCH.ALPHA_IMS_PER_BATCH 1 or MODEL.NATS.SHARE_WEIGHTS True, and start anew"
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU's memory, or of this machine's; the types alone do not tell."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def exit_from_group() -> NoReturn:
