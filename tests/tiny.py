@@ -61,6 +61,7 @@ def script(name: str, *arguments: str, launcher=(sys.executable,), **popen) -> s
     """Start a script of the repository; what it prints goes to `process.log`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment.update(popen.pop("env", {}))
+    environment = {name: value for name, value in environment.items() if value is not None}
     log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop it
     process = subprocess.Popen(
         [*launcher, name, *arguments],

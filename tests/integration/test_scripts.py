@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,65 @@ def test_survives_sigkill(undisturbed, undisturbed_pair, tiny_config, tmp_path, 
     output = finish(script("search_net.py", *arguments))
     assert re.search(r"Starting training from iteration [24]", output)
     assert_same_run(undisturbed if processes == 1 else undisturbed_pair, tmp_path)
+
+
+def test_goes_on_with_as_many_threads(undisturbed, tiny_config, tmp_path):
+    """Left to itself, the second start would take one for each core."""
+    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
+    process = script("search_net.py", *arguments, env={"OMP_NUM_THREADS": "1"})
+    wait_for(tmp_path / "model_0000001.pth", process)
+    process.kill()
+    process.wait()
+    output = run("search_net.py", *arguments, env={"OMP_NUM_THREADS": None})
+    assert "not bit for bit" not in output
+    assert_same_run(undisturbed, tmp_path)
+
+
+def gone(pid: int) -> bool:
+    """Dead, or waiting for its exit status to be read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_ranks_die_with_their_launcher(undisturbed_pair, tiny_config, tmp_path, torchrun):
+    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
+    arguments += ["DATALOADER.NUM_WORKERS", "2"]
+    options = {"launcher": TORCHRUN} if torchrun else {}
+    arguments = ([] if torchrun else ["--num-gpus", "2"]) + arguments
+    process = script("search_net.py", *arguments, **options)
+    wait_for(tmp_path / "model_0000001.pth", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [
+        int(pid)
+        for pid in children
+        if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(ranks) == 2
+    process.kill()  # the launcher alone
+    process.wait()
+    deadline = time.monotonic() + 3
+    while not all(map(gone, ranks)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not (tmp_path / "model_final.pth").exists()
+    run("search_net.py", *arguments, **options)
+    assert_same_run(undisturbed_pair, tmp_path)
+
+
+def test_a_second_run_in_the_folder_of_a_living_one_is_refused(tiny_config, tmp_path):
+    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
+    arguments += ["SOLVER.MAX_ITER", "1000000"]
+    process = script("search_net.py", *arguments)
+    wait_for(tmp_path / "model_0000001.pth", process)
+    config = (tmp_path / "config.yaml").stat().st_mtime_ns
+    output = run("search_net.py", *arguments, status=2)
+    assert f"error: {tmp_path} is in use by another run, process {process.pid} on " in output
+    assert (tmp_path / "config.yaml").stat().st_mtime_ns == config
+    process.send_signal(signal.SIGTERM)
+    finish(process, status=75)
 
 
 def test_interrupted_twice_leaves_at_once(tiny_config, tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from detectron2_nats import NATSError, launch
@@ -66,16 +67,55 @@ def test_waits_for_no_other_rank_otherwise(group, monkeypatch, capfd, error, sta
     assert capfd.readouterr().err.startswith("error: " if status < 75 else "")
 
 
-def test_a_cut_connection_is_a_stop_only_when_one_was_asked_for(group, monkeypatch):
+def test_a_cut_connection_is_a_stop_only_when_one_was_asked_for(group, monkeypatch, capfd):
     monkeypatch.setattr(launch, "exit_at_once", sys.exit)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SystemExit, match="^1$"):
         launch._call(raising(RuntimeError("connection closed")), None)
+    assert capfd.readouterr().err.endswith("RuntimeError: connection closed\n")
     monkeypatch.setattr(launch, "stop_requested", lambda: True)
     with pytest.raises(SystemExit, match="75"):
         launch._call(raising(RuntimeError("connection closed")), None)
+
+
+def test_a_rank_that_fails_leaves_at_once(group, monkeypatch, capfd):
+    """A teardown of the interpreter would wait for the others in NCCL."""
+    left = []
+    monkeypatch.setattr(launch, "exit_at_once", left.append)
+    monkeypatch.setattr(launch, "exit_from_group", lambda: None)
+    with pytest.raises(SystemExit):
+        launch._call(raising(KeyError("no such thing")), None)
+    assert left == [1] and capfd.readouterr().err.endswith("KeyError: 'no such thing'\n")
+
+
+def allocate(args):
+    torch.empty(2**50)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [allocate, raising(torch.OutOfMemoryError("CUDA out of memory")), raising(MemoryError())],
+)
+def test_out_of_memory_says_what_to_lower(capfd, main):
+    with pytest.raises(SystemExit, match="^1$"):
+        launch._call(main, None)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("error: out of memory: lower SOLVER.IMS_PER_BATCH")
 
 
 def test_without_a_group_an_error_is_a_status(capfd):
     with pytest.raises(SystemExit) as left:
         launch._call(raising(NATSError("bad")), None)
     assert left.value.code == 2 and capfd.readouterr().err == "error: bad\n"
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    """Whatever OMP_NUM_THREADS says goes before."""
+    chosen = []
+    monkeypatch.setattr(launch.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(launch.torch, "set_num_threads", chosen.append)
+    launch._share_out_cores(2)  # conftest.py set it
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    launch._share_out_cores(2)
+    launch._share_out_cores(9)
+    assert chosen == [4, 1]

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from datetime import timedelta
 from typing import Callable, NoReturn, Type
 
@@ -23,7 +24,14 @@ from .checkpoint import SafeCheckpointer
 from .data.registry import check_datasets, register_datasets
 from .errors import NATSError
 from .export import load_config
-from .stopping import STOPPED_EXIT_CODE, exit_at_once, handle_signals, stop_requested
+from .lock import lock_folder
+from .stopping import (
+    STOPPED_EXIT_CODE,
+    die_with_parent,
+    exit_at_once,
+    handle_signals,
+    stop_requested,
+)
 from .training import ResumableTrainer
 
 __all__ = ["exit_from_group", "run_script", "setup", "train_or_evaluate"]
@@ -47,6 +55,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
     cfg.freeze()
+    if comm.is_main_process() and not args.eval_only:
+        lock_folder(cfg.OUTPUT_DIR)
     if args.config_file and not os.path.isfile(args.config_file):
         args.config_file = ""  # a zoo name: default_setup would look for a file
     default_setup(cfg, args)
@@ -109,13 +119,14 @@ def run_script(main: Callable[[argparse.Namespace], object], description: str, e
 
 
 def _worker(main, args) -> None:
+    die_with_parent()
     handle_signals("worker")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.num_gpus))
+    _share_out_cores(args.num_gpus)
     _call(main, args)
 
 
 def _run_under_torchrun(main, args) -> None:
+    die_with_parent()
     handle_signals("alone")
     cuda = torch.cuda.is_available()
     if cuda:
@@ -132,9 +143,19 @@ def _run_under_torchrun(main, args) -> None:
         timeout=timedelta(minutes=30),
     )
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    _share_out_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
     if restarts:
         args.resume = True  # a worker died and the group was started again
     _call(main, args)
+
+
+def _share_out_cores(processes: int) -> None:
+    """Let each of this machine's processes compute with its share of the cores.
+
+    Sums depend on the number of threads in their last bit: what the user set rules.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def _call(main, args) -> None:
@@ -156,17 +177,33 @@ def _call(main, args) -> None:
         if not isinstance(status, int):
             print(status, file=sys.stderr, flush=True)
             status = 1
-    except RuntimeError:
+    except Exception as error:
         # Another rank stopped first, in the middle of an evaluation, and cut the connection
-        if not (dist.is_initialized() and stop_requested()):
-            raise
-        status = STOPPED_EXIT_CODE
+        if isinstance(error, RuntimeError) and dist.is_initialized() and stop_requested():
+            status = STOPPED_EXIT_CODE
+        else:
+            status = 1
+            traceback.print_exc()
+            if _is_out_of_memory(error):
+                print(f"error: out of memory: {_LESS_MEMORY}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         if status:  # the others may be elsewhere, and NCCL would wait for them
             exit_at_once(status)
         exit_from_group()
     if status:
         sys.exit(status)
+
+
+_LESS_MEMORY = (
+    "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True or, in a "
+    "search, SEARCH.ALPHA_IMS_PER_BATCH 1 or MODEL.NATS.SHARE_WEIGHTS True, and start anew"
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU's memory, or of this machine's; the types alone do not tell."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def exit_from_group() -> NoReturn:

@@ -5,11 +5,16 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from multiprocessing import util
 from typing import Iterator, NoReturn
 
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
+
 __all__ = [
     "STOPPED_EXIT_CODE",
+    "die_with_parent",
     "exit_at_once",
     "handle_signals",
     "hold_signals",
@@ -83,6 +88,23 @@ def kill_children_at_exit() -> None:
     """End child processes with SIGKILL when this one exits, by whatever way Python knows of."""
     # Above priority 0 it runs before multiprocessing's own clean-up; atexit is not run in children.
     util.Finalize(None, _kill_children, exitpriority=100)
+
+
+def die_with_parent() -> None:
+    """End this process by SIGKILL as soon as the one that started it is dead.
+
+    For ranks: left behind, they would hold the GPUs and write where a resumed run writes.
+    """
+    starter = multiprocessing.parent_process()
+    parent = starter.pid if starter else os.getppid()
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # by Linux itself, whatever this process does
+
+    def watch():  # other systems; a parent that was dead already
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def exit_at_once(status: int) -> NoReturn:

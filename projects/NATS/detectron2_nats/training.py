@@ -317,7 +317,10 @@ class ResumableTrainer(DefaultTrainer):
             phase.loader.merge_bad_files()
         self._rng_states = comm.gather(_rng_state())
         self._normalizers = comm.gather(self._forward_state.normalizer)
-        self.checkpointer.save(name, iteration=self.iter, config=self.cfg.dump())
+        computed_by = comm.gather(_computed_by(self.cfg.MODEL.DEVICE))
+        self.checkpointer.save(
+            name, iteration=self.iter, config=self.cfg.dump(), computed_by=computed_by
+        )
         self.checkpointer.prune(self.cfg.RUN.KEEP_CHECKPOINTS)
         comm.synchronize()
         self.after_checkpoint()
@@ -346,7 +349,10 @@ class ResumableTrainer(DefaultTrainer):
                 "another OUTPUT_DIR, or give it as MODEL.WEIGHTS without --resume"
             )
         self.check_same_run(saved["config"])
+        computed_by = saved.get("computed_by", [])
         del saved
+        if len(computed_by) == comm.get_world_size():
+            _compute_as(computed_by[comm.get_rank()], self.cfg.MODEL.DEVICE)
         self.iter = self.checkpointer.load(usable)["iteration"]
         self.start_iter = self.iter + 1
 
@@ -546,6 +552,29 @@ def _set_rng_state(state: Dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+def _computed_by(device: str) -> List[Any]:
+    """Kind of processor and number of threads: the last bit of a sum depends on both."""
+    if device.startswith("cuda"):
+        return [torch.cuda.get_device_name(device), None]
+    return [f"CPU with {torch.backends.cpu.get_cpu_capability()}", torch.get_num_threads()]
+
+
+def _compute_as(before: List[Any], device: str) -> None:
+    """Take as many threads as the run had, unless the user wants otherwise."""
+    threads = before[1]
+    if threads and "OMP_NUM_THREADS" not in os.environ and not device.startswith("cuda"):
+        torch.set_num_threads(threads)
+    now = _computed_by(device)
+    if now != before:
+        before, now = (
+            kind + (f", {threads} threads" if threads else "") for kind, threads in (before, now)
+        )
+        logger.warning(
+            f"rank {comm.get_rank()}: the checkpoint was computed by a {before}, and now it is a "
+            f"{now}: the run goes on, but not bit for bit"
+        )
 
 
 # Settings that say where and how fast, not what is computed.

@@ -1,0 +1,57 @@
+"""The lock on OUTPUT_DIR: one run at a time, and none longer than its process."""
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from detectron2_nats import NATSError, lock
+
+HOLDER = """
+import os, sys, time
+from detectron2_nats.lock import lock_folder
+lock_folder(sys.argv[1])
+loader = os.fork()  # as a loader process: it lives longer than the one that holds the lock
+if loader:
+    print(loader, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", HOLDER, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process.loader = int(process.stdout.readline())
+    yield process
+    process.kill()
+    process.wait()
+    os.kill(process.loader, 9)
+
+
+def test_names_who_holds_the_folder(holder, tmp_path):
+    words = f"{tmp_path} is in use by another run, process {holder.pid} on {socket.gethostname()}: "
+    for _ in range(2):
+        with pytest.raises(NATSError) as error:
+            lock.lock_folder(str(tmp_path), patience=0.3)
+        assert str(error.value).startswith(words)
+
+
+def test_is_free_when_the_holder_is_dead_though_its_children_live(holder, tmp_path):
+    holder.kill()
+    lock.lock_folder(str(tmp_path))
+    os.kill(holder.loader, 0)  # it does live
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    lock.lock_folder(str(tmp_path))  # the same process, again
+
+
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def no_locks(file, flags):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    lock.lock_folder(str(tmp_path / "new"))
+    assert f"{tmp_path}/new/.lock cannot be locked" in caplog.text
