@@ -1,6 +1,7 @@
 """The search step by step, in this process."""
 
 import json
+import logging
 import math
 import multiprocessing
 from pathlib import Path
@@ -333,6 +334,24 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
 def test_bad_input_is_named_before_training(tiny_config, tmp_path, opts, words):
     with pytest.raises(NATSError, match=words):
         make_trainer(tiny_config, tmp_path / "run", *opts)
+
+
+@pytest.mark.parametrize(
+    "kind, test, words",
+    [
+        ("search", "train", ["TEST and DATASETS.TRAIN share 400 images"]),
+        ("search", "calibration", ["TEST and DATASETS.CALIBRATION share 200 images"]),
+        ("train", "train", ["TEST and DATASETS.TRAIN share 400 images"]),
+        ("train", "calibration", []),
+    ],
+)
+def test_test_images_among_the_others(
+    tiny_config, tmp_path, caplog, monkeypatch, kind, test, words
+):
+    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+    make_trainer(tiny_config, tmp_path, "DATASETS.TEST", f"('nats_embedded_{test}',)", kind=kind)
+    found = [r.getMessage() for r in caplog.records if r.getMessage().startswith("DATASETS.TEST")]
+    assert len(found) == len(words) and all(w in line for w, line in zip(words, found))
 
 
 def test_refuses_the_folder_of_another_search(tiny_config, tmp_path):

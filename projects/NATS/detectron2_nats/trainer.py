@@ -16,7 +16,7 @@ from detectron2.utils.events import get_event_storage
 
 from .architecture import Architecture, intensities, votes
 from .data.loader import build_resumable_loader, dataset_dicts
-from .data.registry import check_disjoint
+from .data.overlap import check_disjoint, warn_of_test_images
 from .errors import NATSError
 from .export import export_config, load_detector_config, write_config
 from .training import Phase, ResumableTrainer, config_differences
@@ -56,6 +56,7 @@ class SearchTrainer(ResumableTrainer):
             seed=self.seed + 1,
         )
         check_disjoint(self.weights.loader.files, loader.files)
+        warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.CALIBRATION")
         optimizer = torch.optim.Adam(
             [conv.alpha for conv in self.searched.values()],
             lr=cfg.SEARCH.ALPHA_LR,

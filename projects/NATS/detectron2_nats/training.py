@@ -31,6 +31,7 @@ from .data.loader import (
     dataset_dicts,
     preserved_rng,
 )
+from .data.overlap import warn_of_test_images
 from .errors import NATSError
 from .evaluation import build_evaluator
 from .stopping import STOPPED_EXIT_CODE, stop_requested
@@ -173,6 +174,7 @@ class ResumableTrainer(DefaultTrainer):
             total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
             seed=self.seed,
         )
+        warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.TRAIN")
         # Holds model, loader and optimizer for DefaultTrainer's properties; its steps are not used.
         self._trainer = SimpleTrainer(model, loader, optimizer)
         self._bn_state = _BatchNormState(model)
