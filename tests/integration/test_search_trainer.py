@@ -192,6 +192,30 @@ def test_weights_are_averaged_over_the_last_iterations_also_after_a_resume(tiny_
     assert_same_run(tmp_path / "kept", tmp_path / "whole")
 
 
+# -- random numbers of the GPU --------------------------------------------------------------------
+
+
+def test_cudas_generators_keep_each_ranks_own_seed(tiny_config, tmp_path, monkeypatch):
+    """Detectron2 samples proposals by them."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    trainer = make_trainer(tiny_config, tmp_path / "one")
+    assert seeds == [trainer.cfg.SEED]  # as make_trainer, or default_setup on each rank
+    other = make_trainer(tiny_config, tmp_path / "other")
+    assert_equal(snapshot(trainer)[0], snapshot(other)[0], "the start")
+
+
+def test_the_random_states_are_those_of_the_models_gpu(trainer, monkeypatch):
+    states = {torch.device("cuda:1"): torch.tensor([1])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, gpu: states.update({gpu: state}))
+    trainer._device = torch.device("cuda:1")
+    trainer.save_checkpoint("model_0000001")
+    states.clear()
+    trainer.resume_or_load()
+    assert states == {torch.device("cuda:1"): torch.tensor([1])}
+
+
 # -- numbers going wrong ----------------------------------------------------------------------
 
 

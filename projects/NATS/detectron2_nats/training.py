@@ -160,11 +160,14 @@ class ResumableTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
         self.cfg = cfg = _scaled_to_processes(cfg)
+        self._device = torch.device(cfg.MODEL.DEVICE)
         # One seed for order and augmentation on all ranks; the random states differ by rank.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         with torch.random.fork_rng(devices=[]):
-            # The same start on all ranks, whatever happened to their random states before.
-            torch.manual_seed(self.seed)
+            # The same start on all ranks, whatever happened to their random states before. Models
+            # are made on the CPU and then moved. torch.manual_seed would seed CUDA's generators
+            # too: alike on all ranks, and for good.
+            torch.default_generator.manual_seed(self.seed)
             model = self.build_model(cfg)
         self.prepare_model(model)
         optimizer = self.build_optimizer(cfg, model)
@@ -208,9 +211,9 @@ class ResumableTrainer(DefaultTrainer):
 
     def new_phase(self, name: str, losses, loader, optimizer) -> Phase:
         """A phase with the precision that ``SOLVER.AMP`` says."""
-        device, amp = self.cfg.MODEL.DEVICE.split(":")[0], self.cfg.SOLVER.AMP
+        amp = self.cfg.SOLVER.AMP
         loss_scaling = amp.ENABLED and amp.PRECISION == "float16"
-        scaler = torch.amp.GradScaler(device, enabled=loss_scaling)
+        scaler = torch.amp.GradScaler(self._device.type, enabled=loss_scaling)
         return Phase(name, losses, loader, optimizer, scaler)
 
     def take_step(self, phase: Phase) -> None:
@@ -221,11 +224,8 @@ class ResumableTrainer(DefaultTrainer):
         data_time = time.perf_counter() - start
 
         self._bn_state.save()
-        with torch.autocast(
-            self.cfg.MODEL.DEVICE.split(":")[0],
-            getattr(torch, amp.PRECISION),
-            enabled=amp.ENABLED,
-        ):
+        precision = getattr(torch, amp.PRECISION)
+        with torch.autocast(self._device.type, precision, enabled=amp.ENABLED):
             losses = phase.losses(batch)
             total = sum(losses.values())
         phase.optimizer.zero_grad(set_to_none=True)
@@ -297,7 +297,7 @@ class ResumableTrainer(DefaultTrainer):
         """Write a checkpoint; to be called on all ranks."""
         for phase in self.phases():
             phase.loader.merge_bad_files()
-        self._rng_states = comm.gather(_rng_state())
+        self._rng_states = comm.gather(_rng_state(self._device))
         self.checkpointer.save(name, iteration=self.iter, config=self.cfg.dump())
         self.checkpointer.prune(self.cfg.RUN.KEEP_CHECKPOINTS)
         comm.synchronize()
@@ -406,7 +406,7 @@ class ResumableTrainer(DefaultTrainer):
             phase.load_state_dict(state["phases"][phase.name or "weights"])
         self.seed = self.weights.loader.seed  # SEED -1 drew another one just now
         if len(state["rng"]) == comm.get_world_size():
-            _set_rng_state(state["rng"][comm.get_rank()])
+            _set_rng_state(state["rng"][comm.get_rank()], self._device)
         else:
             logger.warning(
                 f"the checkpoint was written by {len(state['rng'])} processes and is resumed by "
@@ -504,22 +504,22 @@ def _finite_gradients(parameters: List[nn.Parameter]) -> bool:
     return bool(torch.stack([norm.float() for norm in norms]).sum().isfinite())
 
 
-def _rng_state() -> Dict[str, Any]:
-    """This process's random states, as tensors and plain types."""
+def _rng_state(device: torch.device) -> Dict[str, Any]:
+    """This process's random states, those of `device` among them, as tensors and plain types."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": [version, list(internal), gauss_next],
     }
 
 
-def _set_rng_state(state: Dict[str, Any]) -> None:
+def _set_rng_state(state: Dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss_next = state["python"]
