@@ -87,6 +87,19 @@ class SearchTrainer(ResumableTrainer):
                 # The batch norms saw the calibration split, which is not theirs to learn from.
                 self._bn_state.restore()
 
+    def rehearse_alpha_step(self) -> None:
+        """Compute an α step's gradient for nothing; called where the first α step is far away.
+
+        Too little memory, or calibration data that cannot be read, must not show after a day.
+        """
+        momentum = []  # that weight steps will have left behind by then
+        if not self.weights.optimizer.state:
+            momentum = [torch.empty_like(weight) for weight in self._trained_weights]
+        with self._alpha_trained():
+            needed = self.rehearse_step(self.alpha)
+        del momentum
+        logger.info(f"α steps start at iteration {self.alpha_start}. One of them takes {needed}")
+
     @contextlib.contextmanager
     def _alpha_trained(self) -> Iterator[None]:
         """α takes gradients and the weights do not, so that backward ends at the first α."""
@@ -148,6 +161,8 @@ class SearchTrainer(ResumableTrainer):
 
     def train(self):
         """Train to the end, then write the plain config; also when only that was left to do."""
+        if self.start_iter < self.alpha_start:
+            self.rehearse_alpha_step()
         results = super().train()
         if comm.is_main_process():
             architecture = self.architecture()

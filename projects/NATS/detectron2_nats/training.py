@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import resource
 import time
 import weakref
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 from .checkpoint import SafeCheckpointer
 from .data.loader import (
@@ -218,20 +220,13 @@ class ResumableTrainer(DefaultTrainer):
 
     def take_step(self, phase: Phase) -> None:
         """Take one step of `phase`, unless its loss or gradient is not finite on some rank."""
-        amp = self.cfg.SOLVER.AMP
         start = time.perf_counter()
         batch = phase.next_batch()
         data_time = time.perf_counter() - start
 
         self._bn_state.save()
-        precision = getattr(torch, amp.PRECISION)
-        with torch.autocast(self._device.type, precision, enabled=amp.ENABLED):
-            losses = phase.losses(batch)
-            total = sum(losses.values())
-        phase.optimizer.zero_grad(set_to_none=True)
-        phase.scaler.scale(total).backward()
+        losses = self._compute_gradients(phase, batch)
         self.after_backward()
-        self.reduce_gradients(phase)
         phase.scaler.unscale_(phase.optimizer)
 
         means = self._mean_over_ranks(losses)
@@ -257,6 +252,56 @@ class ResumableTrainer(DefaultTrainer):
             self.storage.put_scalar(f"{prefix}total_loss", sum(means.values()))
         self.storage.put_scalar(f"{prefix}data_time", data_time)
         self.storage.put_scalar(f"{prefix}skipped_steps", phase.bad_total, smoothing_hint=False)
+
+    def _compute_gradients(self, phase: Phase, batch: List[dict]) -> Dict[str, torch.Tensor]:
+        """Forward, backward and what ranks exchange; returns this rank's losses."""
+        amp = self.cfg.SOLVER.AMP
+        precision = getattr(torch, amp.PRECISION)
+        with torch.autocast(self._device.type, precision, enabled=amp.ENABLED):
+            losses = phase.losses(batch)
+            total = sum(losses.values())
+        phase.optimizer.zero_grad(set_to_none=True)
+        phase.scaler.scale(total).backward()
+        self.reduce_gradients(phase)
+        return losses
+
+    def rehearse_step(self, phase: Phase) -> str:
+        """Compute the gradient of the next step of `phase`, then put back whatever has changed.
+
+        To be called on all ranks. The run goes on as if nothing had been, bit for bit.
+
+        Returns:
+            time and peak memory, in words.
+        """
+        random_states, loader_state = _rng_state(self._device), phase.loader.state_dict()
+        # plain numbers too, such as RetinaNet's moving average of its positive anchors
+        attributes = [(vars(module), dict(vars(module))) for module in self.model.modules()]
+        self._bn_state.save()
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            batch = phase.next_batch()
+        finally:
+            phase.close()
+        start = time.perf_counter()
+        with EventStorage(-1):  # of no iteration
+            self._compute_gradients(phase, batch)
+        if on_gpu:
+            torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - start
+        phase.optimizer.zero_grad(set_to_none=True)
+        self._bn_state.restore()
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+        phase.loader.load_state_dict(loader_state)
+        _set_rng_state(random_states, self._device)
+        if on_gpu:
+            peak = f"{torch.cuda.max_memory_allocated(self._device) / 2**20:.0f} MiB of the GPU"
+        else:
+            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
+        return f"{seconds:.2f} s, peak memory {peak}"
 
     def reduce_gradients(self, phase: Phase) -> None:
         """Called between backward and step; data parallelism has averaged the weights' already."""
