@@ -67,6 +67,23 @@ def test_a_difference_is_named_on_both_ranks(tiny_config, tmp_path):
         assert message.startswith(f"α differs between the ranks in {LAYER}: the run is stopped")
 
 
+def rehearsal(config, folder):
+    trainer = make_trainer(config, folder)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    sizes, all_reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda tensor: sizes.append(tensor.numel()) or all_reduce(tensor)
+    trainer.rehearse_alpha_step()
+    torch.distributed.all_reduce = all_reduce
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    return sizes, sum(conv.alpha.numel() for conv in trainer.searched.values())
+
+
+def test_a_rehearsed_alpha_step_reduces_its_gradient_too(tiny_config, tmp_path):
+    first, second = on_two_ranks(rehearsal, tiny_config, str(tmp_path))
+    assert first == second and first[0] == [first[1]]
+
+
 def nan_on_one_rank(config, folder, how, good, bad_rank):
     trainer = make_trainer(config, folder)
     plain = trainer.model.forward

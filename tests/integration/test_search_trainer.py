@@ -1,8 +1,10 @@
 """The search step by step, in this process."""
 
 import json
+import logging
 import math
 import multiprocessing
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from tiny import assert_equal, assert_same_run, make_trainer
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
@@ -170,15 +173,16 @@ def test_retraining_may_start_from_the_supernetworks_weights(tiny_config, tmp_pa
     DetectionCheckpointer(model).load(retrain.MODEL.WEIGHTS)
 
     # a super-network whose α is one-hot in what was chosen computes the same
-    searched = trainer.model
     for conv in trainer.searched.values():
         chosen = conv.alpha.argmax(dim=1, keepdim=True)
         conv.alpha.data.fill_(-1e4).scatter_(1, chosen, 0.0)
-    image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
+    image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        a, b = (m.eval().inference(image, do_postprocess=False)[0] for m in (searched, model))
-    assert len(a) > 0 and torch.allclose(a.pred_boxes.tensor, b.pred_boxes.tensor, atol=1e-3)
-    assert torch.allclose(a.scores, b.scores, atol=1e-5)
+        searched, frozen = (m.eval().backbone(image) for m in (trainer.model, model))
+    for name, features in searched.items():
+        assert torch.allclose(features, frozen[name], atol=1e-4), name
+    heads = {k: v for k, v in trainer.model.state_dict().items() if not k.startswith("backbone.")}
+    assert_equal(heads, {k: model.state_dict()[k] for k in heads}, "heads")
 
 
 def test_how_decided_a_search_is_stands_in_its_results(tiny_config, tmp_path):
@@ -260,6 +264,123 @@ def test_weights_are_averaged_over_the_last_iterations_also_after_a_resume(tiny_
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept.pth").rename(tmp_path / "kept/model_final.pth")
     assert_same_run(tmp_path / "kept", tmp_path / "whole")
+
+
+# -- the rehearsal of the α step ------------------------------------------------------------------
+
+RETINANET = [
+    *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5),
+    *("MODEL.NATS.BASE_BACKBONE", "build_retinanet_resnet_fpn_backbone"),
+    *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "MODEL.FPN.NORM", ""),
+]
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        [],
+        ["DATALOADER.NUM_WORKERS", 2],
+        ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""],
+        ["SOLVER.AMP.ENABLED", True],
+        RETINANET,
+    ],
+    ids=["BN", "loader processes", "FrozenBN", "float16", "RetinaNet"],
+)
+def test_a_rehearsal_changes_nothing(tiny_config, tmp_path, opts):
+    opts = [*opts, "SOLVER.MAX_ITER", 4]  # the second has the first α step
+    rehearsed = make_trainer(tiny_config, tmp_path / "rehearsed", *opts)
+    seen, rehearse = [], rehearsed.rehearse_alpha_step
+    rehearsed.rehearse_alpha_step = lambda: seen.append(snapshot(rehearsed)) or rehearse()
+    rehearsed.before_train = lambda: seen.append(snapshot(rehearsed)) or [
+        hook.before_train() for hook in rehearsed._hooks
+    ]
+    rehearsed.train()
+    before, after = seen
+    for part, (a, b) in enumerate(zip(before, after)):
+        assert_equal(a, b, f"part {part}")
+
+    plain = make_trainer(tiny_config, tmp_path / "plain", *opts)
+    plain.rehearse_alpha_step = lambda: None
+    plain.train()
+    for name in ("model_0000001.pth", "model_final.pth"):
+        assert_same_run(tmp_path / "plain", tmp_path / "rehearsed", name)
+    one, other = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.json").read_text().splitlines()]
+        for name in ("plain", "rehearsed")
+    )
+    assert len(one) == 4
+    for a, b in zip(one, other):
+        assert a.keys() == b.keys()
+        assert all(a[key] == b[key] for key in a if "time" not in key and key != "eta_seconds")
+
+
+def test_a_rehearsal_leaves_no_gradients_and_says_what_it_took(trainer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+    caplog.set_level(logging.INFO)
+    trainer.rehearse_alpha_step()
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert not any(conv.alpha.requires_grad for conv in trainer.searched.values())
+    (line,) = [r.getMessage() for r in caplog.records if "One of them takes" in r.getMessage()]
+    assert re.fullmatch(
+        r"α steps start at iteration 2. One of them takes [\d.]+ s, peak memory \d+ MiB", line
+    )
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_the_rehearsal_comes_before_the_first_alpha_step_only(tiny_config, tmp_path, start):
+    trainer = make_trainer(tiny_config, tmp_path, "SOLVER.MAX_ITER", 5)  # the first is the third
+    seen = []
+    trainer.rehearse_alpha_step = lambda: seen.append(trainer.start_iter)
+    trainer.start_iter = start
+    trainer.train()
+    assert seen == [start] * (start < 2)
+
+
+def test_unreadable_calibration_data_shows_at_the_start(tiny_config, tmp_path):
+    name = "nats_test_unreadable"
+    records = DatasetCatalog.get("nats_embedded_calibration")
+    DatasetCatalog.register(name, lambda: [dict(r, file_name="nowhere.png") for r in records])
+    try:
+        trainer = make_trainer(tiny_config, tmp_path, "DATASETS.CALIBRATION", f"('{name}',)")
+        with pytest.raises(NATSError, match="20 images in a row .* nowhere.png"):
+            trainer.train()
+    finally:
+        DatasetCatalog.remove(name)
+    assert not trainer.weights.optimizer.state  # no step was taken
+
+
+def test_an_error_in_the_alpha_step_shows_at_the_start(trainer):
+    def forward(batch):
+        raise RuntimeError("out of memory")
+
+    trainer.alpha.losses = forward
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert not trainer.weights.optimizer.state
+
+
+# -- random numbers of the GPU --------------------------------------------------------------------
+
+
+def test_cudas_generators_keep_each_ranks_own_seed(tiny_config, tmp_path, monkeypatch):
+    """Detectron2 samples proposals by them."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    trainer = make_trainer(tiny_config, tmp_path / "one")
+    assert seeds == [trainer.cfg.SEED]  # as make_trainer, or default_setup on each rank
+    other = make_trainer(tiny_config, tmp_path / "other")
+    assert_equal(snapshot(trainer)[0], snapshot(other)[0], "the start")
+
+
+def test_the_random_states_are_those_of_the_models_gpu(trainer, monkeypatch):
+    states = {torch.device("cuda:1"): torch.tensor([1])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, gpu: states.update({gpu: state}))
+    trainer._device = torch.device("cuda:1")
+    trainer.save_checkpoint("model_0000001")
+    states.clear()
+    trainer.resume_or_load()
+    assert states == {torch.device("cuda:1"): torch.tensor([1])}
 
 
 # -- numbers going wrong ----------------------------------------------------------------------
@@ -404,6 +525,24 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
 def test_bad_input_is_named_before_training(tiny_config, tmp_path, opts, words):
     with pytest.raises(NATSError, match=words):
         make_trainer(tiny_config, tmp_path / "run", *opts)
+
+
+@pytest.mark.parametrize(
+    "kind, test, words",
+    [
+        ("search", "train", ["TEST and DATASETS.TRAIN share 400 images"]),
+        ("search", "calibration", ["TEST and DATASETS.CALIBRATION share 200 images"]),
+        ("train", "train", ["TEST and DATASETS.TRAIN share 400 images"]),
+        ("train", "calibration", []),
+    ],
+)
+def test_test_images_among_the_others(
+    tiny_config, tmp_path, caplog, monkeypatch, kind, test, words
+):
+    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+    make_trainer(tiny_config, tmp_path, "DATASETS.TEST", f"('nats_embedded_{test}',)", kind=kind)
+    found = [r.getMessage() for r in caplog.records if r.getMessage().startswith("DATASETS.TEST")]
+    assert len(found) == len(words) and all(w in line for w, line in zip(words, found))
 
 
 def test_refuses_the_folder_of_another_search(tiny_config, tmp_path):

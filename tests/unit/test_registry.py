@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2_nats import NATSError, add_nats_config
-from detectron2_nats.data.registry import check_datasets, check_disjoint, register_datasets
+from detectron2_nats.data.registry import check_datasets, register_datasets
 
 NAME = "nats_test_registry"
 
@@ -222,16 +222,3 @@ def test_what_is_not_coco(tmp_path, content):
     with pytest.raises(NATSError, match="annotations.json: not COCO's annotation format") as caught:
         DatasetCatalog.get(NAME)
     assert "\n" not in str(caught.value)
-
-
-# -- the two splits -------------------------------------------------------------------------------
-
-
-def test_disjoint(tmp_path):
-    train = [str(tmp_path / f"{i}.png") for i in range(5)]
-    other = [str(tmp_path / f"{i}.png") for i in range(5, 9)]
-    check_disjoint(train, other)
-    link = tmp_path / "link.png"  # the same image under another name
-    link.symlink_to(tmp_path / "3.png")
-    with pytest.raises(NATSError, match=f"CALIBRATION share 2 images, such as {link}"):
-        check_disjoint(train, [*other, str(link), train[1]])

@@ -17,7 +17,7 @@ from detectron2.utils.events import get_event_storage
 
 from .architecture import Architecture, intensities
 from .data.loader import build_resumable_loader, dataset_dicts
-from .data.registry import check_disjoint
+from .data.overlap import check_disjoint, warn_of_test_images
 from .decidedness import Decidedness, all_votes
 from .errors import NATSError
 from .export import export_config, frozen_weights, load_detector_config, write_config
@@ -68,6 +68,7 @@ class SearchTrainer(ResumableTrainer):
             seed=self.seed + 1,
         )
         check_disjoint(self.weights.loader.files, loader.files)
+        warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.CALIBRATION")
         optimizer = torch.optim.Adam(
             [conv.alpha for conv in self.searched.values()],
             lr=cfg.SEARCH.ALPHA_LR,
@@ -97,6 +98,19 @@ class SearchTrainer(ResumableTrainer):
                 self.take_step(self.alpha)
                 # The norms saw the calibration split, which is not theirs to learn from.
                 self._forward_state.restore()
+
+    def rehearse_alpha_step(self) -> None:
+        """Compute an α step's gradient for nothing; called where the first α step is far away.
+
+        Too little memory, or calibration data that cannot be read, must not show after a day.
+        """
+        momentum = []  # that weight steps will have left behind by then
+        if not self.weights.optimizer.state:
+            momentum = [torch.empty_like(weight) for weight in self._trained_weights]
+        with self._alpha_trained():
+            needed = self.rehearse_step(self.alpha)
+        del momentum
+        logger.info(f"α steps start at iteration {self.alpha_start}. One of them takes {needed}")
 
     @contextlib.contextmanager
     def _alpha_trained(self) -> Iterator[None]:
@@ -171,6 +185,8 @@ class SearchTrainer(ResumableTrainer):
 
     def train(self):
         """Train to the end, then write the plain config; also when only that was left to do."""
+        if self.start_iter < self.alpha_start:
+            self.rehearse_alpha_step()
         results = super().train()
         if comm.is_main_process():
             architecture = self.architecture()

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import resource
 import time
 import weakref
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 from .checkpoint import SafeCheckpointer
 from .data.loader import (
@@ -31,6 +33,7 @@ from .data.loader import (
     dataset_dicts,
     preserved_rng,
 )
+from .data.overlap import warn_of_test_images
 from .errors import NATSError
 from .evaluation import build_evaluator
 from .stopping import STOPPED_EXIT_CODE, stop_requested
@@ -179,11 +182,14 @@ class ResumableTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
         self.cfg = cfg = _scaled_to_processes(cfg)
+        self._device = torch.device(cfg.MODEL.DEVICE)
         # One seed for order and augmentation on all ranks; the random states differ by rank.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         with torch.random.fork_rng(devices=[]):
-            # The same start on all ranks, whatever happened to their random states before.
-            torch.manual_seed(self.seed)
+            # The same start on all ranks, whatever happened to their random states before. Models
+            # are made on the CPU and then moved. torch.manual_seed would seed CUDA's generators
+            # too: alike on all ranks, and for good.
+            torch.default_generator.manual_seed(self.seed)
             model = self.build_model(cfg)
         self.prepare_model(model)
         optimizer = self.build_optimizer(cfg, model)
@@ -193,6 +199,7 @@ class ResumableTrainer(DefaultTrainer):
             total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
             seed=self.seed,
         )
+        warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.TRAIN")
         # Holds model, loader and optimizer for DefaultTrainer's properties; its steps are not used.
         self._trainer = SimpleTrainer(model, loader, optimizer)
         self._forward_state = _ForwardState(model)
@@ -226,30 +233,20 @@ class ResumableTrainer(DefaultTrainer):
 
     def new_phase(self, name: str, losses, loader, optimizer) -> Phase:
         """A phase with the precision that ``SOLVER.AMP`` says."""
-        device, amp = self.cfg.MODEL.DEVICE.split(":")[0], self.cfg.SOLVER.AMP
+        amp = self.cfg.SOLVER.AMP
         loss_scaling = amp.ENABLED and amp.PRECISION == "float16"
-        scaler = torch.amp.GradScaler(device, enabled=loss_scaling)
+        scaler = torch.amp.GradScaler(self._device.type, enabled=loss_scaling)
         return Phase(name, losses, loader, optimizer, scaler)
 
     def take_step(self, phase: Phase) -> None:
         """Take one step of `phase`, unless its loss or gradient is not finite on some rank."""
-        amp = self.cfg.SOLVER.AMP
         start = time.perf_counter()
         batch = phase.next_batch()
         data_time = time.perf_counter() - start
 
         self._forward_state.save()
-        with torch.autocast(
-            self.cfg.MODEL.DEVICE.split(":")[0],
-            getattr(torch, amp.PRECISION),
-            enabled=amp.ENABLED,
-        ):
-            losses = phase.losses(batch)
-            total = sum(losses.values())
-        phase.optimizer.zero_grad(set_to_none=True)
-        phase.scaler.scale(total).backward()
+        losses = self._compute_gradients(phase, batch)
         self.after_backward()
-        self.reduce_gradients(phase)
         phase.scaler.unscale_(phase.optimizer)
 
         means = self._mean_over_ranks(losses)
@@ -275,6 +272,51 @@ class ResumableTrainer(DefaultTrainer):
             self.storage.put_scalar(f"{prefix}total_loss", sum(means.values()))
         self.storage.put_scalar(f"{prefix}data_time", data_time)
         self.storage.put_scalar(f"{prefix}skipped_steps", phase.bad_total, smoothing_hint=False)
+
+    def _compute_gradients(self, phase: Phase, batch: List[dict]) -> Dict[str, torch.Tensor]:
+        """Forward, backward and what ranks exchange; returns this rank's losses."""
+        amp = self.cfg.SOLVER.AMP
+        precision = getattr(torch, amp.PRECISION)
+        with torch.autocast(self._device.type, precision, enabled=amp.ENABLED):
+            losses = phase.losses(batch)
+            total = sum(losses.values())
+        phase.optimizer.zero_grad(set_to_none=True)
+        phase.scaler.scale(total).backward()
+        self.reduce_gradients(phase)
+        return losses
+
+    def rehearse_step(self, phase: Phase) -> str:
+        """Compute the gradient of the next step of `phase`, then put back whatever has changed.
+
+        To be called on all ranks. The run goes on as if nothing had been, bit for bit.
+
+        Returns:
+            time and peak memory, in words.
+        """
+        random_states, loader_state = _rng_state(self._device), phase.loader.state_dict()
+        self._forward_state.save()
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            batch = phase.next_batch()
+        finally:
+            phase.close()
+        start = time.perf_counter()
+        with EventStorage(-1):  # of no iteration
+            self._compute_gradients(phase, batch)
+        if on_gpu:
+            torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - start
+        phase.optimizer.zero_grad(set_to_none=True)
+        self._forward_state.restore()
+        phase.loader.load_state_dict(loader_state)
+        _set_rng_state(random_states, self._device)
+        if on_gpu:
+            peak = f"{torch.cuda.max_memory_allocated(self._device) / 2**20:.0f} MiB of the GPU"
+        else:
+            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
+        return f"{seconds:.2f} s, peak memory {peak}"
 
     def reduce_gradients(self, phase: Phase) -> None:
         """Called between backward and step; data parallelism has averaged the weights' already."""
@@ -315,7 +357,7 @@ class ResumableTrainer(DefaultTrainer):
         """Write a checkpoint; to be called on all ranks."""
         for phase in self.phases():
             phase.loader.merge_bad_files()
-        self._rng_states = comm.gather(_rng_state())
+        self._rng_states = comm.gather(_rng_state(self._device))
         self._normalizers = comm.gather(self._forward_state.normalizer)
         computed_by = comm.gather(_computed_by(self.cfg.MODEL.DEVICE))
         self.checkpointer.save(
@@ -434,7 +476,7 @@ class ResumableTrainer(DefaultTrainer):
         normalizers = state.get("loss_normalizers") or [None]
         self._forward_state.normalizer = normalizers[comm.get_rank() % len(normalizers)]
         if len(state["rng"]) == comm.get_world_size():
-            _set_rng_state(state["rng"][comm.get_rank()])
+            _set_rng_state(state["rng"][comm.get_rank()], self._device)
         else:
             logger.warning(
                 f"the checkpoint was written by {len(state['rng'])} processes and is resumed by "
@@ -532,22 +574,22 @@ def _finite_gradients(parameters: List[nn.Parameter]) -> bool:
     return bool(torch.stack([norm.float() for norm in norms]).sum().isfinite())
 
 
-def _rng_state() -> Dict[str, Any]:
-    """This process's random states, as tensors and plain types."""
+def _rng_state(device: torch.device) -> Dict[str, Any]:
+    """This process's random states, those of `device` among them, as tensors and plain types."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": [version, list(internal), gauss_next],
     }
 
 
-def _set_rng_state(state: Dict[str, Any]) -> None:
+def _set_rng_state(state: Dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss_next = state["python"]

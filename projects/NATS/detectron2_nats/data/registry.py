@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import NATSError, one_line
 
-__all__ = ["check_datasets", "check_disjoint", "register_datasets"]
+__all__ = ["check_datasets", "register_datasets"]
 
 logger = logging.getLogger(__name__)
 
@@ -140,14 +140,3 @@ def _how_to_get(name: str) -> str:
     if name.startswith("coco_"):
         return "Download COCO and set DETECTRON2_DATASETS to the folder that holds coco/"
     return "Correct the path in DATASETS.REGISTER"
-
-
-def check_disjoint(train: Sequence[str], calibration: Sequence[str]) -> None:
-    """Raise if an image file stands in both splits: α must be judged on images not trained on."""
-    train_files = set(map(os.path.realpath, train))
-    shared = [name for name in calibration if os.path.realpath(name) in train_files]
-    if shared:
-        raise NATSError(
-            f"DATASETS.TRAIN and DATASETS.CALIBRATION share {len(shared)} images, such as "
-            f"{shared[0]}: α must be trained on images that the weights are not trained on"
-        )
