@@ -23,6 +23,7 @@ def config(tmp_path_factory) -> str:
             *("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2, "INPUT.MIN_SIZE_TRAIN", (64,)),
             *("DATASETS.TRAIN", ("nats_bars_lying_val",), "RUN.LOG_PERIOD", 1),
             *("DATASETS.CALIBRATION", ("nats_bars_lying_calibration",)),
+            *("SEARCH.RETRAIN_CONFIG", ""),
         ]
     )
     path = tmp_path_factory.mktemp("config") / "bars.yaml"

@@ -200,6 +200,7 @@ def test_how_decided_a_search_is_stands_in_its_results(tiny_config, tmp_path):
     [
         ("DECODE_MARGIN", 1.5, "DECODE_MARGIN 1.5: expected a share"),
         ("RETRAIN_WEIGHTS", "coco", "RETRAIN_WEIGHTS 'coco': expected base or supernet"),
+        ("RETRAIN_CONFIG", "configs/quickstart/base.yaml", "does not fit res3.0.conv2"),
     ],
 )
 def test_bad_settings_come_to_light_before_the_search(tiny_config, tmp_path, key, value, words):

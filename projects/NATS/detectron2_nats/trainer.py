@@ -60,6 +60,7 @@ class SearchTrainer(ResumableTrainer):
         self.retrain_base = load_detector_config(cfg.SEARCH.RETRAIN_CONFIG, cfg)
         super().__init__(cfg)
         cfg = self.cfg  # scaled to the number of processes
+        export_config(self.retrain_base, self.architecture())  # nor that nothing fits it
         self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.max_iter)
         loader = build_resumable_loader(
             cfg,
