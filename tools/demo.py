@@ -6,13 +6,14 @@ detector cannot see both; a search finds which dilations can. It is a small stud
 """
 
 import argparse
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 
-import study
 from tabulate import tabulate
 
 from detectron2_nats.architecture import Architecture
@@ -61,31 +62,35 @@ def sentence(results: dict) -> str:
     )
 
 
+def run(*command: str) -> None:
+    """Run a script of the project; it prints its own progress, and says itself what is wrong."""
+    print(f"$ python {shlex.join(command)}", flush=True)
+    status = subprocess.run([sys.executable, "-W", "ignore", *command]).returncode
+    if status:
+        sys.exit(status)
+
+
 def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     shutil.rmtree(args.output, ignore_errors=True)
-    options = ["--config-file", CONFIG, "--search-config", "configs/quickstart/bars_search.yaml"]
-    options += ["--seeds", "1", "--jobs", str(min(2, os.cpu_count() or 1))]
-    options += ["--methods", *METHODS, "--output", args.output]
-    print(f"$ python tools/study.py {' '.join(options)}", flush=True)
-    demo = study.Study(study.parse_args(options))
-    demo.run()
-    results = demo.collect()
-    study.report(results, args.output)
-    folders = {name: demo.folder(name, 0) for name in ("search-nats", "plain", "nats-warm")}
-    draw = [
-        "tools/plot.py",
-        folders["search-nats"],
-        "--output",
-        os.path.join(args.output, "pictures"),
-    ]
-    draw += ["--images", "3", "--plain", CONFIG, f"{folders['plain']}/model_final.pth"]
-    draw += ["--searched"]
-    draw += [f"{folders['nats-warm']}/{name}" for name in ("retrain.yaml", "model_final.pth")]
-    print(f"\n$ python {' '.join(draw)}", flush=True)
-    subprocess.run([sys.executable, "-W", "ignore", *draw], check=True)
+    plain, search, warm = (
+        f"{args.output}/seed_0/{n}" for n in ("plain", "search-nats", "nats-warm")
+    )
+    run(
+        *("tools/study.py", "--config-file", CONFIG),
+        *("--search-config", "configs/quickstart/bars_search.yaml", "--methods", *METHODS),
+        *("--seeds", "1", "--jobs", str(min(2, os.cpu_count() or 1)), "--output", args.output),
+    )
+    run(
+        *("tools/plot.py", search, "--output", f"{args.output}/pictures", "--images", "3"),
+        *("--plain", CONFIG, f"{plain}/model_final.pth"),
+        *("--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"),
+    )
+    with open(f"{args.output}/results.json") as file:
+        results = json.load(file)
     print(f"\n{table(results)}\n\nParameters, FLOPs and time are the backbone's.")
     print(f"\n{sentence(results)}\n\n{time.perf_counter() - start:.0f} s in all")
+    print(f"wrote {search}/architecture.yaml, {search}/retrain.yaml")
 
 
 if __name__ == "__main__":
@@ -95,4 +100,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "--output", default="output/demo", help="folder, emptied first (%(default)s)"
     )
-    study.run_tool(main, parser.parse_args())
+    main(parser.parse_args())

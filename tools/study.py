@@ -618,7 +618,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def parse_args(arguments: Optional[List[str]] = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -654,7 +654,7 @@ def parse_args(arguments: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for both configs"
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     if not args.again and not (args.config_file and args.search_config):
         parser.error("--config-file and --search-config are needed")
     if args.folds and (args.folds < 2 or not args.annotations or not args.images):
@@ -673,25 +673,21 @@ def main(args: argparse.Namespace) -> None:
             study.run()
         results = study.collect()
     print(f"\n{report(results, args.output)}")
-    print(f"wrote {os.path.join(args.output, 'study.md')}, study.png and results.json")
+    for name in ("results.json", "study.png", "study.md"):
+        print(f"wrote {os.path.join(args.output, name)}")
 
 
 def _stop(*_):
     raise KeyboardInterrupt
 
 
-def run_tool(function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call ``function(args)`` with the exit statuses that the help names."""
+if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
     try:
-        function(args)
+        main(parse_args())
     except NATSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunFailed) else 2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(STOPPED_EXIT_CODE)
-
-
-if __name__ == "__main__":
-    run_tool(main, parse_args())

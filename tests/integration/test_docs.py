@@ -45,7 +45,8 @@ SUBSTITUTIONS = [
     (r"--config-file \.\.\.", "--config-file configs/quickstart/search.yaml"),
     (r"--num-gpus 8 (--config-file output/)", r"\1"),
     (r"'\$SLURM_NODEID'", "0"),
-    (r"output/demo/", "output/"),
+    (r"output/demo/seed_0/", "output/bars/"),
+    (r"output/improved/retrain.yaml", "output/search/retrain.yaml"),
     (
         r"(tools/study\.py) \.\.\.",
         r"\1 --config-file configs/quickstart/base.yaml "
@@ -85,6 +86,7 @@ SMALL = {
     "tools/analyze.py": ["--size", "64", "96"],
     "tools/make_val35k.py": ["--force"],
 }
+RES3_WIDE = Architecture({f"res3.{block}.conv2": [[32, 1, 3]] for block in range(4)})
 FULL_WIDTH = [  # so that what is found fits a ResNet-50 of the zoo
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "64"),
     *("MODEL.RESNETS.RES2_OUT_CHANNELS", "256", "SEARCH.ALPHA_START", "0.0"),
@@ -231,6 +233,17 @@ def workspace(tmp_path_factory) -> Path:
         for path in paths:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             torch.save({"model": state_dict}, folder / path)
+
+    # what a demo leaves
+    bars = load_config(str(REPOSITORY / "configs/quickstart/bars.yaml"))
+    shutil.copytree(folder / "output/search", folder / "output/bars/search-nats")
+    searched = export_config(bars, RES3_WIDE)
+    write_config(searched, str(folder / "output/bars/nats-warm/retrain.yaml"))
+    for cfg, name in ((bars, "plain"), (searched, "nats-warm")):
+        cfg.MODEL.DEVICE = "cpu"
+        path = folder / "output/bars" / name
+        path.mkdir(exist_ok=True)
+        torch.save({"model": build_model(cfg).state_dict()}, path / "model_final.pth")
 
     # own data: the embedded images under other names, a half-width network
     from detectron2_nats.data.embedded import ensure_embedded_dataset

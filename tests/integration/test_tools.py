@@ -17,6 +17,7 @@ from tiny import REPOSITORY, TINY
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture
+from detectron2_nats.comparison import dilation_shares
 from detectron2_nats.export import load_config
 from detectron2_nats.transform import searched_layers
 
@@ -45,6 +46,17 @@ def tool_here(monkeypatch, folder: Path, name: str, *arguments: str):
             return left.code
 
 
+def results(dilation, methods=("plain", "random", "nats-voted", "nats-warm")) -> dict:
+    """Those of a study of one seed whose search gave most channels `dilation`."""
+    architecture = [["res3.0.conv2", [[8, 1, 1], [92, *dilation]]]]
+    numbers = {"parameters": 97632, "flops": 56_700_000, "milliseconds": 1.5, "time_ratio": 1.1}
+    method = {"AP": [31.5], "AP50": [42.0], "AP75": [33.0], "cpu_seconds": [60.0], **numbers}
+    method |= {"pooled": None, "architectures": [architecture]}
+    search = {"entropy": [0.4], "leading": [1.0], "cpu_seconds": [70.0]}
+    searches = {"nats": {**search, "architectures": [architecture]}}
+    return {"seeds": [0], "methods": {name: method for name in methods}, "searches": searches}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """With `search`, a search's output folder, and files that are damaged or in the way."""
@@ -63,6 +75,8 @@ def folder(tmp_path_factory) -> Path:
     (folder / "search/last_checkpoint").write_text("model_final.pth")
     values = {"alpha/entropy": 0.9, "alpha/votes_changed": 3, "intensity/res3.0.conv2/1x1": 1.0}
     (folder / "search/metrics.json").write_text(json.dumps({"iteration": 5, **values}) + "\n")
+
+    (folder / "results.json").write_text(json.dumps(results((1, 3))))
 
     (folder / "damaged").mkdir()
     for name in ("architecture.yaml", "config.yaml", "last_checkpoint"):
@@ -91,6 +105,7 @@ def test_help(monkeypatch, capsys, name):
         ("plot", "search/architecture.yaml --output q", "q/architecture.png"),
         ("import_architecture", "ic_conv.json --output ic.yaml --stages res5", "ic.yaml"),
         ("export", "search --order voted --weights w.pth --output voted.yaml", "w.pth voted.yaml"),
+        ("study", "--again results.json --output again", "again/study.md"),
     ],
 )
 def test_good_run(folder, name, arguments, written):
@@ -100,6 +115,27 @@ def test_good_run(folder, name, arguments, written):
     assert set(written.split()) <= set(named), done.stdout
     assert named[-1] == written.split()[-1]
     assert all((folder / path).stat().st_size for path in named)
+
+
+def test_a_margin_keeps_more_channels_plain(monkeypatch, folder):
+    plain = []
+    for margin in ("0", "0.1", "0.99"):
+        arguments = ["search", "--margin", margin, "--output", "margin.yaml"]
+        assert tool_here(monkeypatch, folder, "tools/export.py", *arguments) is None
+        found = Architecture.from_config(load_config("margin.yaml").MODEL.NATS.ARCHITECTURE)
+        plain.append(dilation_shares([found])[1, 1])
+    assert plain[0] < plain[1] < plain[2] == 1
+
+
+def test_the_demo_says_whether_the_search_was_right():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        demo = runpy.run_path(str(REPOSITORY / "tools/demo.py"))
+    assert "92% of res3's channels" in demo["sentence"](results((1, 3)))
+    assert "That is right" in demo["sentence"](results((1, 3)))
+    assert "it was wrong here" in demo["sentence"](results((3, 1)))
+    lines = demo["table"](results((1, 3))).splitlines()
+    assert len(lines) == 2 + 4 and "AP50" in lines[0] and "31.5" in lines[2]
 
 
 def test_analyze(folder):
@@ -126,6 +162,7 @@ def test_analyze(folder):
         ("export", "search --output a_file/x.yaml", "a_file/x.yaml: cannot be written"),
         ("export", "search --weights w.pth", "fit only an architecture in voted order"),
         ("export", "damaged --order voted", "model_final.pth: not readable as a checkpoint"),
+        ("export", "search --margin 1.5", "DECODE_MARGIN 1.5: expected a share"),
     ],
 )
 def test_bad_input(monkeypatch, capsys, folder, name, arguments, error):
@@ -148,6 +185,10 @@ def test_error_is_one_line_on_stderr(folder, name):
     "name, arguments, error",
     [
         ("plot", "search --images 0", "'0': expected a whole number from 1 to 4096"),
+        ("study", "--methods nats-best", "'nats-best': expected one of plain, plain-long"),
+        ("study", "--methods random@0.1", "'random@0.1': expected one of"),
+        ("study", "--methods nats-warm@2", "'nats-warm@2': expected one of"),
+        ("study", "--methods nats-warm@0.1", "--config-file and --search-config are needed"),
         ("pretrain_embedded", "--steps 0", "--steps 0: expected at least 1"),
         ("pretrain_embedded", "--output nowhere/x.pth", "there is no folder nowhere"),
     ],
