@@ -105,7 +105,6 @@ def test_help(monkeypatch, capsys, name):
         ("plot", "search/architecture.yaml --output q", "q/architecture.png"),
         ("import_architecture", "ic_conv.json --output ic.yaml --stages res5", "ic.yaml"),
         ("export", "search --order voted --weights w.pth --output voted.yaml", "w.pth voted.yaml"),
-        ("study", "--again results.json --output again", "again/study.md"),
     ],
 )
 def test_good_run(folder, name, arguments, written):
@@ -125,6 +124,19 @@ def test_a_margin_keeps_more_channels_plain(monkeypatch, folder):
         found = Architecture.from_config(load_config("margin.yaml").MODEL.NATS.ARCHITECTURE)
         plain.append(dilation_shares([found])[1, 1])
     assert plain[0] < plain[1] < plain[2] == 1
+
+
+def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
+    arguments = ["--again", "results.json", "--output", "again"]
+    assert tool_here(monkeypatch, folder, "tools/study.py", *arguments) is None
+    shown = capsys.readouterr().out
+    assert "| nats-warm  | 31.5 |" in shown and "1×3 92%, 1×1 8%" in shown
+    assert (folder / "again/study.md").read_text() in shown
+    assert (folder / "again/study.png").stat().st_size > 1000
+    assert json.loads((folder / "again/results.json").read_text()) == results((1, 3))
+    (folder / "odd.json").write_text('{"methods": 3}')
+    left = tool_here(monkeypatch, folder, "tools/study.py", "--again", "odd.json")
+    assert left == 2 and "odd.json: no results of a study" in capsys.readouterr().err
 
 
 def test_the_demo_says_whether_the_search_was_right():
