@@ -9,7 +9,6 @@ the data.
 
 import argparse
 import os
-import sys
 import warnings
 from typing import Dict, List, Sequence, Tuple
 
@@ -20,8 +19,8 @@ from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import Boxes
-from detectron2_nats import NATSError
 from detectron2_nats.checkpoint import SafeCheckpointer
+from detectron2_nats.command import run_tool, tool_parser
 from detectron2_nats.export import load_config
 
 EPILOG = """
@@ -207,13 +206,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("--config-file", required=True, help="config of a frozen detector")
     parser.add_argument("--weights", required=True, help="its weights")
     parser.add_argument("--output", required=True, help="folder to write")
-    try:
-        main(parser.parse_args())
-    except NATSError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, parser.parse_args())

@@ -7,12 +7,12 @@ callable: the backbone becomes `L(apply_architecture)(backbone=…, architecture
 
 import argparse
 import os
-import sys
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
-from detectron2_nats import Architecture, NATSError, apply_architecture
+from detectron2_nats import Architecture, apply_architecture
+from detectron2_nats.command import run_tool, tool_parser
 
 EPILOG = """
 example:
@@ -43,16 +43,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("architecture", help="architecture file")
     parser.add_argument(
         "--config", default="COCO-Detection/retinanet_R_50_FPN_1x.py", help="of the model zoo"
     )
     parser.add_argument("--output", required=True, help="config to write (.yaml)")
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.max_iter=100")
-    try:
-        main(parser.parse_args())
-    except NATSError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, parser.parse_args())

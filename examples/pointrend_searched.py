@@ -6,13 +6,13 @@ an exported config, or an architecture file as here, is all that it takes.
 """
 
 import argparse
-import sys
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone
 from detectron2.projects.point_rend import add_pointrend_config
-from detectron2_nats import Architecture, NATSError, add_nats_config
+from detectron2_nats import Architecture, add_nats_config
+from detectron2_nats.command import run_tool, tool_parser
 from detectron2_nats.export import export_config, write_config
 
 EPILOG = """
@@ -57,13 +57,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("architecture", help="architecture file")
     parser.add_argument("--output", required=True, help="config to write")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, such as MODEL.DEVICE cpu")
-    try:
-        main(parser.parse_args())
-    except NATSError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, parser.parse_args())

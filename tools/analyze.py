@@ -3,12 +3,12 @@
 
 import argparse
 import os
-import sys
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 from detectron2_nats.analysis import backbone_cost, cost_table
 from detectron2_nats.architecture import Architecture
+from detectron2_nats.command import run_tool, tool_parser
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import export_config, load_config, load_detector_config
 from detectron2_nats.files import read_yaml
@@ -64,9 +64,7 @@ def _pixels(text: str) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument(
         "source", help="a search's output folder, an architecture file, or an exported config"
     )
@@ -79,7 +77,4 @@ if __name__ == "__main__":
         metavar=("HEIGHT", "WIDTH"),
         help="of the image, rounded up to multiples of 32 (%(default)s)",
     )
-    try:
-        main(parser.parse_args())
-    except NATSError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, parser.parse_args())

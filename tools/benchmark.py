@@ -44,7 +44,8 @@ from detectron2.utils.events import EventStorage
 from detectron2_nats.analysis import interleaved_seconds
 from detectron2_nats.architecture import Architecture, decode_alpha
 from detectron2_nats.backbone import search_space_from_config
-from detectron2_nats.errors import NATSError
+from detectron2_nats.command import run_tool, tool_parser
+from detectron2_nats.errors import NATSError, one_line
 from detectron2_nats.export import load_config
 from detectron2_nats.files import write_atomically
 from detectron2_nats.fuse import fuse_for_inference
@@ -838,7 +839,10 @@ def main(args: argparse.Namespace) -> None:
             run_rivals(args, report, dtype)
             continue
         for name in args.networks:
-            runs[part](args, report, name, dtype)
+            try:
+                runs[part](args, report, name, dtype)
+            except torch.OutOfMemoryError as error:
+                raise NATSError(f"{one_line(error)}: lower --size or --batch") from None
     if args.output:
         print(f"wrote {args.output}")
 
@@ -856,9 +860,7 @@ def _count(text: str) -> int:
 
 
 def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--networks", nargs="+", choices=list(CONFIGS), help="(all)")
     parser.add_argument("--what", nargs="+", choices=PARTS, help="parts, see below (all)")
@@ -906,9 +908,4 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {' '.join(str(error).split())[:200]}: lower --size or --batch")
-    except NATSError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, parse())

@@ -17,6 +17,7 @@ import time
 from tabulate import tabulate
 
 from detectron2_nats.architecture import Architecture
+from detectron2_nats.command import tool_parser
 from detectron2_nats.comparison import dilation_shares
 
 EPILOG = """
@@ -94,9 +95,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument(
         "--output", default="output/demo", help="folder, emptied first (%(default)s)"
     )

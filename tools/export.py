@@ -3,11 +3,11 @@
 
 import argparse
 import os
-import sys
 
 import torch
 
 from detectron2_nats.architecture import Architecture
+from detectron2_nats.command import run_tool, tool_parser
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import (
     export_config,
@@ -72,9 +72,7 @@ def _write(path, write):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("source", help="a search's output folder, or an architecture file")
     parser.add_argument(
         "--config-file", default="", help="detector to export: a path or a zoo name"
@@ -89,7 +87,4 @@ if __name__ == "__main__":
         "--margin", type=float, help="decode it anew with this SEARCH.DECODE_MARGIN"
     )
     parser.add_argument("--weights", default="", metavar="FILE", help="also write frozen weights")
-    try:
-        main(parser.parse_args())
-    except NATSError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, parser.parse_args())

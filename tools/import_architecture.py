@@ -3,8 +3,8 @@
 
 import argparse
 import os
-import sys
 
+from detectron2_nats.command import run_tool, tool_parser
 from detectron2_nats.errors import NATSError
 from detectron2_nats.importers import from_ic_conv, from_rf_next, read_json
 
@@ -58,9 +58,7 @@ def _width(text: str) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("source", help="IC-Conv's or RF-Next's JSON file")
     parser.add_argument("--output", required=True, help="architecture file to write")
     parser.add_argument(
@@ -76,7 +74,4 @@ if __name__ == "__main__":
         help="channels of res2's 3x3 convs, twice as many in each further stage (%(default)s; "
         "ResNeXt-101-32x4d: 128): RF-Next's files hold none, IC-Conv's are scaled to it",
     )
-    try:
-        main(parser.parse_args())
-    except NATSError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, parser.parse_args())

@@ -145,7 +145,7 @@ def main(argv=None) -> int:
         write_all(parts, args.annotations)
     except (SplitError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+        return 2
     for name, part in parts.items():
         count = len(part["images"])
         if count != EXPECTED[name]:

@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import sys
 from typing import Any, Dict, List
 
 import numpy as np
@@ -21,6 +20,7 @@ from detectron2.modeling import build_model
 from detectron2_nats import plot
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.checkpoint import SafeCheckpointer
+from detectron2_nats.command import run_tool, tool_parser
 from detectron2_nats.data.registry import check_datasets, register_datasets
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import load_config
@@ -150,9 +150,7 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("source", help="a search's output folder, or an architecture file")
     parser.add_argument("--output", default="", help="folder to write (default: SOURCE/pictures)")
     parser.add_argument("--format", choices=["png", "svg", "both"], default="png")
@@ -170,7 +168,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="least score of a detection (%(default)s)"
     )
-    try:
-        main(parser.parse_args())
-    except NATSError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, parser.parse_args())

@@ -7,7 +7,6 @@ few minutes on two CPU cores. The result is what `embedded_weights()` resolves t
 anew, put the hash that is printed into WEIGHTS_SHA256 of detectron2_nats/data/embedded.py.
 """
 
-import argparse
 import hashlib
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2_nats.command import tool_parser
 from detectron2_nats.data import embedded, scenes
 
 EPILOG = """
@@ -126,9 +126,7 @@ def save(state, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     default = Path(embedded.__file__).with_name(embedded.WEIGHTS_NAME)
     parser.add_argument("--output", type=Path, default=default, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=900, help="default: %(default)s")

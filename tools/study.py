@@ -28,6 +28,7 @@ from detectron2.modeling import build_model
 from detectron2_nats import comparison, plot
 from detectron2_nats.analysis import backbone_cost, interleaved_seconds, median_ratio
 from detectron2_nats.architecture import Architecture
+from detectron2_nats.command import tool_parser
 from detectron2_nats.data.registry import register_datasets
 from detectron2_nats.errors import NATSError, one_line
 from detectron2_nats.export import (
@@ -619,9 +620,7 @@ def _count(text: str) -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("--config-file", help="detector to retrain: path or zoo name")
     parser.add_argument("--search-config", help="its search")
     parser.add_argument("--output", default="output/study", help="folder (%(default)s)")

@@ -178,17 +178,18 @@ def test_analyze(folder):
     ],
 )
 def test_bad_input(monkeypatch, capsys, folder, name, arguments, error):
-    left = tool_here(monkeypatch, folder, f"tools/{name}.py", *arguments.split())
-    # Python prints this line on stderr and exits with 1
-    assert left.startswith("error: ") and error in left and "\n" not in left
-    assert "wrote" not in capsys.readouterr().out
+    assert tool_here(monkeypatch, folder, f"tools/{name}.py", *arguments.split()) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ") and error in line
+    assert "wrote" not in captured.out
 
 
 @pytest.mark.parametrize("name", ["analyze", "export", "import_architecture", "plot"])
 def test_error_is_one_line_on_stderr(folder, name):
     more = ["--output", "x.yaml"] if name == "import_architecture" else []
     done = tool(f"tools/{name}.py", "nowhere", *more, folder=folder)
-    assert done.returncode == 1 and not done.stdout
+    assert done.returncode == 2 and not done.stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: nowhere: cannot be read")
 

@@ -155,7 +155,7 @@ def test_help_and_errors(tmp_path):
     output = run("tools/benchmark.py", "--help")
     assert "examples:" in output and "--measure-memory" not in output
     small = ("--networks", "R50", "--size", "64", "64", "--rounds", "1")
-    output = run("tools/benchmark.py", "--ic-conv", str(tmp_path / "no.json"), *small, status=1)
+    output = run("tools/benchmark.py", "--ic-conv", str(tmp_path / "no.json"), *small, status=2)
     assert re.search(r"^error: .*no\.json", output, re.M) and "Traceback" not in output
 
 

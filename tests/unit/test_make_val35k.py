@@ -61,7 +61,7 @@ def run(folder, *more):
 
 
 def assert_refused(folder, capsys, *words):
-    assert run(folder) == 1
+    assert run(folder) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     for word in words:
@@ -131,7 +131,7 @@ def test_help_shows_an_example(capsys):
 
 def test_existing_files_are_replaced_only_by_force(folder, capsys):
     (folder / make_val35k.VAL35K).write_text("mine")
-    assert run(folder) == 1
+    assert run(folder) == 2
     assert "--force" in capsys.readouterr().err
     assert (folder / make_val35k.VAL35K).read_text() == "mine"
     assert not (folder / make_val35k.MINIVAL).exists()

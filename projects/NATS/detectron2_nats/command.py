@@ -1,0 +1,27 @@
+"""What each tool's command line has in common."""
+
+import argparse
+import sys
+from typing import Callable
+
+from .errors import NATSError
+
+__all__ = ["run_tool", "tool_parser"]
+
+
+def tool_parser(description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser whose help shows both texts as they are."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run_tool(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call ``main(args)``; bad input is one line on stderr and exit status 2."""
+    try:
+        main(args)
+    except NATSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
