@@ -261,9 +261,9 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_save_refuses_what_load_would(tmp_path, monkeypatch):
-    monkeypatch.setattr("detectron2_nats.architecture.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("detectron2_nats.files.MAX_FILE_BYTES", 100)
     path = tmp_path / "architecture.yaml"
-    with pytest.raises(NATSError, match="architecture.yaml: architecture of .* bytes, at most 100"):
+    with pytest.raises(NATSError, match="architecture.yaml: .* bytes to write, at most 100"):
         Architecture(LAYERS).save(str(path))
     assert os.listdir(tmp_path) == []
 

@@ -110,7 +110,7 @@ def test_builds_super_network_and_frozen_network(name):
 
 def test_defaults_are_the_papers():
     space = search_space_from_config(nats_cfg())
-    assert (space.name, space.num_groups, space.channels_per_group) == ("C", 16, None)
+    assert (space.num_groups, space.channels_per_group) == (16, None)
     assert space.stages == ("res3", "res4", "res5") and not space.share_weights
 
 

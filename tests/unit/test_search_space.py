@@ -19,12 +19,11 @@ S5 = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5))
 def test_paper_sets(name, early, res5):
     space = SearchSpace(name)
     assert space.genotypes == {"res3": early, "res4": early, "res5": res5}
-    assert space.name == name
 
 
 def test_defaults_are_the_papers():
     space = SearchSpace()
-    assert (space.name, space.stages) == ("C", ("res3", "res4", "res5"))
+    assert space.stages == ("res3", "res4", "res5")
     assert (space.num_groups, space.channels_per_group) == (16, None)
     assert space.share_weights is False
 
@@ -36,7 +35,6 @@ def test_every_set_begins_with_the_plain_conv():
 def test_custom_lists_follow_the_stages():
     space = SearchSpace([[[1, 1], [5, 5]], ((1, 1), (1, 2), (2, 1))], stages=["res5", "res2"])
     assert space.genotypes == {"res5": ((1, 1), (5, 5)), "res2": ((1, 1), (1, 2), (2, 1))}
-    assert space.name == "custom"
 
 
 def test_lazy_config_lists():

@@ -2,15 +2,14 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
-import yaml
 from tabulate import tabulate
 
 from .errors import NATSError
-from .files import MAX_FILE_BYTES, read_yaml, write_atomically
+from .files import OneLine, read_yaml, write_yaml
 from .search_space import Dilation, _short, check_dilation
 
 __all__ = ["Architecture", "Run", "decode_alpha", "intensities", "votes"]
@@ -84,13 +83,6 @@ def _merged(runs) -> Tuple[Run, ...]:
             channels += merged.pop()[0]
         merged.append((channels, d_h, d_w))
     return tuple(merged)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes a value that stands twice twice, not as an alias, which the loader refuses."""
-
-    def ignore_aliases(self, data):
-        return True
 
 
 @dataclass(frozen=True)
@@ -167,10 +159,10 @@ class Architecture:
         return cls(content.get("layers"), content.get("search") or {})
 
     def to_dict(self) -> Dict[str, Any]:
-        """The content of an architecture file, plain values only."""
+        """The content of an architecture file: plain values, runs as lists."""
         content = {
             "format": FORMAT,
-            "layers": {k: [list(r) for r in v] for k, v in self.layers.items()},
+            "layers": {k: OneLine(list(r) for r in v) for k, v in self.layers.items()},
         }
         if self.search:
             content["search"] = dict(self.search)
@@ -207,17 +199,7 @@ class Architecture:
 
     def save(self, path: str) -> None:
         """Write an architecture file, aside and renamed."""
-        lines = [f"format: {FORMAT}", "layers:"]
-        for name, runs in self.layers.items():
-            lines.append(f"  {name}: {[list(run) for run in runs]}")
-        if self.search:
-            lines.append(
-                yaml.dump({"search": dict(self.search)}, Dumper=_Dumper, sort_keys=False).rstrip()
-            )
-        text = "\n".join(lines) + "\n"
-        if len(text) > MAX_FILE_BYTES:
-            raise NATSError(f"{path}: architecture of {len(text)} bytes, at most {MAX_FILE_BYTES}")
-        write_atomically(path, text)
+        write_yaml(path, self.to_dict())
 
     # -- questions ----------------------------------------------------------------------------
 
@@ -310,6 +292,3 @@ def _check_runs(name: str, runs: Any) -> Tuple[Run, ...]:
     if total > MAX_CHANNELS:
         raise NATSError(f"architecture: {name}: {total} channels, at most {MAX_CHANNELS} allowed")
     return _merged(checked)
-
-
-ArchitectureLike = Union[Architecture, str]

@@ -12,7 +12,7 @@ from detectron2.modeling import Backbone, build_backbone
 from .architecture import Architecture
 from .config import add_nats_config
 from .errors import NATSError, one_line
-from .files import MAX_FILE_BYTES, parse_yaml, read_yaml, write_atomically
+from .files import OneLine, read_yaml, write_yaml
 from .transform import apply_architecture, conv3x3_layers, searched_layers
 
 __all__ = [
@@ -132,23 +132,15 @@ def export_config(base: CfgNode, architecture: Architecture) -> CfgNode:
 
 def write_config(cfg: CfgNode, path: str) -> None:
     """Write what differs from the defaults; loads after ``get_cfg(); add_nats_config(cfg)``."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    # One line per layer, written by hand in the place of a stand-in: it is meant to be read.
-    rows = ",\n".join(f"      [{name}, {runs}]" for name, runs in cfg.MODEL.NATS.ARCHITECTURE)
-    cfg.MODEL.NATS.ARCHITECTURE = ["@rows@"]
-    text = CfgNode(_difference(cfg, load_config(""))).dump(default_flow_style=None)
-    lines = [
-        "# A plain detector with searched dilations. Loads after: import detectron2_nats;",
-        "# cfg = get_cfg(); detectron2_nats.add_nats_config(cfg)",
-        "VERSION: 2",
-        text.replace("'@rows@'", f"\n{rows}"),
-    ]
-    text = "\n".join(lines)
-    if len(text) > MAX_FILE_BYTES:
-        raise NATSError(f"{path}: config of {len(text)} bytes, at most {MAX_FILE_BYTES}")
-    parse_yaml(text, path)
-    write_atomically(path, text)
+    difference = _difference(cfg, load_config(""))
+    nats = difference.get("MODEL", {}).get("NATS", {})
+    if "ARCHITECTURE" in nats:  # one line per layer: it is meant to be read
+        nats["ARCHITECTURE"] = [OneLine(layer) for layer in nats["ARCHITECTURE"]]
+    comment = (
+        "# A plain detector with searched dilations. Loads after: import detectron2_nats;\n"
+        "# cfg = get_cfg(); detectron2_nats.add_nats_config(cfg)\n"
+    )
+    write_yaml(path, {"VERSION": 2, **difference}, comment)
 
 
 def _difference(cfg: CfgNode, default: CfgNode) -> Dict[str, Any]:

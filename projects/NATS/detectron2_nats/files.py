@@ -1,14 +1,23 @@
 """Reading strangers' files and writing our own: safe YAML of bounded size, atomic writes."""
 
+import math
 import os
 import tempfile
-from typing import IO, Any, Callable, Union
+from typing import IO, Any, Callable, Mapping, Union
 
 import yaml
 
 from .errors import NATSError
 
-__all__ = ["MAX_FILE_BYTES", "parse_yaml", "read_bounded", "read_yaml", "write_atomically"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "OneLine",
+    "parse_yaml",
+    "read_bounded",
+    "read_yaml",
+    "write_atomically",
+    "write_yaml",
+]
 
 MAX_FILE_BYTES = 8 * 2**20
 """Size limit of a config or architecture file, checked before it is read."""
@@ -78,6 +87,25 @@ def parse_yaml(text: str, name: str, *, aliases: bool = True) -> Any:
         raise NATSError(f"{name}: not readable as plain YAML: {reason}") from None
 
 
+class OneLine(list):
+    """A list that :func:`write_yaml` writes on one line, with all that is in it."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a value that stands twice twice: :func:`parse_yaml` may refuse aliases."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+_Dumper.add_representer(
+    OneLine,
+    lambda dumper, value: dumper.represent_sequence(
+        "tag:yaml.org,2002:seq", value, flow_style=True
+    ),
+)
+
+
 def read_bounded(path: str) -> bytes:
     """Read a file of at most :data:`MAX_FILE_BYTES`.
 
@@ -138,3 +166,21 @@ def write_atomically(path: str, content: Union[str, Callable[[IO[bytes]], Any]])
     except BaseException:
         os.unlink(aside)
         raise
+
+
+def write_yaml(path: str, content: Mapping[str, Any], comment: str = "") -> None:
+    """Write plain values and :class:`OneLine`, in their order, as :func:`read_yaml` reads them.
+
+    Args:
+        comment: lines at the top, each with its "#".
+
+    Raises:
+        NATSError: it would not be read, such as for its length; nothing is written then.
+    """
+    text = comment + yaml.dump(
+        content, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=math.inf
+    )
+    if len(text) > MAX_FILE_BYTES:
+        raise NATSError(f"{path}: {len(text)} bytes to write, at most {MAX_FILE_BYTES} are read")
+    parse_yaml(text, path)
+    write_atomically(path, text)

@@ -77,7 +77,6 @@ class SearchSpace:
     num_groups: Optional[int]
     channels_per_group: Optional[int]
     share_weights: bool
-    name: str
 
     def __init__(
         self,
@@ -109,7 +108,6 @@ class SearchSpace:
         object.__setattr__(self, "num_groups", num_groups)
         object.__setattr__(self, "channels_per_group", channels_per_group)
         object.__setattr__(self, "share_weights", bool(share_weights))
-        object.__setattr__(self, "name", space if isinstance(space, str) else "custom")
 
     def groups_of(self, layer: str, channels: int, conv_groups: int = 1) -> int:
         """Return N for a conv of `channels` output channels, cut by `conv_groups` (ResNeXt).
