@@ -19,8 +19,8 @@ examples:
   change settings:
     $ python search_net.py --config-file ... MODEL.NATS.NUM_GROUPS 8 SEARCH.ALPHA_LR 0.02
 
-Without CUDA, --num-gpus 2 runs two processes on the CPU. OUTPUT_DIR then holds checkpoints,
-architecture.yaml (the result) and retrain.yaml (a plain config for train_net.py).
+With MODEL.DEVICE cpu, --num-gpus 2 runs two processes on the CPU. OUTPUT_DIR then holds
+checkpoints, architecture.yaml (the result) and retrain.yaml (a plain config for train_net.py).
 exit status: 0 done, 2 bad input, 75 stopped on request (go on with --resume), 1 failed.
 """
 

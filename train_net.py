@@ -14,8 +14,8 @@ examples:
     $ python train_net.py --config-file ... --resume
     $ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 
-Any Detectron2 config works, and the name of a zoo config too. Without CUDA, --num-gpus 2 runs two
-processes on the CPU.
+Any Detectron2 config works, and the name of a zoo config too. With MODEL.DEVICE cpu, --num-gpus 2
+runs two processes on the CPU.
 exit status: 0 done, 2 bad input, 75 stopped on request (go on with --resume), 1 failed.
 """
 

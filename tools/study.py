@@ -360,8 +360,10 @@ class Study:
         environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         if torch.cuda.is_available():
             count, each = torch.cuda.device_count(), self.args.num_gpus
-            devices = [(slot * each + i) % count for i in range(each)]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers or UUIDs
+            names = given.split(",") if given else [str(i) for i in range(count)]
+            devices = [names[(slot * each + i) % count] for i in range(each)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         return environment
 
     def _line(self, task: Task) -> str:

@@ -127,6 +127,23 @@ def test_nan_on_one_rank_is_skipped_by_both(tiny_config, tmp_path, how, good, ra
     assert all(map(math.isfinite, checksums))
 
 
+def steps_with_sync_bn(config, folder):
+    norms = ["MODEL.RESNETS.NORM", "SyncBN", "MODEL.FPN.NORM", "SyncBN"]
+    trainer = make_trainer(config, folder, *norms)
+    assert trainer.cfg.MODEL.RESNETS.NORM == "SyncBN"  # what an export and a resume go by
+    with EventStorage(0) as trainer.storage:
+        for trainer.iter in range(3):
+            trainer.run_step()
+    assert trainer.weights.bad_total == trainer.alpha.bad_total == 0
+    return {name: value.double().sum().item() for name, value in trainer.model.state_dict().items()}
+
+
+def test_sync_bn_works_on_cpu_processes(tiny_config, tmp_path):
+    """Statistics over both: without, each would hold those of its own images."""
+    first, second = on_two_ranks(steps_with_sync_bn, tiny_config, str(tmp_path))
+    assert first == second and "backbone.bottom_up.res5.2.conv3.norm.running_var" in first
+
+
 class SyncedMean(torch.autograd.Function):
     """As a SyncBN: the ranks talk to each other in the middle of forward and of backward."""
 

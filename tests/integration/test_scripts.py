@@ -329,6 +329,18 @@ def test_errors_of_several_processes_are_the_last_lines(tiny_config, tmp_path):
     assert "Traceback" not in output
 
 
+def test_no_process_computes_on_the_cpu_unasked(tiny_config, tmp_path):
+    arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cuda"]
+    env = {"CUDA_VISIBLE_DEVICES": ""}
+    for launcher, more in ((sys.executable,), ["--num-gpus", "2"]), (TORCHRUN, []):
+        status = 1 if launcher is TORCHRUN else 2
+        options = {"launcher": launcher, "env": env, "status": status}
+        output = run("search_net.py", *more, *arguments, **options)
+        assert "error: processes on this machine: 2, GPUs that PyTorch can use here: 0 (" in output
+    output = run("search_net.py", *arguments, "SOLVER.MAX_ITER", "1", env=env)
+    assert "computing on the CPU, for PyTorch can use no GPU here: RuntimeError: " in output
+
+
 def test_a_checkpoint_before_the_first_line_of_the_log(tiny_config, tmp_path):
     arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1"]
     output = run("search_net.py", *arguments, "RUN.LOG_PERIOD", "100")

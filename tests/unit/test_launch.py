@@ -119,3 +119,41 @@ def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     launch._share_out_cores(2)
     launch._share_out_cores(9)
     assert chosen == [4, 1]
+
+
+def arguments(*opts):
+    return launch.default_argument_parser().parse_args(["--num-gpus", "2", *opts])
+
+
+def test_several_processes_without_a_gpu_each_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "_why_no_cuda", lambda: "the driver is too old")
+    words = "GPUs that PyTorch can use here: 0 .the driver is too old.. .*add MODEL.DEVICE cpu"
+    with pytest.raises(NATSError, match=words):
+        launch._device_of_group(arguments(), 2)
+    assert launch._device_of_group(arguments("MODEL.DEVICE", "cpu"), 2) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(NATSError, match="machine: 2, GPUs that PyTorch can use here: 1. Start"):
+        launch._device_of_group(arguments(), 2)
+    assert launch._device_of_group(arguments(), 1) == "cuda"
+
+
+def test_the_reason_is_pytorchs(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert launch._why_no_cuda() == "RuntimeError: The NVIDIA driver on your system is too old"
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", ["gloo"]), ("cuda", [1, "nccl"])])
+def test_the_device_chooses_the_groups_backend(monkeypatch, device, expected):
+    """Not whether there is a GPU."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cpu")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
+    monkeypatch.setattr(launch.comm, "create_local_process_group", lambda size: None)
+    launch._join_group(device, 1, 2, rank=1, world_size=2)
+    assert chosen == expected

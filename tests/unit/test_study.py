@@ -2,15 +2,18 @@
 
 import json
 import math
+import runpy
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from common import FPN_RESNET, tiny_cfg
-from tiny import TINY, finish, script, wait_until
+from tiny import REPOSITORY, TINY, finish, script, wait_until
 
 from detectron2_nats import Architecture, NATSError, comparison
 from detectron2_nats.plot import plot_study
@@ -161,6 +164,27 @@ def children_of(process):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    "given, shares",
+    [
+        ("4,5,7", ["4,5", "7,4"]),
+        ("GPU-8932f937,GPU-72ab3c01", ["GPU-8932f937,GPU-72ab3c01"] * 2),
+        (None, ["0,1", "2,0"]),
+    ],
+)
+def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
+    script = runpy.run_path(str(REPOSITORY / "tools/study.py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    count = len(given.split(",")) if given else 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    runner = SimpleNamespace(args=SimpleNamespace(jobs=2, num_gpus=2))
+    environments = [script["Study"]._environment(runner, slot) for slot in (0, 1)]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == shares
+
+
 def test_study_goes_on_after_a_kill(tmp_path):
     (tmp_path / "search.yaml").write_text(f"VERSION: 2\n{TINY}")
     (tmp_path / "plain.yaml").write_text(

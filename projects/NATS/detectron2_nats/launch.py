@@ -5,6 +5,7 @@ import atexit
 import errno
 import logging
 import os
+import socket
 import sys
 import traceback
 from datetime import timedelta
@@ -13,16 +14,20 @@ from typing import Callable, NoReturn, Type
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing import (
+    ProcessExitedException,
+    ProcessRaisedException,
+    start_processes,
+)
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from .checkpoint import SafeCheckpointer
 from .data.registry import check_datasets, register_datasets
-from .errors import NATSError
+from .errors import NATSError, one_line
 from .export import load_config
 from .lock import lock_folder
 from .stopping import (
@@ -42,7 +47,8 @@ logger = logging.getLogger(__name__)
 def setup(args: argparse.Namespace) -> CfgNode:
     """Read the config, check it and the data sets that it names, start the log."""
     cfg = load_config(args.config_file, args.opts)
-    if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
+    no_cuda = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
+    if no_cuda:
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
         raise NATSError(
@@ -61,6 +67,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args.config_file = ""  # a zoo name: default_setup would look for a file
     default_setup(cfg, args)
     logging.getLogger("detectron2_nats").parent = logging.getLogger("detectron2")
+    if no_cuda:
+        logger.warning(f"computing on the CPU, for PyTorch can use no GPU here: {_why_no_cuda()}")
     return cfg
 
 
@@ -92,24 +100,14 @@ def run_script(main: Callable[[argparse.Namespace], object], description: str, e
         if under_torchrun:
             _run_under_torchrun(main, args)
         elif args.num_gpus * args.num_machines > 1:
-            handle_signals("launcher")
-            # It says so for each rank that it ends, after our error
-            logging.getLogger("torch.multiprocessing.spawn").addFilter(
-                lambda record: not str(record.msg).startswith("Terminating process")
-            )
             if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
-                args.dist_url = "auto"  # any free port: two runs on one machine must not meet
-            launch(
-                _worker,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, args),
-            )
+                args.dist_url = _free_address()  # two runs on one machine must not meet
+            _launch(main, args)
         else:
             handle_signals("alone")
             _call(main, args)
+    except NATSError as error:
+        sys.exit(_report(error))
     except ProcessExitedException as error:
         sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else 1)
     except ProcessRaisedException as error:
@@ -118,35 +116,88 @@ def run_script(main: Callable[[argparse.Namespace], object], description: str, e
     sys.exit(0)
 
 
-def _worker(main, args) -> None:
+# -- several processes ----------------------------------------------------------------------------
+
+
+def _launch(main, args) -> None:
+    """Detectron2's ``launch``, but for the choice of CPU or GPUs, which is MODEL.DEVICE's."""
+    device = _device_of_group(args, args.num_gpus)
+    handle_signals("launcher")
+    # It says so for each rank that it ends, after our error
+    logging.getLogger("torch.multiprocessing.spawn").addFilter(
+        lambda record: not str(record.msg).startswith("Terminating process")
+    )
+    start_processes(_worker, (main, args, device), nprocs=args.num_gpus)
+
+
+def _worker(local_rank: int, main, args, device: str) -> None:
     die_with_parent()
+    _join_group(
+        device,
+        local_rank,
+        args.num_gpus,
+        init_method=args.dist_url,
+        rank=args.machine_rank * args.num_gpus + local_rank,
+        world_size=args.num_machines * args.num_gpus,
+    )
     handle_signals("worker")
-    _share_out_cores(args.num_gpus)
     _call(main, args)
 
 
 def _run_under_torchrun(main, args) -> None:
     die_with_parent()
     handle_signals("alone")
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    local_rank, processes = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    device = _device_of_group(args, processes)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     # torchrun keeps its store over a restart: without a place of its own, the new group would find
     # the addresses of the dead one there.
     store, rank, world_size = next(dist.rendezvous("env://"))
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=PrefixStore(f"restart_{restarts}", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(minutes=30),
-    )
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    _share_out_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
+    store = PrefixStore(f"restart_{restarts}", store)
+    _join_group(device, local_rank, processes, store=store, rank=rank, world_size=world_size)
     if restarts:
         args.resume = True  # a worker died and the group was started again
     _call(main, args)
+
+
+def _device_of_group(args, processes: int) -> str:
+    """MODEL.DEVICE, where it can be had by so many processes on this machine."""
+    device = load_config(args.config_file, args.opts).MODEL.DEVICE
+    if device.startswith("cuda"):
+        here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if here < processes:
+            reason = "" if here else f" ({_why_no_cuda()})"
+            raise NATSError(
+                f"processes on this machine: {processes}, GPUs that PyTorch can use here: {here}"
+                f"{reason}. Start fewer, or add MODEL.DEVICE cpu to compute on the CPU"
+            )
+    return device
+
+
+def _join_group(device: str, local_rank: int, processes: int, **group) -> None:
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        _share_out_cores(processes)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), **group)
+    comm.create_local_process_group(processes)
+    comm.synchronize()  # a rank that is late now must not look like one that hangs later
+
+
+def _free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+def _why_no_cuda() -> str:
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # built without, or none found
+        return one_line(error)
+    return "no reason given"
 
 
 def _share_out_cores(processes: int) -> None:
@@ -154,44 +205,49 @@ def _share_out_cores(processes: int) -> None:
 
     Sums depend on the number of threads in their last bit: what the user set rules.
     """
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
+# -- leaving --------------------------------------------------------------------------------------
 
 
 def _call(main, args) -> None:
     status = 0
     try:
         main(args)
-    except NATSError as error:
-        # Every rank says it: the fault may be one rank's alone
-        rank = comm.get_rank()
-        print(f"error: {error}" + (f" [rank {rank}]" if rank else ""), file=sys.stderr, flush=True)
-        status = 2
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"error: {error}: make room and go on with --resume", file=sys.stderr, flush=True)
-        status = 1
     except SystemExit as stop:
         status = stop.code or 0
         if not isinstance(status, int):
             print(status, file=sys.stderr, flush=True)
             status = 1
     except Exception as error:
-        # Another rank stopped first, in the middle of an evaluation, and cut the connection
-        if isinstance(error, RuntimeError) and dist.is_initialized() and stop_requested():
-            status = STOPPED_EXIT_CODE
-        else:
-            status = 1
-            traceback.print_exc()
-            if _is_out_of_memory(error):
-                print(f"error: out of memory: {_LESS_MEMORY}", file=sys.stderr, flush=True)
+        status = _report(error)
     if dist.is_initialized():
         if status:  # the others may be elsewhere, and NCCL would wait for them
             exit_at_once(status)
         exit_from_group()
     if status:
         sys.exit(status)
+
+
+def _report(error: Exception) -> int:
+    """Say what is wrong; returns the exit status."""
+    if isinstance(error, NATSError):
+        # Every rank says it: the fault may be one rank's alone
+        rank = comm.get_rank()
+        print(f"error: {error}" + (f" [rank {rank}]" if rank else ""), file=sys.stderr, flush=True)
+        return 2
+    if isinstance(error, RuntimeError) and dist.is_initialized() and stop_requested():
+        # Another rank stopped first, in the middle of an evaluation, and cut the connection
+        return STOPPED_EXIT_CODE
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        print(f"error: {error}: make room and go on with --resume", file=sys.stderr, flush=True)
+        return 1
+    traceback.print_exception(error)
+    if _is_out_of_memory(error):
+        print(f"error: out of memory: {_LESS_MEMORY}", file=sys.stderr, flush=True)
+    return 1
 
 
 _LESS_MEMORY = (

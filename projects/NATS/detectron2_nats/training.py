@@ -443,6 +443,10 @@ class ResumableTrainer(DefaultTrainer):
         return self._last_eval_results
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        return super().build_model(_with_norms_for(cfg, comm.get_world_size()))
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         """A loader apart from the training's own, for precise batch norm."""
         dicts = dataset_dicts(cfg, cfg.DATASETS.TRAIN)
@@ -495,6 +499,18 @@ def _scaled_to_processes(cfg: CfgNode) -> CfgNode:
         scaled.SEARCH.ALPHA_IMS_PER_BATCH = round(cfg.SEARCH.ALPHA_IMS_PER_BATCH * factor)
         scaled.freeze()
     return scaled
+
+
+def _with_norms_for(cfg: CfgNode, processes: int) -> CfgNode:
+    """PyTorch's SyncBN knows GPUs only: CPU processes take Detectron2's, with the same keys."""
+    if processes == 1 or cfg.MODEL.DEVICE.startswith("cuda"):
+        return cfg
+    cfg = cfg.clone()
+    norms = [
+        key for key, value in _flat(cfg).items() if key.endswith(".NORM") and value == "SyncBN"
+    ]
+    cfg.merge_from_list([word for key in norms for word in (key, "naiveSyncBN")])
+    return cfg
 
 
 class _CheckpointHook(HookBase):
@@ -563,7 +579,7 @@ def _distributed(module: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return module
     device = next(module.parameters()).device
-    ids = [comm.get_local_rank()] if device.type == "cuda" else None
+    ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
