@@ -84,6 +84,27 @@ def test_a_rehearsed_alpha_step_reduces_its_gradient_too(tiny_config, tmp_path):
     assert first == second and first[0] == [first[1]]
 
 
+def two_thirds(config, folder, *opts):
+    trainer = make_trainer(config, folder, *opts)
+    step = trainer.run_step
+    trainer.run_step = lambda: 1 / 0 if trainer.iter == 4 else step()  # dies there
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    return [value.sum().item() for value in trainer.model.state_dict().values()]
+
+
+@pytest.mark.parametrize("reference, start, max_iter", [(0, 4, 6), (2, 8, 12)])
+def test_one_process_goes_on_where_two_were(tiny_config, tmp_path, reference, start, max_iter):
+    """With the same batch, or with as many images for each process."""
+    opts = ["SOLVER.REFERENCE_WORLD_SIZE", reference]
+    on_two_ranks(two_thirds, tiny_config, str(tmp_path), *opts)
+    trainer = make_trainer(tiny_config, tmp_path, *opts)
+    assert (trainer.start_iter, trainer.max_iter) == (start, max_iter)
+    assert trainer.alpha_start == 0.34 * max_iter // 1 and trainer.alpha.optimizer.state
+    trainer.train()
+    assert (tmp_path / "retrain.yaml").exists()
+
+
 def nan_on_one_rank(config, folder, how, good, bad_rank):
     trainer = make_trainer(config, folder)
     plain = trainer.model.forward

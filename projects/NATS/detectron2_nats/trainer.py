@@ -191,7 +191,7 @@ class SearchTrainer(ResumableTrainer):
             logger.warning(f"no pictures for TensorBoard: {error}")
 
     def check_same_run(self, saved_config: str) -> None:
-        differences = config_differences(saved_config, self.cfg)
+        differences = config_differences(saved_config, self.given_cfg)
         if differences:
             raise NATSError(
                 f"{self.cfg.OUTPUT_DIR} holds another search; these settings differ: "
