@@ -7,7 +7,7 @@ import traceback
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tiny import make_trainer
+from tiny import assert_equal, make_trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.utils import comm
@@ -65,6 +65,30 @@ def test_a_difference_is_named_on_both_ranks(tiny_config, tmp_path):
     assert first == second and len(first) == 2
     for message in first:
         assert message.startswith(f"α differs between the ranks in {LAYER}: the run is stopped")
+
+
+def a_few_steps(config, folder):
+    """The end of three iterations, with gradients as views and as copies."""
+    ends = []
+    for views in (True, False):
+        trainer = make_trainer(config, folder)
+        wrapper = trainer.weights.losses
+        assert wrapper.gradient_as_bucket_view
+        if not views:
+            wrapper = DistributedDataParallel(wrapper.module, broadcast_buffers=False)
+            trainer.weights.losses = wrapper
+        torch.manual_seed(comm.get_rank())
+        with EventStorage(1) as trainer.storage:
+            for trainer.iter in range(1, 4):  # α steps among them
+                trainer.run_step()
+        state = [trainer.weights.optimizer.state_dict(), trainer.alpha.optimizer.state_dict()]
+        ends.append({"model": trainer.model.state_dict(), "optimizers": state})
+    assert_equal(*ends, "end")
+    return True
+
+
+def test_gradients_as_views_give_the_same_bits(tiny_config, tmp_path):
+    assert on_two_ranks(a_few_steps, tiny_config, str(tmp_path)) == [True, True]
 
 
 def rehearsal(config, folder):

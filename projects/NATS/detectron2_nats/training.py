@@ -580,7 +580,10 @@ def _distributed(module: nn.Module) -> nn.Module:
         return module
     device = next(module.parameters()).device
     ids = [comm.get_local_rank()] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    # views: or each gradient would be there twice, by itself and in the bucket that ranks exchange
+    return DistributedDataParallel(
+        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def _finite_gradients(parameters: List[nn.Parameter]) -> bool:
