@@ -7,7 +7,7 @@ import traceback
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tiny import make_trainer
+from tiny import assert_equal, make_trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.utils import comm
@@ -67,6 +67,30 @@ def test_a_difference_is_named_on_both_ranks(tiny_config, tmp_path):
         assert message.startswith(f"α differs between the ranks in {LAYER}: the run is stopped")
 
 
+def a_few_steps(config, folder):
+    """The end of three iterations, with gradients as views and as copies."""
+    ends = []
+    for views in (True, False):
+        trainer = make_trainer(config, folder)
+        wrapper = trainer.weights.losses
+        assert wrapper.gradient_as_bucket_view
+        if not views:
+            wrapper = DistributedDataParallel(wrapper.module, broadcast_buffers=False)
+            trainer.weights.losses = wrapper
+        torch.manual_seed(comm.get_rank())
+        with EventStorage(1) as trainer.storage:
+            for trainer.iter in range(1, 4):  # α steps among them
+                trainer.run_step()
+        state = [trainer.weights.optimizer.state_dict(), trainer.alpha.optimizer.state_dict()]
+        ends.append({"model": trainer.model.state_dict(), "optimizers": state})
+    assert_equal(*ends, "end")
+    return True
+
+
+def test_gradients_as_views_give_the_same_bits(tiny_config, tmp_path):
+    assert on_two_ranks(a_few_steps, tiny_config, str(tmp_path)) == [True, True]
+
+
 def rehearsal(config, folder):
     trainer = make_trainer(config, folder)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -82,6 +106,27 @@ def rehearsal(config, folder):
 def test_a_rehearsed_alpha_step_reduces_its_gradient_too(tiny_config, tmp_path):
     first, second = on_two_ranks(rehearsal, tiny_config, str(tmp_path))
     assert first == second and first[0] == [first[1]]
+
+
+def two_thirds(config, folder, *opts):
+    trainer = make_trainer(config, folder, *opts)
+    step = trainer.run_step
+    trainer.run_step = lambda: 1 / 0 if trainer.iter == 4 else step()  # dies there
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    return [value.sum().item() for value in trainer.model.state_dict().values()]
+
+
+@pytest.mark.parametrize("reference, start, max_iter", [(0, 4, 6), (2, 8, 12)])
+def test_one_process_goes_on_where_two_were(tiny_config, tmp_path, reference, start, max_iter):
+    """With the same batch, or with as many images for each process."""
+    opts = ["SOLVER.REFERENCE_WORLD_SIZE", reference]
+    on_two_ranks(two_thirds, tiny_config, str(tmp_path), *opts)
+    trainer = make_trainer(tiny_config, tmp_path, *opts)
+    assert (trainer.start_iter, trainer.max_iter) == (start, max_iter)
+    assert trainer.alpha_start == 0.34 * max_iter // 1 and trainer.alpha.optimizer.state
+    trainer.train()
+    assert (tmp_path / "retrain.yaml").exists()
 
 
 def nan_on_one_rank(config, folder, how, good, bad_rank):

@@ -15,7 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from detectron2_nats import Architecture, NATSError
+from detectron2_nats import Architecture, NATSError, training
 from detectron2_nats.architecture import decode_alpha
 from detectron2_nats.export import load_config
 from detectron2_nats.training import ResumableTrainer
@@ -502,6 +502,62 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
     assert cfg.SOLVER.BASE_LR == pytest.approx(0.005)
     assert cfg.SOLVER.BASE_LR_END == pytest.approx(0.00005)
     assert cfg.SEARCH.ALPHA_IMS_PER_BATCH == 2
+
+
+def as_on_processes(count, monkeypatch):
+    """Scale the config as on so many processes; all the rest is one process's."""
+    scale = training._scaled_to_processes
+
+    def scaled(cfg):
+        with monkeypatch.context() as patch:
+            patch.setattr(training.comm, "get_world_size", lambda: count)
+            return scale(cfg)
+
+    monkeypatch.setattr(training, "_scaled_to_processes", scaled)
+
+
+def rates(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return {line["iteration"]: line["lr"] for line in lines}
+
+
+SCALED = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.AVERAGE_LAST", 0.7]
+
+
+@pytest.mark.parametrize("kind", ["search", "train"])
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3)])
+def test_goes_on_with_another_number_of_processes(
+    tiny_config, tmp_path, monkeypatch, before, after, kind
+):
+    """Of 6 iterations with 4 images: 12 with 2, 4 with 6. At the same image, at the same rate."""
+    plain = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"] if kind == "train" else []
+    opts = [*SCALED, *plain]
+    with monkeypatch.context() as patch:
+        as_on_processes(before, patch)
+        first = make_trainer(tiny_config, tmp_path / "run", *opts, kind=kind)
+        first._hooks = first._hooks[:-1]  # no writer
+        half, step = first.max_iter * 2 // 3, first.run_step
+        first.run_step = lambda: 1 / 0 if first.iter == half else step()  # dies there
+        with pytest.raises(ZeroDivisionError):
+            first.train()
+
+    as_on_processes(after, monkeypatch)
+    whole = make_trainer(tiny_config, tmp_path / "whole", *opts, kind=kind)
+    whole.train()
+    rest = make_trainer(tiny_config, tmp_path / "run", *opts, kind=kind)
+    start = rest.start_iter
+    assert start / rest.max_iter == pytest.approx(2 / 3, abs=0.1)
+    images = rest.cfg.SOLVER.IMS_PER_BATCH
+    assert images == 2 * after
+    assert abs(start * images - half * first.cfg.SOLVER.IMS_PER_BATCH) <= images / 2
+    for old, new in zip(first.phases(), rest.phases()):
+        seen = new.loader.batches * images
+        assert abs(seen - old.loader.batches * first.cfg.SOLVER.IMS_PER_BATCH) <= images / 2
+    rest.train()
+    expected = rates(tmp_path / "whole")
+    assert rates(tmp_path / "run") == {i: expected[i] for i in expected if i >= start}
+    averages = [next(h for h in t._hooks if hasattr(h, "_means")) for t in (whole, rest)]
+    assert abs(averages[0]._count - averages[1]._count) <= 1
 
 
 # -- bad input ------------------------------------------------------------------------------------

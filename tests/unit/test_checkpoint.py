@@ -140,6 +140,18 @@ def test_pruning_keeps_the_newest(checkpointer, tmp_path):
     assert names(tmp_path) == [*kept, "model_best.pth", "model_final.pth"]
 
 
+def test_pruning_keeps_the_newest_also_where_their_numbers_are_smaller(checkpointer, tmp_path):
+    """More processes took the run over, whose iterations are fewer."""
+    save(checkpointer, 20, 30, 40)
+    checkpointer.prune(3)
+    kept = []
+    for iteration in (22, 24, 26, 28):
+        save(checkpointer, iteration)
+        checkpointer.prune(3)
+        kept.append([int(name[6:13]) for name in names(tmp_path)[1:]])
+    assert kept == [[20, 22, 40], [20, 22, 24], [22, 24, 26], [24, 26, 28]]
+
+
 # -- damage ---------------------------------------------------------------------------------------
 
 

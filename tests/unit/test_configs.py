@@ -7,6 +7,7 @@ import yaml
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
+from detectron2.engine import DefaultTrainer
 from detectron2_nats import add_nats_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +155,12 @@ def test_retrain(name):
     assert (cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads") == name.startswith("cascade")
 
     solver = cfg.SOLVER
-    assert solver.IMS_PER_BATCH == 16
+    # 8 GPUs with two images each; with others Detectron2 scales batch, rate and schedule.
+    assert (solver.REFERENCE_WORLD_SIZE, solver.IMS_PER_BATCH) == (8, 16)
+    assert DefaultTrainer.auto_scale_workers(cfg, 8) is cfg
+    four = DefaultTrainer.auto_scale_workers(cfg, 4).SOLVER
+    assert (four.IMS_PER_BATCH, four.MAX_ITER) == (8, 2 * solver.MAX_ITER)
+    assert four.BASE_LR == solver.BASE_LR / 2
     assert solver.MAX_ITER == rounded(13 * TRAIN2017 / solver.IMS_PER_BATCH)
     assert solver.STEPS == tuple(rounded(e * TRAIN2017 / solver.IMS_PER_BATCH) for e in (8, 11))
     assert solver.GAMMA == 0.1
@@ -162,6 +168,7 @@ def test_retrain(name):
     share = 0.5 if name.startswith("retinanet") else 1
     assert solver.BASE_LR == pytest.approx(share * LR_PER_IMAGE * solver.IMS_PER_BATCH)
     assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 1e-4)
+    assert solver.WEIGHT_DECAY_NORM == 0  # Detectron2's; docs/method.md says so
     assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
     assert cfg.DATASETS.TEST == ("coco_2017_val",)
 

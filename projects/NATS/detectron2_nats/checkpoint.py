@@ -70,9 +70,14 @@ class SafeCheckpointer(DetectionCheckpointer):
                     os.unlink(os.path.join(self.save_dir, name))
 
     def _periodic_checkpoints(self) -> List[str]:
-        """Paths, newest first."""
+        """Paths, newest first: by their numbers, which those past the newest one's come after.
+
+        Such a number was counted by fewer processes, in more and smaller steps.
+        """
+        newest = os.path.basename(self.get_checkpoint_file())
         names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
-        names = sorted((n for n in names if re.fullmatch(r"model_\d+\.pth", n)), reverse=True)
+        names = [name for name in names if re.fullmatch(r"model_\d+\.pth", name)]
+        names.sort(key=lambda name: (not newest or name <= newest, name), reverse=True)
         return [os.path.join(self.save_dir, name) for name in names]
 
     def find_usable_checkpoint(self) -> str:

@@ -161,6 +161,8 @@ class MixedDilationConv2d(_DilationConv2d):
         for genotype, scale, weight in zip(self.genotypes, columns, self.genotype_weights()):
             dilation = self._effective(genotype)
             y = conv2d(x, weight, self.stride, dilation, self.groups)
+            # Under AMP in half precision, too: for a float32 scale CUDA's autocast would turn each
+            # y^g into float32 and keep that.
             scale = scale.to(y.dtype).view(1, -1, 1, 1)
             mixed = y * scale if mixed is None else torch.addcmul(mixed, y, scale)
         return mixed

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 from typing import Dict, Iterator, List
 
@@ -226,7 +225,7 @@ class SearchTrainer(ResumableTrainer):
             logger.warning(f"no pictures for TensorBoard: {error}")
 
     def check_same_run(self, saved_config: str) -> None:
-        differences = config_differences(saved_config, self.cfg)
+        differences = config_differences(saved_config, self.given_cfg)
         if differences:
             raise NATSError(
                 f"{self.cfg.OUTPUT_DIR} holds another search; these settings differ: "
@@ -267,7 +266,7 @@ class _AlphaHook(HookBase):
         done = self.trainer.iter + 1
         if done > self.trainer.alpha_start and done % self._check_period == 0:
             check_ranks_agree(self.trainer.searched)
-        if done == math.ceil(0.9 * self.trainer.max_iter):
+        if done >= 0.9 * self.trainer.max_iter and not self.tenth_votes:
             self.tenth_votes = all_votes(self.trainer.alphas())
         if done % self._log_period == 0 or done == self.trainer.max_iter:
             self._log()

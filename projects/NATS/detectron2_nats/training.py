@@ -181,7 +181,9 @@ class ResumableTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
+        self.given_cfg = cfg
         self.cfg = cfg = _scaled_to_processes(cfg)
+        self._batch_scale = cfg.SOLVER.IMS_PER_BATCH / (self.given_cfg.SOLVER.IMS_PER_BATCH or 1)
         self._device = torch.device(cfg.MODEL.DEVICE)
         # One seed for order and augmentation on all ranks; the random states differ by rank.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -359,9 +361,12 @@ class ResumableTrainer(DefaultTrainer):
             phase.loader.merge_bad_files()
         self._rng_states = comm.gather(_rng_state(self._device))
         self._normalizers = comm.gather(self._forward_state.normalizer)
-        computed_by = comm.gather(_computed_by(self.cfg.MODEL.DEVICE))
         self.checkpointer.save(
-            name, iteration=self.iter, config=self.cfg.dump(), computed_by=computed_by
+            name,
+            iteration=self.iter,
+            config=self.given_cfg.dump(),
+            batch_scale=self._batch_scale,
+            computed_by=comm.gather(_computed_by(self.cfg.MODEL.DEVICE)),
         )
         self.checkpointer.prune(self.cfg.RUN.KEEP_CHECKPOINTS)
         comm.synchronize()
@@ -395,12 +400,41 @@ class ResumableTrainer(DefaultTrainer):
         del saved
         if len(computed_by) == comm.get_world_size():
             _compute_as(computed_by[comm.get_rank()], self.cfg.MODEL.DEVICE)
-        self.iter = self.checkpointer.load(usable)["iteration"]
-        self.start_iter = self.iter + 1
+        rates = list(self.scheduler.base_lrs)
+        loaded = self.checkpointer.load(usable)
+        self.start_iter = loaded["iteration"] + 1
+        scale = loaded.get("batch_scale", self._batch_scale)  # early checkpoints have none
+        if scale != self._batch_scale:
+            self._rescale_steps(scale / self._batch_scale, rates)
+        self.iter = self.start_iter - 1
+
+    def _rescale_steps(self, factor: float, rates: List[float]) -> None:
+        """Go on where as many images have been seen, in `factor` times as many steps.
+
+        ``SOLVER.REFERENCE_WORLD_SIZE`` has made batch, rates and length those of this number of
+        processes; what is in a checkpoint is counted in steps of the number that wrote it.
+
+        Args:
+            rates: the base learning rates of this number of processes.
+        """
+        old, scheduler = self.start_iter, self.scheduler
+        self.start_iter = min(round(old * factor), self.max_iter)
+        scheduler.base_lrs, scheduler.last_epoch = rates, self.start_iter
+        for group, base, rate in zip(self.optimizer.param_groups, rates, scheduler.get_lr()):
+            group["initial_lr"], group["lr"] = base, rate
+        for phase in self.phases():
+            phase.loader.batches = round(phase.loader.batches * factor)
+        for hook in self._hooks:
+            if isinstance(hook, _AverageHook):
+                hook.rescale(factor)
+        logger.warning(
+            f"the {old} iterations of the checkpoint are {self.start_iter} of {self.max_iter} with "
+            f"{self.cfg.SOLVER.IMS_PER_BATCH} images each: the run goes on there"
+        )
 
     def check_same_run(self, saved_config: str) -> None:
         """Called on resume with the config that the checkpoint was written under."""
-        for line in config_differences(saved_config, self.cfg):
+        for line in config_differences(saved_config, self.given_cfg):
             logger.warning(f"resuming with another setting than before: {line}")
 
     # -- what DefaultTrainer asks for -------------------------------------------------------------
@@ -555,6 +589,11 @@ class _AverageHook(HookBase):
             for name, value in averaged.items():
                 value.copy_(self._means[name])
 
+    def rescale(self, factor: float) -> None:
+        """What has been averaged counts as `factor` times as many iterations."""
+        if self._count:
+            self._count = max(1, round(self._count * factor))
+
     def _averaged(self) -> Dict[str, torch.Tensor]:
         """The trained weights, and the statistics that batch norms gathered with them."""
         model = self.trainer.model
@@ -580,7 +619,10 @@ def _distributed(module: nn.Module) -> nn.Module:
         return module
     device = next(module.parameters()).device
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    # views: or each gradient would be there twice, by itself and in the bucket that ranks exchange
+    return DistributedDataParallel(
+        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def _finite_gradients(parameters: List[nn.Parameter]) -> bool:
