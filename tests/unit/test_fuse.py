@@ -39,7 +39,7 @@ def test_nothing_is_put_back_and_no_batch_norm_is_left(name):
         if not name.startswith("res2"):
             dilations = [tuple(run[1:]) for run in conv.runs]
             assert dilations == sorted(set(dilations))  # each one's rows lie together
-            assert all(len(runs) == 1 for runs in conv._branches)
+            assert all(len(branch.runs) == 1 for branch in conv._branches)
 
 
 def test_fusing_twice_changes_nothing():

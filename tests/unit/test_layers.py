@@ -12,7 +12,6 @@ from detectron2_nats import (
     MixedDilationConv2d,
     NATSError,
     convolution,
-    layers,
 )
 
 CONVS = [
@@ -75,9 +74,8 @@ def options(kwargs):
 
 @pytest.fixture(params=["AVX2", "AVX512"])
 def processor(request, monkeypatch):
-    """Decides the frozen conv's layout and how weights' gradients are computed, on any machine."""
+    """Decides the frozen conv's layout, on any machine."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    monkeypatch.setattr(convolution, "_MATRIX_PRODUCTS", request.param == "AVX2")
     return request.param
 
 
@@ -87,14 +85,14 @@ def processor(request, monkeypatch):
 @pytest.fixture(params=[True, False], ids=["recomputed", "kept"])
 def recomputed(request, monkeypatch):
     """Whether the step on α computes each y^g again in backward, or keeps it."""
-    monkeypatch.setattr(layers, "_FEW_CHANNELS", 128 if request.param else 0)
+    monkeypatch.setattr(convolution, "_FEW_CHANNELS", 128 if request.param else 0)
     return request.param
 
 
 @pytest.mark.parametrize("share_weights", [False, True])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_mixture_is_the_papers(kwargs, num_groups, share_weights, processor, recomputed):
+def test_mixture_is_the_papers(kwargs, num_groups, share_weights, recomputed):
     """Both forms, in value and in the gradient of everything, against autograd of the formula."""
     conv = mixed_conv(num_groups, share_weights=share_weights, **kwargs)
     x = input_().requires_grad_(True)
@@ -131,7 +129,7 @@ def test_one_norm_and_activation_follow_the_mixture(alpha_trains):
     assert conv.norm.num_batches_tracked == 1
 
 
-def test_what_is_kept_for_backward(processor, recomputed):
+def test_what_is_kept_for_backward(recomputed):
     """The input, views of the weights, small scales. α trained, many channels: each y^g too."""
     conv = mixed_conv()
     x, kept = input_().requires_grad_(True), []
@@ -257,13 +255,14 @@ def test_layout_follows_the_processor(processor):
 
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
 def test_frozen_conv_keeps_as_little_as_the_plain_one(kwargs, processor):
-    """For backward: its input and its weight, not the pieces that they are cut into."""
+    """For backward: as many numbers as its input and its weight have."""
     kept = []
     conv = GroupedDilationConv2d(plain_conv(**kwargs), RUNS)
     x = input_().contiguous(memory_format=torch.channels_last).requires_grad_(True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
         conv(x)
-    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr(), conv.weight.data_ptr()]
+    sizes = {tensor.data_ptr(): tensor.numel() for tensor in kept}
+    assert sum(sizes.values()) <= x.numel() + conv.weight.numel()
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,19 @@ Both take over the parameters of the plain conv that they replace, under the sam
 is renamed, split or permuted, so plain checkpoints load into either as they are.
 """
 
-from typing import List, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from detectron2.layers import Conv2d
 
-from .convolution import conv2d, dilated_conv2d
+from .convolution import fast_layouts, recomputed, to_fast_layout
 from .errors import NATSError
 from .search_space import Dilation
 
 __all__ = ["MixedDilationConv2d", "GroupedDilationConv2d"]
-
-_FEW_CHANNELS = 128  # as in res3 of ResNets, and in all stages of ResNeXts
 
 
 class _DilationConv2d(Conv2d):
@@ -99,9 +97,6 @@ class MixedDilationConv2d(_DilationConv2d):
             )
         else:
             self.register_parameter("replicas", None)
-        # α's gradient needs each y^g. They are kept for it, or computed again in backward where
-        # that is cheap: the work for one number is 9 × this many products.
-        self._recomputed = self.weight.shape[1] <= _FEW_CHANNELS
         # float32 whatever the weights are: Adam's steps of 0.01 are lost in half precision
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.alpha = nn.Parameter(
@@ -141,8 +136,8 @@ class MixedDilationConv2d(_DilationConv2d):
         Returns:
             (B, C_out, H / stride, W / stride).
         """
-        if self._recomputed and self.alpha.requires_grad and torch.is_grad_enabled():
-            mixed = checkpoint(self._mix, x, use_reentrant=False, preserve_rng_state=False)
+        if self.alpha.requires_grad and torch.is_grad_enabled():
+            mixed = recomputed(self._mix, x, self.weight.shape[1])  # α's gradient needs each y^g
         else:
             mixed = self._mix(x)
         if self.bias is not None:
@@ -160,7 +155,7 @@ class MixedDilationConv2d(_DilationConv2d):
         columns = mixture.unbind(dim=1)
         for genotype, scale, weight in zip(self.genotypes, columns, self.genotype_weights()):
             dilation = self._effective(genotype)
-            y = conv2d(x, weight, self.stride, dilation, self.groups)
+            y = F.conv2d(x, weight, None, self.stride, dilation, dilation, self.groups)
             # Under AMP in half precision, too: for a float32 scale CUDA's autocast would turn each
             # y^g into float32 and keep that.
             scale = scale.to(y.dtype).view(1, -1, 1, 1)
@@ -182,13 +177,24 @@ class MixedDilationConv2d(_DilationConv2d):
         return f"{super().extra_repr()}, {self.num_groups} groups of {list(self.genotypes)}{shared}"
 
 
+class Branch(NamedTuple):
+    """The runs of one dilation.
+
+    Attributes:
+        dilation: (d_h, d_w), a base dilation included.
+        runs: their places in channel order.
+    """
+
+    dilation: List[int]
+    runs: List[int]
+
+
 class GroupedDilationConv2d(_DilationConv2d):
     """The frozen network's conv: each output channel has its own dilation (section 3.3).
 
-    One conv per distinct dilation, over the rows of `weight` that use it and all input channels;
-    the outputs are put back in channel order in one pass (:func:`.convolution.dilated_conv2d`).
-    Same parameters and FLOPs as the plain conv. With conv groups (ResNeXt) a run holds whole ones
-    and each reads its own input slice. Differentiable once.
+    For each dilation: convolve the rows of `weight` that have it with all input channels; then put
+    the outputs in channel order. Same parameters and FLOPs as the plain conv. With conv groups
+    (ResNeXt) a run holds whole ones, and each reads its own input channels.
 
     Args:
         conv: the plain conv to replace; its parameters and norm are taken over.
@@ -198,7 +204,7 @@ class GroupedDilationConv2d(_DilationConv2d):
         NATSError: the runs do not add up, or cut a conv group.
     """
 
-    _inputs: List[int]  # declared here for TorchScript: it may be empty
+    _branches: List[Branch]  # declared here for TorchScript
 
     def __init__(self, conv: nn.Conv2d, runs: Sequence[Tuple[int, int, int]]):
         super().__init__(conv)
@@ -210,24 +216,18 @@ class GroupedDilationConv2d(_DilationConv2d):
         if self.groups > 1 and any(channels % rows_per_group for channels, _, _ in self.runs):
             raise NATSError(f"runs {self.runs} cut conv groups of {rows_per_group} channels")
 
-        # plain lists of ints, so that TorchScript can read them
-        self._channels: List[int] = [channels for channels, _, _ in self.runs]
-        per_group = self.in_channels // self.groups
-        self._inputs = []  # without conv groups each run reads all
-        if self.groups > 1:
-            self._inputs = [n // rows_per_group * per_group for n in self._channels]
-        branches = {}  # dilation -> its runs
-        for index, (_, *dilation) in enumerate(self.runs):
-            branches.setdefault(tuple(dilation), []).append(index)
-        self._branches: List[List[int]] = list(branches.values())
-        self._dilations: List[List[int]] = [list(self._effective(d)) for d in branches]
-        self._all_plain: bool = list(branches) == [(1, 1)]
-        # In channels_last oneDNN need not bring x into a layout of its own once per branch. The
-        # convs that follow get that layout too; without AVX-512 their gradients are slower in it.
-        processor = torch.backends.cpu.get_cpu_capability()
-        several = len(branches) > 1
-        self._channels_last: bool = several and processor in ("AVX2", "AVX512")
-        self._channels_last_in_training: bool = several and processor == "AVX512"
+        # lists of ints, so that TorchScript can read them
+        self._outputs: List[int] = [channels for channels, _, _ in self.runs]
+        self._inputs: List[int] = [
+            channels // rows_per_group * (self.in_channels // self.groups)
+            for channels in self._outputs
+        ]
+        places = {}  # dilation → its runs
+        for place, (_, *dilation) in enumerate(self.runs):
+            places.setdefault(tuple(dilation), []).append(place)
+        self._branches = [Branch(list(self._effective(d)), p) for d, p in places.items()]
+        self._all_plain: bool = list(places) == [(1, 1)]
+        self._fast_layouts: List[bool] = fast_layouts(len(places))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -239,22 +239,35 @@ class GroupedDilationConv2d(_DilationConv2d):
         """
         if self._all_plain:  # the plain conv's gradients too, bit for bit
             return self._finish(self._conv_forward(x, self.weight, self.bias))
-        wanted = self._channels_last
-        if torch.is_grad_enabled() and not torch.jit.is_tracing():
-            wanted = self._channels_last_in_training
-        if wanted and not x.is_cuda:
-            x = x.contiguous(memory_format=torch.channels_last)
-        y = dilated_conv2d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self._inputs,
-            self._channels,
-            self._dilations,
-            self._branches,
-        )
-        return self._finish(y)
+        x = to_fast_layout(x, self._fast_layouts)
+        rows = _cut(self.weight, self._outputs, 0)
+        bias = self.bias  # TorchScript looks at an attribute anew each time
+        shifts = _cut(bias, self._outputs, 0) if bias is not None else []
+        slices = _cut(x, self._inputs, 1) if self.groups > 1 else []
+        outputs = [x] * len(rows)  # one per run, each replaced in the loop
+        for branch in self._branches:
+            weight = _joined([rows[run] for run in branch.runs], 0)
+            shift = _joined([shifts[run] for run in branch.runs], 0) if len(shifts) > 0 else None
+            read = _joined([slices[run] for run in branch.runs], 1) if len(slices) > 0 else x
+            groups = read.shape[1] // weight.shape[1]
+            dilation = branch.dilation
+            y = F.conv2d(read, weight, shift, self.stride, dilation, dilation, groups)
+            pieces = _cut(y, [self._outputs[run] for run in branch.runs], 1)
+            for run, piece in zip(branch.runs, pieces):
+                outputs[run] = piece
+        return self._finish(_joined(outputs, 1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, runs={self.runs}"
+
+
+def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:
+    """Consecutive pieces of `tensor` along `dim`; of these sizes, which add up to it."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    # narrow(), not split(): exporters fold a weight's narrow() into a constant
+    return [tensor.narrow(dim, end - size, size) for end, size in zip(ends, sizes)]
+
+
+def _joined(pieces: List[torch.Tensor], dim: int) -> torch.Tensor:
+    """The concatenation; no copy of a single piece."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
