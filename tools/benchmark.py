@@ -379,22 +379,11 @@ def prepared(trainer_class: type, cfg: CfgNode, model: nn.Module, batch: List[di
     return trainer
 
 
-def weight_step(trainer: ResumableTrainer) -> None:
+def take(trainer: ResumableTrainer, step: str) -> None:
+    """Take the trainer's "weight_step" or "alpha_step"."""
     with trainer.storage:
-        trainer.take_step(trainer.weights)
-    _check_taken(trainer.weights)
-
-
-def alpha_step(trainer: SearchTrainer) -> None:
-    """As the second half of :meth:`SearchTrainer.run_step`."""
-    with trainer.storage, trainer._alpha_trained():
-        trainer.take_step(trainer.alpha)
-        trainer._forward_state.restore()
-    _check_taken(trainer.alpha)
-
-
-def _check_taken(phase) -> None:
-    if phase.bad_total:
+        getattr(trainer, step)()
+    if any(phase.bad_total for phase in trainer.phases()):
         raise NATSError("a training step gave numbers that are not finite: nothing can be measured")
 
 
@@ -410,16 +399,16 @@ def training_steps(
             if architecture is not None:
                 apply_architecture(model, architecture)
             trainer = prepared(ResumableTrainer, cfg, model, batch)
-            found[variant] = [lambda t=trainer: weight_step(t)], model
+            found[variant] = [lambda t=trainer: take(t, "weight_step")], model
     cfg = load(args, "search", name, dtype)
     if SEARCH_PLAIN in wanted:
         model = build_plain(args, cfg)
         trainer = prepared(ResumableTrainer, cfg, model, batch)
-        found[SEARCH_PLAIN] = [lambda t=trainer: weight_step(t)], model
+        found[SEARCH_PLAIN] = [lambda t=trainer: take(t, "weight_step")], model
     if set(SEARCH_VARIANTS[1:]) & set(wanted):
         model = to_supernet(build_plain(args, cfg), search_space_from_config(cfg))
         search = prepared(SearchTrainer, cfg, model, batch)
-        steps = [lambda: weight_step(search), lambda: alpha_step(search)]
+        steps = [lambda s=step: take(search, s) for step in ("weight_step", "alpha_step")]
         for variant, part in zip(SEARCH_VARIANTS[1:], (steps[:1], steps[1:], steps)):
             found[variant] = part, model
     return {variant: found[variant] for variant in wanted}

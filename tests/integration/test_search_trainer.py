@@ -89,9 +89,8 @@ def test_an_alpha_step_leaves_the_rest_bit_identical(trainer):
     steps(trainer, 0, 1)
     trainer.model.train()
     before = snapshot(trainer)
-    with EventStorage(2) as trainer.storage, trainer._alpha_trained():
-        trainer.take_step(trainer.alpha)
-        trainer._forward_state.restore()
+    with EventStorage(2) as trainer.storage:
+        trainer.alpha_step()
     after = snapshot(trainer)
     assert_equal(before[0], after[0], "weights and statistics")
     assert_equal(before[2], after[2], "momentum")
@@ -107,7 +106,7 @@ def test_a_whole_iteration_is_a_weight_step_then_an_alpha_step(trainer, tiny_con
     steps(trainer, 2, 1)
     torch.manual_seed(0)
     with EventStorage(2) as other.storage:
-        other.take_step(other.weights)
+        other.weight_step()
     a, b = snapshot(trainer), snapshot(other)
     assert_equal(a[0], b[0], "weights and statistics")
     assert a[1].keys() == b[1].keys()

@@ -92,12 +92,16 @@ class SearchTrainer(ResumableTrainer):
         return [self.weights, self.alpha]
 
     def run_step(self) -> None:
-        self.take_step(self.weights)
+        self.weight_step()
         if self.iter >= self.alpha_start:
-            with self._alpha_trained():
-                self.take_step(self.alpha)
-                # The norms saw the calibration split, which is not theirs to learn from.
-                self._forward_state.restore()
+            self.alpha_step()
+
+    def alpha_step(self) -> None:
+        """Adam on α, on a batch of ``DATASETS.CALIBRATION``; nothing else changes, bit for bit."""
+        with self._alpha_trained():
+            self.take_step(self.alpha)
+            # The norms saw the calibration split, which is not theirs to learn from.
+            self._forward_state.restore()
 
     def rehearse_alpha_step(self) -> None:
         """Compute an α step's gradient for nothing; called where the first α step is far away.

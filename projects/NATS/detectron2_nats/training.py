@@ -229,6 +229,10 @@ class ResumableTrainer(DefaultTrainer):
         """Called on all ranks after a checkpoint has been written."""
 
     def run_step(self) -> None:
+        self.weight_step()
+
+    def weight_step(self) -> None:
+        """SGD on the weights, on a batch of ``DATASETS.TRAIN``."""
         self.take_step(self.weights)
 
     # -- steps ----------------------------------------------------------------------------------
