@@ -81,8 +81,9 @@ def _forward(
 def _cast(tensors: List[Optional[torch.Tensor]]) -> List[Optional[torch.Tensor]]:
     """What autocast would do in the conv of each branch, once."""
     device = tensors[0].device.type
-    available = torch.amp.is_autocast_available(device)  # not on the meta device
-    if available and torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64:
+    # the meta device has no autocast; asking for that would stop torch.compile up to PyTorch 2.5
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    if enabled and tensors[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         tensors = [tensor.to(dtype) if tensor is not None else None for tensor in tensors]
     return tensors
