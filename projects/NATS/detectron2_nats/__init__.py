@@ -3,6 +3,9 @@
 Importing the package registers the backbone ``build_nats_backbone`` and the embedded data set.
 """
 
+from . import versions  # noqa: F401  (first: says what is too old)
+
+# isort: split
 from . import backbone  # noqa: F401  (registration)
 from .architecture import Architecture
 from .config import add_nats_config
