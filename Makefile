@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-optional demo test faults bench bench-smoke lint format clean
+.PHONY: help setup setup-optional demo test faults bench bench-smoke gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -21,7 +21,7 @@ demo: setup  ## search, freeze, retrain and evaluate on the embedded data set (m
 test: setup  ## run all tests, one process for each core, at most four
 	@$(PYTHON) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-faults: setup  ## break a small search in many ways and print what it survived (about 20 minutes)
+faults: setup  ## break small runs in many ways and print what they survived (an hour)
 	@$(PYTHON) tests/faults/run_faults.py
 
 bench: setup  ## time plain, frozen and super-networks on the CPU, into output/benchmark.md (hours)
@@ -29,6 +29,9 @@ bench: setup  ## time plain, frozen and super-networks on the CPU, into output/b
 
 bench-smoke: setup  ## a small part of it, ratios only (two minutes)
 	@$(PYTHON) -W ignore tools/benchmark.py --smoke
+
+gpu: setup  ## tests and benchmark on a GPU, into output/gpu.md; without one it says what it skips
+	@$(PYTHON) -W ignore tools/gpu_report.py --output output/gpu.md
 
 lint: setup  ## check the formatting and style
 	@$(PYTHON) -m black --quiet --check --diff .

@@ -4,6 +4,8 @@
 
 nan: [iteration, forward pass in it] whose losses become NaN (0: weights, 1: α).
 full_disk: the checkpoint, counted from 0 in this process, whose writing stops half way.
+out_of_memory: [rank, iteration] whose first forward pass finds no memory.
+clock: seconds to add to what the clock says.
 """
 
 import errno
@@ -11,12 +13,14 @@ import io
 import json
 import math
 import os
-import runpy
 import sys
+import time
+from pathlib import Path
 
 import torch
 
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 
@@ -49,9 +53,30 @@ def fill_disk(at: int) -> None:
     torch.save = half
 
 
+def run_out_of_memory(rank: int, iteration: int) -> None:
+    forward = GeneralizedRCNN.forward
+
+    def without_memory(self, batch):
+        if self.training and (comm.get_rank(), get_event_storage().iter) == (rank, iteration):
+            torch.empty(2**50)
+        return forward(self, batch)
+
+    GeneralizedRCNN.forward = without_memory
+
+
+def set_clock(shift: float) -> None:
+    now = time.time
+    time.time = lambda: now() + shift
+
+
+faults = json.loads(os.environ["FAULTS"])
+put_nan(faults.get("nan", []))
+fill_disk(faults.get("full_disk", -1))
+run_out_of_memory(*faults.get("out_of_memory", [-1, -1]))
+set_clock(faults.get("clock", 0))
 if __name__ == "__main__":
-    faults = json.loads(os.environ["FAULTS"])
-    put_nan(faults.get("nan", []))
-    fill_disk(faults.get("full_disk", -1))
     sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    os.environ["FAULTY_SCRIPT"] = sys.argv[0]
+# Not by runpy: the ranks that the script starts import this file, and look for its main in it
+script = os.environ["FAULTY_SCRIPT"]
+exec(compile(Path(script).read_text(), script, "exec"))

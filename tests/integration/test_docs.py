@@ -66,7 +66,7 @@ RULES = [
     (r"^python (search_net|train_net)\.py .*configs/(search|retrain|study)/", "parsed"),
     (r"^python (search_net|train_net)\.py .*--num-(gpus|machines)", "parsed"),
     # minutes to hours
-    (r"^python tools/(benchmark|demo|pretrain_embedded|study)\.py", "parsed"),
+    (r"^python tools/(benchmark|demo|gpu_report|pretrain_embedded|study)\.py", "parsed"),
     (r"^python tests/faults/run_faults\.py", "parsed"),
     (r"^python (search_net|train_net)\.py", "trained"),
     (r"^(DETECTRON2_DATASETS=\S+ )?python tools/make_val35k\.py", "run"),

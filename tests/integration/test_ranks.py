@@ -1,48 +1,20 @@
 """Two gloo processes of one search: that they agree, and what they do when one goes wrong."""
 
 import math
-import socket
-import traceback
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import on_two_ranks
 from tiny import assert_equal, make_trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2_nats import NATSError
-from detectron2_nats.launch import exit_from_group
 from detectron2_nats.trainer import check_ranks_agree
 from detectron2_nats.training import ResumableTrainer, _LossModule
 
 LAYER = "res4.1.conv2"
-
-
-def start_rank(rank, port, test, results, arguments):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=rank
-    )
-    comm.create_local_process_group(2)
-    try:
-        results.put((rank, test(*arguments)))
-    except BaseException:
-        results.put((rank, traceback.format_exc()))
-        raise
-    exit_from_group()
-
-
-def on_two_ranks(test, *arguments):
-    """What `test(*arguments)` returns on rank 0 and on rank 1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(start_rank, (port, test, results, arguments), nprocs=2, join=False)
-    while not context.join(timeout=120):
-        pass
-    return [value for _, value in sorted(results.get() for _ in range(2))]
 
 
 def agreement(config, folder):

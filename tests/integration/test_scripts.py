@@ -176,7 +176,6 @@ def test_ranks_die_with_their_launcher(undisturbed_pair, tiny_config, tmp_path, 
     while not all(map(gone, ranks)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not (tmp_path / "model_final.pth").exists()
     run("search_net.py", *arguments, **options)
     assert_same_run(undisturbed_pair, tmp_path)
 
@@ -338,7 +337,8 @@ def test_no_process_computes_on_the_cpu_unasked(tiny_config, tmp_path):
         output = run("search_net.py", *more, *arguments, **options)
         assert "error: processes on this machine: 2, GPUs that PyTorch can use here: 0 (" in output
     output = run("search_net.py", *arguments, "SOLVER.MAX_ITER", "1", env=env)
-    assert "computing on the CPU, for PyTorch can use no GPU here: RuntimeError: " in output
+    words = "computing on the CPU, for PyTorch can use no GPU here: (Runtime|Assertion)Error: "
+    assert re.search(words, output)
 
 
 def test_a_checkpoint_before_the_first_line_of_the_log(tiny_config, tmp_path):

@@ -1,5 +1,6 @@
 """The search step by step, in this process."""
 
+import contextlib
 import json
 import logging
 import math
@@ -636,6 +637,24 @@ def test_weights_that_match_nothing_are_an_error(tiny_config, tmp_path):
     torch.save({"model": {"features.0.weight": torch.zeros(3)}}, path)
     with pytest.raises(NATSError, match="match nothing in the backbone.*features.0.weight"):
         make_trainer(tiny_config, tmp_path / "run", "MODEL.WEIGHTS", str(path))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_evaluation_after_a_last_step_that_failed(tiny_config, tmp_path, fails):
+    """The other ranks would not come to it."""
+    trainer = make_trainer(tiny_config, tmp_path, "SOLVER.MAX_ITER", 2)
+    step, evaluations = trainer.run_step, []
+    trainer.test = lambda *_: evaluations.append(trainer.iter)
+
+    def run_step():
+        step()
+        if fails and trainer.iter == 1:
+            raise RuntimeError("out of memory")
+
+    trainer.run_step = run_step
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        trainer.train()
+    assert len(evaluations) == (0 if fails else 1)
 
 
 def test_the_trainers_are_detectron2s():

@@ -5,6 +5,7 @@ What has no need of a process of its own runs in this one, which spares the impo
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -209,3 +210,26 @@ def test_error_is_one_line_on_stderr(folder, name):
 def test_bad_options(monkeypatch, capsys, folder, name, arguments, error):
     assert tool_here(monkeypatch, folder, f"tools/{name}.py", *arguments.split()) == 2
     assert error in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_report_without_a_gpu_says_what_it_skipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = tool("tools/gpu_report.py", "--output", tmp_path / "gpu.md")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (tmp_path / "gpu.md").read_text()
+    assert done.stdout.endswith(f"{report}\nwrote {tmp_path}/gpu.md\n")
+    assert "GPUs: none" in report and "Skipped: no usable CUDA" in report
+    names = re.findall(r"^def (test_\w+)", (REPOSITORY / "tests/gpu/test_gpu.py").read_text(), re.M)
+    for name in names:
+        assert re.search(rf"^\| {name}\S* +\| skipped: no usable CUDA", report, re.M), name
+
+
+def test_the_report_fails_where_a_test_does(monkeypatch, tmp_path):
+    script = runpy.run_path(str(REPOSITORY / "tools/gpu_report.py"))
+    (tmp_path / "tests/gpu").mkdir(parents=True)
+    (tmp_path / "tests/gpu/test_bad.py").write_text("def test_bad():\n    assert 'a' == 'b'\n")
+    monkeypatch.setitem(script["run_tests"].__globals__, "ROOT", str(tmp_path))
+    good, table = script["run_tests"](str(tmp_path))
+    assert not good and re.search(
+        r"\| test_bad +\| failure: AssertionError: assert 'a' == 'b'", table
+    )

@@ -469,7 +469,7 @@ class ResumableTrainer(DefaultTrainer):
             _AverageHook(self.cfg.SOLVER.AVERAGE_LAST),
             precise_bn,
             _CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD, test.EVAL_PERIOD),
-            hooks.EvalHook(test.EVAL_PERIOD, self._evaluate),
+            _EvalHook(test.EVAL_PERIOD, self._evaluate),
         ]
         if comm.is_main_process():
             built.append(hooks.PeriodicWriter(self.build_writers(), self.cfg.RUN.LOG_PERIOD))
@@ -567,6 +567,14 @@ class _CheckpointHook(HookBase):
             logger.info(f"stopped on request after iteration {trainer.iter}; go on with --resume")
             comm.synchronize()  # rank 0 has written more than the others
             raise SystemExit(STOPPED_EXIT_CODE)
+
+
+class _EvalHook(hooks.EvalHook):
+    """Detectron2's; it would also evaluate, and wait for the others, where the last step failed."""
+
+    def after_train(self):
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
 
 class _AverageHook(HookBase):

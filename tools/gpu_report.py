@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Run the tests that need a GPU, then the benchmark on it, and write one report."""
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from typing import List, Tuple
+
+import torch
+from tabulate import tabulate
+
+from detectron2_nats.files import write_atomically
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir)
+EPILOG = """
+example:
+  $ python tools/gpu_report.py --output output/gpu.md
+exit status: 0 nothing failed (without a GPU all is skipped, and the report says so), 1 otherwise.
+"""
+BENCHMARK = "--device cuda --dtype float32 bfloat16 --what train memory --networks R50"
+
+
+def run_tests(folder: str) -> Tuple[bool, str]:
+    """Whether none failed, and a table of them."""
+    path = os.path.join(folder, "tests.xml")
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    status = subprocess.run([*command, f"--junitxml={path}"], cwd=ROOT).returncode
+    rows: List[Tuple[str, str]] = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        faults = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        words = [f"{f.tag}: {' '.join(f.get('message', '').split())[:150]}" for f in faults]
+        rows.append((case.get("name"), "; ".join(words).replace("|", r"\|") or "passed"))
+    return status == 0, tabulate(rows, ["test", "result"], "github")
+
+
+def run_benchmark(folder: str) -> Tuple[bool, str]:
+    path = os.path.join(folder, "benchmark.md")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "tools/benchmark.py",
+        *BENCHMARK.split(),
+        "--size",
+        "800",
+        "1216",
+    ]
+    if subprocess.run([*command, "--output", path], cwd=ROOT).returncode:
+        return False, "It failed: see what it printed."
+    with open(path) as file:
+        return True, file.read()
+
+
+def main(args: argparse.Namespace) -> int:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    head = f"{datetime.date.today()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}"
+    with tempfile.TemporaryDirectory() as folder:
+        tested, tests = run_tests(folder)
+        measured, benchmark = True, "Skipped: no usable CUDA."
+        if torch.cuda.is_available():
+            measured, benchmark = run_benchmark(folder)
+    text = f"# On a GPU\n\n{head}; GPUs: {', '.join(gpus) or 'none'}\n\n"
+    text += f"## Tests\n\n{tests}\n\n## Benchmark\n\n{benchmark.strip()}\n"
+    write_atomically(args.output, text)
+    print(f"{text}\nwrote {args.output}")
+    return 0 if tested and measured else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", default="output/gpu.md", metavar="FILE.md", help="(%(default)s)"
+    )
+    sys.exit(main(parser.parse_args()))
