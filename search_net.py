@@ -3,8 +3,8 @@
 
 from detectron2_nats import SearchTrainer
 from detectron2_nats.data.registry import check_datasets
+from detectron2_nats.engine.launch import run_script, setup, train_or_evaluate
 from detectron2_nats.errors import NATSError
-from detectron2_nats.launch import run_script, setup, train_or_evaluate
 
 EPILOG = """
 examples:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train or evaluate a detector: a plain one, or one with a searched backbone."""
 
-from detectron2_nats.launch import run_script, setup, train_or_evaluate
-from detectron2_nats.training import ResumableTrainer
+from detectron2_nats.engine.launch import run_script, setup, train_or_evaluate
+from detectron2_nats.engine.resumable import ResumableTrainer
 
 EPILOG = """
 examples:

@@ -141,8 +141,8 @@ def make_trainer(config: str, folder, *opts, kind="search"):
     """A trainer in this process, at its start or resumed."""
     from detectron2.utils.env import seed_all_rng
     from detectron2_nats import SearchTrainer
-    from detectron2_nats.export import load_config
-    from detectron2_nats.training import ResumableTrainer
+    from detectron2_nats.config import load_config
+    from detectron2_nats.engine.resumable import ResumableTrainer
 
     cfg = load_config(config, ["OUTPUT_DIR", str(folder), *opts])
     cfg.freeze()

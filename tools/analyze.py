@@ -6,12 +6,13 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
-from detectron2_nats.analysis import backbone_cost, cost_table
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.command import run_tool, tool_parser
+from detectron2_nats.config import load_config
 from detectron2_nats.errors import NATSError
-from detectron2_nats.export import export_config, load_config, load_detector_config
+from detectron2_nats.export import export_config, load_detector_config
 from detectron2_nats.files import read_yaml
+from detectron2_nats.results.cost import backbone_cost, cost_table
 
 EPILOG = """
 examples:

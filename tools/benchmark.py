@@ -41,25 +41,25 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from detectron2_nats.analysis import interleaved_seconds
 from detectron2_nats.architecture import Architecture, decode_alpha
 from detectron2_nats.backbone import search_space_from_config
 from detectron2_nats.command import run_tool, tool_parser
-from detectron2_nats.errors import NATSError, one_line
-from detectron2_nats.export import load_config
-from detectron2_nats.files import write_atomically
-from detectron2_nats.fuse import fuse_for_inference
-from detectron2_nats.importers import from_ic_conv, read_json
-from detectron2_nats.launch import exit_from_group
-from detectron2_nats.layers import GroupedDilationConv2d, MixedDilationConv2d
-from detectron2_nats.search_space import PAPER_SETS
-from detectron2_nats.trainer import SearchTrainer
-from detectron2_nats.training import (
+from detectron2_nats.config import load_config
+from detectron2_nats.engine.launch import exit_from_group
+from detectron2_nats.engine.resumable import (
     ResumableTrainer,
     _distributed,
     _ForwardState,
     _LossModule,
 )
+from detectron2_nats.errors import NATSError, one_line
+from detectron2_nats.files import write_atomically
+from detectron2_nats.fuse import fuse_for_inference
+from detectron2_nats.importers import from_ic_conv, read_json
+from detectron2_nats.layers import GroupedDilationConv2d, MixedDilationConv2d
+from detectron2_nats.results.cost import interleaved_seconds
+from detectron2_nats.search_space import PAPER_SETS
+from detectron2_nats.trainer import SearchTrainer
 from detectron2_nats.transform import apply_architecture, conv3x3_layers, to_supernet
 
 EPILOG = """

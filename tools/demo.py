@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.command import tool_parser
-from detectron2_nats.comparison import dilation_shares
+from detectron2_nats.results.comparison import dilation_shares
 
 EPILOG = """
 example:

@@ -8,11 +8,11 @@ import torch
 
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.command import run_tool, tool_parser
+from detectron2_nats.config import load_config
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import (
     export_config,
     frozen_weights,
-    load_config,
     load_detector_config,
     read_search,
     write_config,

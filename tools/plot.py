@@ -17,13 +17,13 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.modeling import build_model
-from detectron2_nats import plot
 from detectron2_nats.architecture import Architecture
-from detectron2_nats.checkpoint import SafeCheckpointer
 from detectron2_nats.command import run_tool, tool_parser
+from detectron2_nats.config import load_config
 from detectron2_nats.data.registry import check_datasets, register_datasets
+from detectron2_nats.engine.checkpoint import SafeCheckpointer
 from detectron2_nats.errors import NATSError
-from detectron2_nats.export import load_config
+from detectron2_nats.results import plot
 
 EPILOG = """
 examples:

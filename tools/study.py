@@ -25,22 +25,16 @@ from tabulate import tabulate
 
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
-from detectron2_nats import comparison, plot
-from detectron2_nats.analysis import backbone_cost, interleaved_seconds, median_ratio
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.command import tool_parser
+from detectron2_nats.config import config_differences, load_config
 from detectron2_nats.data.registry import register_datasets
+from detectron2_nats.engine.stopping import STOPPED_EXIT_CODE
 from detectron2_nats.errors import NATSError, one_line
-from detectron2_nats.export import (
-    export_config,
-    frozen_weights,
-    load_config,
-    read_search,
-    write_config,
-)
+from detectron2_nats.export import export_config, frozen_weights, read_search, write_config
 from detectron2_nats.files import write_atomically
-from detectron2_nats.stopping import STOPPED_EXIT_CODE
-from detectron2_nats.training import config_differences
+from detectron2_nats.results import comparison, plot
+from detectron2_nats.results.cost import backbone_cost, interleaved_seconds, median_ratio
 
 EPILOG = """
 methods:

@@ -16,7 +16,7 @@ from detectron2.layers import Conv2d
 from detectron2.utils.events import EventStorage
 from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d
 from detectron2_nats.data.embedded import ensure_embedded_dataset
-from detectron2_nats.launch import _is_out_of_memory
+from detectron2_nats.engine.launch import _is_out_of_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no usable CUDA")
 

@@ -5,7 +5,7 @@ import torch
 from tiny import assert_same_run, make_trainer
 
 from detectron2.utils.events import EventStorage
-from detectron2_nats.export import load_config
+from detectron2_nats.config import load_config
 
 NORMALIZER = "loss_normalizer"
 

@@ -14,7 +14,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, GroupedDilationConv2d
-from detectron2_nats.export import export_config, load_config
+from detectron2_nats.config import load_config
+from detectron2_nats.export import export_config
 from detectron2_nats.transform import conv3x3_layers
 
 NARROW = [

@@ -16,10 +16,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from detectron2_nats import Architecture, NATSError, training
+from detectron2_nats import Architecture, NATSError
 from detectron2_nats.architecture import decode_alpha
-from detectron2_nats.export import load_config
-from detectron2_nats.training import ResumableTrainer
+from detectron2_nats.config import load_config, scaled_to_processes
+from detectron2_nats.engine import resumable
+from detectron2_nats.engine.resumable import ResumableTrainer
 from detectron2_nats.transform import searched_layers
 
 
@@ -506,14 +507,9 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
 
 def as_on_processes(count, monkeypatch):
     """Scale the config as on so many processes; all the rest is one process's."""
-    scale = training._scaled_to_processes
-
-    def scaled(cfg):
-        with monkeypatch.context() as patch:
-            patch.setattr(training.comm, "get_world_size", lambda: count)
-            return scale(cfg)
-
-    monkeypatch.setattr(training, "_scaled_to_processes", scaled)
+    monkeypatch.setattr(
+        resumable, "scaled_to_processes", lambda cfg, _: scaled_to_processes(cfg, count)
+    )
 
 
 def rates(folder):

@@ -18,8 +18,8 @@ from tiny import REPOSITORY, TINY
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture
-from detectron2_nats.comparison import dilation_shares
-from detectron2_nats.export import load_config
+from detectron2_nats.config import load_config
+from detectron2_nats.results.comparison import dilation_shares
 from detectron2_nats.transform import searched_layers
 
 

@@ -6,7 +6,7 @@ from common import build_plain, random_architecture
 from torch import nn
 
 from detectron2_nats import Architecture, apply_architecture
-from detectron2_nats.analysis import (
+from detectron2_nats.results.cost import (
     Cost,
     backbone_cost,
     cost_table,

@@ -10,7 +10,7 @@ from tiny import run
 from torch import nn
 
 from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d
-from detectron2_nats.analysis import interleaved_seconds
+from detectron2_nats.results.cost import interleaved_seconds
 from detectron2_nats.search_space import PAPER_SETS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"

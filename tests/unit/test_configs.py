@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.engine import DefaultTrainer
 from detectron2_nats import add_nats_config
-from detectron2_nats.training import _with_norms_for
+from detectron2_nats.config import with_norms_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -147,10 +147,10 @@ def test_groups_fit_the_network(name):
 @pytest.mark.parametrize("name", RETRAIN)
 def test_retraining_by_cpu_processes_takes_norms_that_work_there(name):
     cfg = load(CONFIGS / "retrain" / f"{name}.yaml", nats=False)
-    assert _with_norms_for(cfg, 8) is cfg
+    assert with_norms_for(cfg, 8) is cfg
     cfg.MODEL.DEVICE = "cpu"
-    assert _with_norms_for(cfg, 1) is cfg
-    assert re.findall("(naive)?SyncBN", _with_norms_for(cfg, 2).dump()) == ["naive"]
+    assert with_norms_for(cfg, 1) is cfg
+    assert re.findall("(naive)?SyncBN", with_norms_for(cfg, 2).dump()) == ["naive"]
     assert cfg.MODEL.RESNETS.NORM == "SyncBN"
 
 

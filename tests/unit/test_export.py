@@ -7,9 +7,10 @@ import torch
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture, NATSError
-from detectron2_nats.data.loader import dataset_dicts
+from detectron2_nats.config import load_config
 from detectron2_nats.data.registry import register_datasets
-from detectron2_nats.export import export_config, load_config, write_config
+from detectron2_nats.engine.loader import dataset_dicts
+from detectron2_nats.export import export_config, write_config
 from detectron2_nats.layers import GroupedDilationConv2d
 
 BLOCKS = {"res3": (4, 128), "res4": (6, 256), "res5": (3, 512)}

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from detectron2_nats import NATSError, launch
-from detectron2_nats.stopping import STOPPED_EXIT_CODE
+from detectron2_nats import NATSError
+from detectron2_nats.engine import launch
+from detectron2_nats.engine.stopping import STOPPED_EXIT_CODE
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def raising(error):
 DONE = """
 import atexit, builtins, os, sys
 import torch.distributed as dist
-from detectron2_nats import launch
+from detectron2_nats.engine import launch
 
 class Torn:
     def __del__(self, write=os.write):

@@ -22,8 +22,8 @@ from detectron2.data.samplers import (
 )
 from detectron2.structures import BoxMode
 from detectron2_nats import NATSError, add_nats_config
-from detectron2_nats.data import loader as loader_module
-from detectron2_nats.data.loader import EvaluationLoader, build_resumable_loader
+from detectron2_nats.engine import loader as loader_module
+from detectron2_nats.engine.loader import EvaluationLoader, build_resumable_loader
 
 COUNT = 12
 

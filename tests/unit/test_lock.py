@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
-from detectron2_nats import NATSError, lock
+from detectron2_nats import NATSError
+from detectron2_nats.engine import lock
 
 HOLDER = """
 import os, sys, time
-from detectron2_nats.lock import lock_folder
+from detectron2_nats.engine.lock import lock_folder
 lock_folder(sys.argv[1])
 loader = os.fork()  # as a loader process: it lives longer than the one that holds the lock
 if loader:

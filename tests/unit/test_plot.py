@@ -8,7 +8,8 @@ import pytest
 import torch
 from common import build_plain, image, random_architecture
 
-from detectron2_nats import Architecture, NATSError, apply_architecture, plot
+from detectron2_nats import Architecture, NATSError, apply_architecture
+from detectron2_nats.results import plot
 
 
 def line(iteration, entropy, votes):

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from detectron2_nats import Architecture
-from detectron2_nats.export import export_config, load_config, write_config
+from detectron2_nats.config import load_config
+from detectron2_nats.export import export_config, write_config
 from detectron2_nats.layers import GroupedDilationConv2d
 from detectron2_nats.transform import conv3x3_layers
 

@@ -14,7 +14,7 @@ from tiny import TINY
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2_nats import Architecture, NATSError, add_nats_config
-from detectron2_nats.export import load_config
+from detectron2_nats.config import load_config
 
 ARCHITECTURE = """\
 format: detectron2-nats/1

@@ -15,8 +15,9 @@ import torch
 from common import FPN_RESNET, tiny_cfg
 from tiny import REPOSITORY, TINY, finish, script, wait_until
 
-from detectron2_nats import Architecture, NATSError, comparison
-from detectron2_nats.plot import plot_study
+from detectron2_nats import Architecture, NATSError
+from detectron2_nats.results import comparison
+from detectron2_nats.results.plot import plot_study
 
 CATEGORIES = [{"id": 3, "name": "cell"}]
 

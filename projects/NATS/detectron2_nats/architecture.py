@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from .errors import NATSError
 from .files import OneLine, read_yaml, write_yaml
-from .search_space import Dilation, _short, check_dilation
+from .search_space import Dilation, check_dilation, shortened
 
 __all__ = ["Architecture", "Run", "decode_alpha", "intensities", "votes"]
 
@@ -148,11 +148,11 @@ class Architecture:
         """Read the content of an architecture file."""
         if not isinstance(content, Mapping):
             raise NATSError(f"not an architecture file: expected a mapping with 'format: {FORMAT}'")
-        unknown = sorted(_short(key) for key in set(content) - {"format", "layers", "search"})
+        unknown = sorted(shortened(key) for key in set(content) - {"format", "layers", "search"})
         if content.get("format") != FORMAT:
             raise NATSError(
                 f"not an architecture file of this version: format is "
-                f"{_short(content.get('format'))}, expected {FORMAT!r}"
+                f"{shortened(content.get('format'))}, expected {FORMAT!r}"
             )
         if unknown:
             raise NATSError(f"architecture: unknown keys {', '.join(unknown[:5])}")
@@ -266,7 +266,7 @@ def _check_name(name: Any) -> str:
         or not re.fullmatch(r"res[\w.]+", name, re.ASCII)
     ):
         raise NATSError(
-            f"architecture: layer name {_short(name)}: expected one like 'res3.0.conv2'"
+            f"architecture: layer name {shortened(name)}: expected one like 'res3.0.conv2'"
         )
     return name
 
@@ -278,11 +278,11 @@ def _check_runs(name: str, runs: Any) -> Tuple[Run, ...]:
     for run in runs:
         if not isinstance(run, (list, tuple)) or len(run) != 3:
             raise NATSError(
-                f"architecture: {name}: expected [channels, d_h, d_w], got {_short(run)}"
+                f"architecture: {name}: expected [channels, d_h, d_w], got {shortened(run)}"
             )
         channels = run[0]
         if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
-            raise NATSError(f"architecture: {name}: {_short(channels)} is no number of channels")
+            raise NATSError(f"architecture: {name}: {shortened(channels)} is no number of channels")
         try:
             dilation = check_dilation(list(run[1:]))
         except NATSError as error:

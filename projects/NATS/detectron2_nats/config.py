@@ -1,16 +1,31 @@
-"""Every config key of the project: its default and its meaning."""
+"""Every config key of the project, its default and its meaning; reading and comparing configs."""
 
-from detectron2.config import CfgNode as CN
+import os
+from typing import Any, Dict, List
 
-__all__ = ["add_nats_config", "DEFAULT_NUM_GROUPS"]
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
+
+from .errors import NATSError
+from .files import read_yaml
+
+__all__ = [
+    "DEFAULT_NUM_GROUPS",
+    "add_nats_config",
+    "config_differences",
+    "load_config",
+    "scaled_to_processes",
+    "with_norms_for",
+]
 
 DEFAULT_NUM_GROUPS = 16
 
 
-def add_nats_config(cfg: CN) -> None:
+def add_nats_config(cfg: CfgNode) -> None:
     """Add the project's keys to a Detectron2 config, in place."""
     # -- the backbone: MODEL.BACKBONE.NAME "build_nats_backbone" makes these count --------------
-    cfg.MODEL.NATS = CN()
+    cfg.MODEL.NATS = CfgNode()
     # Any registered builder whose residual stages are made of Detectron2's blocks.
     cfg.MODEL.NATS.BASE_BACKBONE = "build_resnet_fpn_backbone"
     # List of [layer name, [[output channels, d_h, d_w], ...]]. Non-empty: build this frozen
@@ -39,7 +54,7 @@ def add_nats_config(cfg: CN) -> None:
         cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
 
     # -- the search -----------------------------------------------------------------------------
-    cfg.SEARCH = CN()
+    cfg.SEARCH = CfgNode()
     # Adam for α, constant rate (section 4.2).
     cfg.SEARCH.ALPHA_LR = 0.01
     cfg.SEARCH.ALPHA_WEIGHT_DECAY = 1e-5
@@ -66,7 +81,7 @@ def add_nats_config(cfg: CN) -> None:
     # Share of the run, at its end, over which the weights are averaged; their mean is what is then
     # evaluated and written to model_final.pth. 0: the last iteration's weights, as Detectron2 does.
     cfg.SOLVER.AVERAGE_LAST = 0.0
-    cfg.RUN = CN()
+    cfg.RUN = CfgNode()
     # How many checkpoints are kept; older ones are deleted.
     cfg.RUN.KEEP_CHECKPOINTS = 3
     # Iterations between two lines of the log.
@@ -77,3 +92,133 @@ def add_nats_config(cfg: CN) -> None:
     cfg.RUN.MAX_BAD_DATA = 0.01
     # Iterations between two checks that all ranks hold the same α.
     cfg.RUN.RANK_CHECK_PERIOD = 100
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def load_config(path: str, opts=()) -> CfgNode:
+    """Detectron2's config with this project's keys, merged from a file and KEY VALUE pairs.
+
+    Args:
+        path: a config file, or the name of a Detectron2 zoo config; "" for none.
+
+    Raises:
+        NATSError: missing, not plain YAML, unknown key, wrong type; names file or key.
+    """
+    cfg = get_cfg()
+    add_nats_config(cfg)
+    if os.path.isfile(path):
+        _check_bases(path)
+        _merge(path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
+    elif path:
+        # Detectron2's own files are code like its modules, and RetinaNet's needs an unsafe tag.
+        zoo_path = _zoo_config(path)
+        _merge(path, lambda: cfg.merge_from_file(zoo_path, allow_unsafe=True))
+    _merge("command line", lambda: cfg.merge_from_list(list(opts)))
+    return cfg
+
+
+def _zoo_config(path: str) -> str:
+    folder = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
+    found = os.path.realpath(os.path.join(folder, path))
+    # "../" would lead out of the zoo, to a file that is read as if it were Detectron2's own
+    if not found.startswith(folder + os.sep) or not os.path.isfile(found):
+        raise NATSError(
+            f"config {path} not found: neither a file here nor the name of a Detectron2 zoo config "
+            "such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+        )
+    return found
+
+
+def _check_bases(path: str, depth: int = 0) -> None:
+    """Read a config and its bases under our limits, before Detectron2's reader does."""
+    if depth > 20:
+        raise NATSError(f"{path}: more than 20 configs deep in _BASE_: do they name each other?")
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise NATSError(f"{path}: not a config: expected KEY: VALUE lines")
+    base = content.get("_BASE_")
+    if base is None:
+        return
+    if not isinstance(base, str):
+        raise NATSError(f"{path}: _BASE_ must be the path of one config")
+    base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+    if os.path.exists(base) and not os.path.isfile(base):
+        raise NATSError(f"{path}: _BASE_ {base} is not a file")  # a pipe would be waited for
+    _check_bases(base, depth + 1)
+
+
+def _merge(name: str, merge) -> None:
+    try:
+        merge()
+    except (
+        *(KeyError, ValueError, AssertionError, AttributeError, TypeError),
+        *(MemoryError, RecursionError),  # Python's parser, on values like "------…1"
+    ) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        raise NATSError(f"{name}: {' '.join(str(reason).split())[:300]}") from None
+
+
+# -- for a number of processes --------------------------------------------------------------------
+
+
+def scaled_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
+    """Detectron2's ``SOLVER.REFERENCE_WORLD_SIZE``, for the keys too that it knows nothing of."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    if scaled is not cfg:
+        scaled = scaled.clone()
+        scaled.defrost()
+        factor = scaled.SOLVER.IMS_PER_BATCH / cfg.SOLVER.IMS_PER_BATCH
+        scaled.SOLVER.BASE_LR_END *= factor
+        scaled.SEARCH.ALPHA_IMS_PER_BATCH = round(cfg.SEARCH.ALPHA_IMS_PER_BATCH * factor)
+        scaled.freeze()
+    return scaled
+
+
+def with_norms_for(cfg: CfgNode, processes: int) -> CfgNode:
+    """PyTorch's SyncBN knows GPUs only: CPU processes take Detectron2's, with the same keys."""
+    if processes == 1 or cfg.MODEL.DEVICE.startswith("cuda"):
+        return cfg
+    cfg = cfg.clone()
+    norms = [
+        key for key, value in _flat(cfg).items() if key.endswith(".NORM") and value == "SyncBN"
+    ]
+    cfg.merge_from_list([word for key in norms for word in (key, "naiveSyncBN")])
+    return cfg
+
+
+# -- comparing ------------------------------------------------------------------------------------
+
+# Settings that say where and how fast, not what is computed.
+_FREE_KEYS = (
+    "OUTPUT_DIR",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.REGISTER",
+    "DATASETS.TEST",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "RUN.",
+    "SEARCH.RETRAIN_CONFIG",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.",
+    "VIS_PERIOD",
+)
+
+
+def config_differences(saved: str, cfg: CfgNode) -> List[str]:
+    """ "KEY: old, now new" for each setting that changes what is computed."""
+    old, new = _flat(CfgNode.load_cfg(saved)), _flat(CfgNode.load_cfg(cfg.dump()))
+    return [
+        f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
+    ]
+
+
+def _flat(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
+    flat = {}
+    for key, value in node.items():
+        is_node = isinstance(value, CfgNode)
+        flat.update(_flat(value, f"{prefix}{key}.") if is_node else {prefix + key: value})
+    return flat

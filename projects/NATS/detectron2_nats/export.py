@@ -5,87 +5,22 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 
-from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import Backbone, build_backbone
 
 from .architecture import Architecture
-from .config import add_nats_config
+from .config import load_config
 from .errors import NATSError, one_line
-from .files import OneLine, read_yaml, write_yaml
+from .files import OneLine, write_yaml
 from .transform import apply_architecture, conv3x3_layers, searched_layers
 
 __all__ = [
     "export_config",
     "frozen_weights",
-    "load_config",
     "load_detector_config",
     "read_search",
     "write_config",
 ]
-
-
-def load_config(path: str, opts=()) -> CfgNode:
-    """Detectron2's config with this project's keys, merged from a file and KEY VALUE pairs.
-
-    Args:
-        path: a config file, or the name of a Detectron2 zoo config; "" for none.
-
-    Raises:
-        NATSError: missing, not plain YAML, unknown key, wrong type; names file or key.
-    """
-    cfg = get_cfg()
-    add_nats_config(cfg)
-    if os.path.isfile(path):
-        _check_bases(path)
-        _merge(path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
-    elif path:
-        # Detectron2's own files are code like its modules, and RetinaNet's needs an unsafe tag.
-        zoo_path = _zoo_config(path)
-        _merge(path, lambda: cfg.merge_from_file(zoo_path, allow_unsafe=True))
-    _merge("command line", lambda: cfg.merge_from_list(list(opts)))
-    return cfg
-
-
-def _zoo_config(path: str) -> str:
-    folder = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
-    found = os.path.realpath(os.path.join(folder, path))
-    # "../" would lead out of the zoo, to a file that is read as if it were Detectron2's own
-    if not found.startswith(folder + os.sep) or not os.path.isfile(found):
-        raise NATSError(
-            f"config {path} not found: neither a file here nor the name of a Detectron2 zoo config "
-            "such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
-        )
-    return found
-
-
-def _check_bases(path: str, depth: int = 0) -> None:
-    """Read a config and its bases under our limits, before Detectron2's reader does."""
-    if depth > 20:
-        raise NATSError(f"{path}: more than 20 configs deep in _BASE_: do they name each other?")
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise NATSError(f"{path}: not a config: expected KEY: VALUE lines")
-    base = content.get("_BASE_")
-    if base is None:
-        return
-    if not isinstance(base, str):
-        raise NATSError(f"{path}: _BASE_ must be the path of one config")
-    base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-    if os.path.exists(base) and not os.path.isfile(base):
-        raise NATSError(f"{path}: _BASE_ {base} is not a file")  # a pipe would be waited for
-    _check_bases(base, depth + 1)
-
-
-def _merge(name: str, merge) -> None:
-    try:
-        merge()
-    except (
-        *(KeyError, ValueError, AssertionError, AttributeError, TypeError),
-        *(MemoryError, RecursionError),  # Python's parser, on values like "------…1"
-    ) as error:
-        reason = error.args[0] if error.args else type(error).__name__
-        raise NATSError(f"{name}: {' '.join(str(reason).split())[:300]}") from None
 
 
 def load_detector_config(path: str, searched: Optional[CfgNode] = None) -> CfgNode:

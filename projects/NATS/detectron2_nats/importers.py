@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 from .architecture import MAX_CHANNELS, Architecture
 from .errors import NATSError
 from .files import read_bounded
-from .search_space import _short, check_dilation
+from .search_space import check_dilation, shortened
 
 __all__ = ["from_ic_conv", "from_rf_next", "read_json"]
 
@@ -31,7 +31,7 @@ def read_json(path: str) -> Any:
     try:
         return json.loads(data, object_pairs_hook=_no_key_twice)
     except (ValueError, RecursionError) as error:
-        raise NATSError(f"{path}: not readable as JSON: {_short(str(error))}") from None
+        raise NATSError(f"{path}: not readable as JSON: {shortened(str(error))}") from None
 
 
 def _no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -81,9 +81,13 @@ def _ic_conv_runs(name: str, pattern: Mapping[str, Any]) -> List[Tuple[int, int,
     for key, channels in pattern.items():
         match = re.fullmatch(r"\s*[(\[]\s*(\d{1,4})\s*,\s*(\d{1,4})\s*[)\]]\s*", key, re.ASCII)
         if not match:
-            raise NATSError(f"IC-Conv pattern: {name}: key {_short(key)}: expected one like (0, 1)")
+            raise NATSError(
+                f"IC-Conv pattern: {name}: key {shortened(key)}: expected one like (0, 1)"
+            )
         if type(channels) is not int or not 0 <= channels <= MAX_CHANNELS:
-            raise NATSError(f"IC-Conv pattern: {name}: {_short(channels)} is no number of channels")
+            raise NATSError(
+                f"IC-Conv pattern: {name}: {shortened(channels)} is no number of channels"
+            )
         if channels:
             runs.append((channels, *(int(less_one) + 1 for less_one in match.groups())))
     if not runs:
@@ -136,7 +140,7 @@ def from_rf_next(
         try:
             dilation = check_dilation(pair)
         except NATSError as error:
-            raise NATSError(f"RF-Next structure: {_short(short)}: {error}") from None
+            raise NATSError(f"RF-Next structure: {shortened(short)}: {error}") from None
         match = re.fullmatch(r"backbone\.layer([1-4])\.(\d{1,3})\.(conv[12])", short, re.ASCII)
         if match:
             stage, block, conv = int(match[1]) + 1, int(match[2]), match[3]
@@ -147,9 +151,9 @@ def from_rf_next(
             left_out.append(short)
     if foreign:
         raise NATSError(
-            f"RF-Next structure: {_short(foreign[0])} is no 3x3 conv of a ResNet: only backbones "
-            "of type ResNet and ResNeXt can be imported (names like backbone.layer2.0.conv2), not "
-            "Res2Net, HRNet, ConvNeXt or PVT"
+            f"RF-Next structure: {shortened(foreign[0])} is no 3x3 conv of a ResNet: only "
+            "backbones of type ResNet and ResNeXt can be imported (names like "
+            "backbone.layer2.0.conv2), not Res2Net, HRNet, ConvNeXt or PVT"
         )
     if not layers:
         raise NATSError("RF-Next structure: it names no 3x3 conv of a backbone")

@@ -15,13 +15,14 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from .architecture import Architecture, intensities
-from .data.loader import build_resumable_loader, dataset_dicts
+from .config import config_differences
 from .data.overlap import check_disjoint, warn_of_test_images
 from .decidedness import Decidedness, all_votes
+from .engine.loader import build_resumable_loader, dataset_dicts
+from .engine.resumable import Phase, ResumableTrainer
 from .errors import NATSError
 from .export import export_config, frozen_weights, load_detector_config, write_config
 from .files import write_atomically
-from .training import Phase, ResumableTrainer, config_differences
 from .transform import searched_layers
 
 __all__ = ["SearchTrainer"]
@@ -216,7 +217,7 @@ class SearchTrainer(ResumableTrainer):
     def _put_pictures(self, architecture: Architecture) -> None:
         """The architecture and α's history, for TensorBoard."""
         try:
-            from . import plot  # matplotlib is slow to import, and of use here only
+            from .results import plot  # matplotlib is slow to import, and of use here only
 
             done = f"after iteration {self.iter + 1} of {self.max_iter}"
             figures = {"architecture": plot.plot_architecture(architecture, done)}

@@ -20,7 +20,7 @@ __all__ = ["apply_architecture", "conv3x3_layers", "searched_layers", "to_supern
 _STAGES = tuple(PAPER_SETS["C"])
 
 
-def _residual_stages(module: nn.Module) -> Dict[str, nn.Module]:
+def residual_stages(module: nn.Module) -> Dict[str, nn.Module]:
     """Stage name → stage, wherever it lies (an FPN keeps it under `bottom_up`)."""
     stages: Dict[str, nn.Module] = {}
     for path, child in module.named_modules():
@@ -55,7 +55,7 @@ def conv3x3_layers(module: nn.Module) -> Dict[str, nn.Conv2d]:
     """Layer name → every 3×3 conv of the residual stages, in order; plain or swapped."""
     return {
         name: getattr(block, attribute)
-        for stage_name, stage in _residual_stages(module).items()
+        for stage_name, stage in residual_stages(module).items()
         for name, block, attribute in _named_convs(stage_name, stage)
     }
 
@@ -85,7 +85,7 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
         NATSError: a stage is missing, frozen, or has nothing to search; groups do not fit.
             Nothing has been changed then.
     """
-    stages = _residual_stages(backbone)
+    stages = residual_stages(backbone)
     swaps = []
     for stage_name in space.stages:
         if stage_name not in stages:
@@ -136,7 +136,7 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     if not isinstance(architecture, Architecture):
         architecture = Architecture.load(architecture)
     present = {}
-    for stage_name, stage in _residual_stages(backbone).items():
+    for stage_name, stage in residual_stages(backbone).items():
         for name, block, attribute in _named_convs(stage_name, stage):
             present[name] = block, attribute
     unknown = [name for name in architecture.layers if name not in present]

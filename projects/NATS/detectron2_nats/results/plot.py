@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import nn
 
-from .architecture import Architecture
-from .errors import NATSError
-from .search_space import PAPER_SETS, Dilation
-from .transform import _residual_stages
+from ..architecture import Architecture
+from ..errors import NATSError
+from ..search_space import PAPER_SETS, Dilation
+from ..transform import residual_stages
 
 __all__ = [
     "as_image",
@@ -271,7 +271,7 @@ def effective_receptive_fields(module: nn.Module, images: torch.Tensor) -> Dict[
         Stage → (H, W), adding up to 1.
     """
     outputs: Dict[str, torch.Tensor] = {}
-    stages = _residual_stages(module)
+    stages = residual_stages(module)
     hooks = [
         stage.register_forward_hook(lambda _, __, y, name=name: outputs.update({name: y}))
         for name, stage in stages.items()

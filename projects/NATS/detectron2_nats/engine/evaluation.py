@@ -16,7 +16,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
-from .errors import NATSError
+from ..errors import NATSError
 
 __all__ = ["build_evaluator"]
 

@@ -7,7 +7,7 @@ import socket
 import time
 from typing import IO, Dict
 
-from .errors import NATSError
+from ..errors import NATSError
 
 __all__ = ["lock_folder"]
 

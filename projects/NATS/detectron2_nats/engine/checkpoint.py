@@ -13,9 +13,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from .errors import NATSError
-from .files import write_atomically
-from .transform import conv3x3_layers
+from ..errors import NATSError
+from ..files import write_atomically
+from ..transform import conv3x3_layers
 
 __all__ = ["SafeCheckpointer"]
 

@@ -8,14 +8,12 @@ several CPU processes. :class:`SearchTrainer` and plain retraining share it.
 import logging
 import math
 import os
-import random
 import resource
 import time
 import weakref
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,17 +24,21 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
+from ..config import config_differences, scaled_to_processes, with_norms_for
+from ..data.overlap import warn_of_test_images
+from ..errors import NATSError
 from .checkpoint import SafeCheckpointer
-from .data.loader import (
-    EvaluationLoader,
-    build_resumable_loader,
-    dataset_dicts,
-    preserved_rng,
+from .determinism import (
+    compute_as,
+    computed_by,
+    preserved_random_states,
+    random_states,
+    set_random_states,
 )
-from .data.overlap import warn_of_test_images
-from .errors import NATSError
 from .evaluation import build_evaluator
-from .stopping import STOPPED_EXIT_CODE, stop_requested
+from .hooks import AverageHook, CheckpointHook, EvalHook
+from .loader import EvaluationLoader, build_resumable_loader, dataset_dicts
+from .stopping import stop_requested
 
 __all__ = ["ResumableTrainer"]
 
@@ -182,7 +184,7 @@ class ResumableTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
         self.given_cfg = cfg
-        self.cfg = cfg = _scaled_to_processes(cfg)
+        self.cfg = cfg = scaled_to_processes(cfg, comm.get_world_size())
         self._batch_scale = cfg.SOLVER.IMS_PER_BATCH / (self.given_cfg.SOLVER.IMS_PER_BATCH or 1)
         self._device = torch.device(cfg.MODEL.DEVICE)
         # One seed for order and augmentation on all ranks; the random states differ by rank.
@@ -299,7 +301,7 @@ class ResumableTrainer(DefaultTrainer):
         Returns:
             time and peak memory, in words.
         """
-        random_states, loader_state = _rng_state(self._device), phase.loader.state_dict()
+        states, loader_state = random_states(self._device), phase.loader.state_dict()
         self._forward_state.save()
         on_gpu = self._device.type == "cuda"
         if on_gpu:
@@ -317,7 +319,7 @@ class ResumableTrainer(DefaultTrainer):
         phase.optimizer.zero_grad(set_to_none=True)
         self._forward_state.restore()
         phase.loader.load_state_dict(loader_state)
-        _set_rng_state(random_states, self._device)
+        set_random_states(states, self._device)
         if on_gpu:
             peak = f"{torch.cuda.max_memory_allocated(self._device) / 2**20:.0f} MiB of the GPU"
         else:
@@ -363,14 +365,14 @@ class ResumableTrainer(DefaultTrainer):
         """Write a checkpoint; to be called on all ranks."""
         for phase in self.phases():
             phase.loader.merge_bad_files()
-        self._rng_states = comm.gather(_rng_state(self._device))
+        self._random_states = comm.gather(random_states(self._device))
         self._normalizers = comm.gather(self._forward_state.normalizer)
         self.checkpointer.save(
             name,
             iteration=self.iter,
             config=self.given_cfg.dump(),
             batch_scale=self._batch_scale,
-            computed_by=comm.gather(_computed_by(self.cfg.MODEL.DEVICE)),
+            computed_by=comm.gather(computed_by(self.cfg.MODEL.DEVICE)),
         )
         self.checkpointer.prune(self.cfg.RUN.KEEP_CHECKPOINTS)
         comm.synchronize()
@@ -400,10 +402,10 @@ class ResumableTrainer(DefaultTrainer):
                 "another OUTPUT_DIR, or give it as MODEL.WEIGHTS without --resume"
             )
         self.check_same_run(saved["config"])
-        computed_by = saved.get("computed_by", [])
+        computers = saved.get("computed_by", [])
         del saved
-        if len(computed_by) == comm.get_world_size():
-            _compute_as(computed_by[comm.get_rank()], self.cfg.MODEL.DEVICE)
+        if len(computers) == comm.get_world_size():
+            compute_as(computers[comm.get_rank()], self.cfg.MODEL.DEVICE)
         rates = list(self.scheduler.base_lrs)
         loaded = self.checkpointer.load(usable)
         self.start_iter = loaded["iteration"] + 1
@@ -429,7 +431,7 @@ class ResumableTrainer(DefaultTrainer):
         for phase in self.phases():
             phase.loader.batches = round(phase.loader.batches * factor)
         for hook in self._hooks:
-            if isinstance(hook, _AverageHook):
+            if isinstance(hook, AverageHook):
                 hook.rescale(factor)
         logger.warning(
             f"the {old} iterations of the checkpoint are {self.start_iter} of {self.max_iter} with "
@@ -466,23 +468,24 @@ class ResumableTrainer(DefaultTrainer):
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             # before precise batch norm, the last checkpoint and the last evaluation
-            _AverageHook(self.cfg.SOLVER.AVERAGE_LAST),
+            AverageHook(self.cfg.SOLVER.AVERAGE_LAST),
             precise_bn,
-            _CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD, test.EVAL_PERIOD),
-            _EvalHook(test.EVAL_PERIOD, self._evaluate),
+            CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD, test.EVAL_PERIOD),
+            EvalHook(test.EVAL_PERIOD, self._evaluate),
         ]
         if comm.is_main_process():
             built.append(hooks.PeriodicWriter(self.build_writers(), self.cfg.RUN.LOG_PERIOD))
         return built
 
     def _evaluate(self) -> Dict[str, Any]:
-        with preserved_rng():  # a run with and one without this evaluation must not differ
+        # a run with and one without this evaluation must not differ
+        with preserved_random_states():
             self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        return super().build_model(_with_norms_for(cfg, comm.get_world_size()))
+        return super().build_model(with_norms_for(cfg, comm.get_world_size()))
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -503,7 +506,7 @@ class ResumableTrainer(DefaultTrainer):
         return {
             "hooks": TrainerBase.state_dict(self).get("hooks", {}),
             "phases": {phase.name or "weights": phase.state_dict() for phase in self.phases()},
-            "rng": self._rng_states,
+            "rng": self._random_states,
             "loss_normalizers": self._normalizers,
         }
 
@@ -518,111 +521,12 @@ class ResumableTrainer(DefaultTrainer):
         normalizers = state.get("loss_normalizers") or [None]
         self._forward_state.normalizer = normalizers[comm.get_rank() % len(normalizers)]
         if len(state["rng"]) == comm.get_world_size():
-            _set_rng_state(state["rng"][comm.get_rank()], self._device)
+            set_random_states(state["rng"][comm.get_rank()], self._device)
         else:
             logger.warning(
                 f"the checkpoint was written by {len(state['rng'])} processes and is resumed by "
                 f"{comm.get_world_size()}: the run goes on, but not bit for bit"
             )
-
-
-def _scaled_to_processes(cfg: CfgNode) -> CfgNode:
-    """Detectron2's ``SOLVER.REFERENCE_WORLD_SIZE``, for the keys too that it knows nothing of."""
-    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-    if scaled is not cfg:
-        scaled = scaled.clone()
-        scaled.defrost()
-        factor = scaled.SOLVER.IMS_PER_BATCH / cfg.SOLVER.IMS_PER_BATCH
-        scaled.SOLVER.BASE_LR_END *= factor
-        scaled.SEARCH.ALPHA_IMS_PER_BATCH = round(cfg.SEARCH.ALPHA_IMS_PER_BATCH * factor)
-        scaled.freeze()
-    return scaled
-
-
-def _with_norms_for(cfg: CfgNode, processes: int) -> CfgNode:
-    """PyTorch's SyncBN knows GPUs only: CPU processes take Detectron2's, with the same keys."""
-    if processes == 1 or cfg.MODEL.DEVICE.startswith("cuda"):
-        return cfg
-    cfg = cfg.clone()
-    norms = [
-        key for key, value in _flat(cfg).items() if key.endswith(".NORM") and value == "SyncBN"
-    ]
-    cfg.merge_from_list([word for key in norms for word in (key, "naiveSyncBN")])
-    return cfg
-
-
-class _CheckpointHook(HookBase):
-    """Writes checkpoints at a period, before evaluations, at the end, and when asked to stop."""
-
-    def __init__(self, *periods: int):
-        self._periods = [period for period in periods if period > 0]
-
-    def after_step(self):
-        trainer, done = self.trainer, self.trainer.iter + 1
-        if done >= trainer.max_iter:
-            trainer.save_checkpoint("model_final")
-        elif trainer._stop_now or any(done % period == 0 for period in self._periods):
-            trainer.save_checkpoint(f"model_{trainer.iter:07d}")
-        if trainer._stop_now and done < trainer.max_iter:
-            logger.info(f"stopped on request after iteration {trainer.iter}; go on with --resume")
-            comm.synchronize()  # rank 0 has written more than the others
-            raise SystemExit(STOPPED_EXIT_CODE)
-
-
-class _EvalHook(hooks.EvalHook):
-    """Detectron2's; it would also evaluate, and wait for the others, where the last step failed."""
-
-    def after_train(self):
-        if self.trainer.iter >= self.trainer.max_iter:
-            super().after_train()
-
-
-class _AverageHook(HookBase):
-    """At the end, puts the mean over the run's last iterations in the place of the weights."""
-
-    def __init__(self, share: float):
-        if not 0 <= share <= 1:
-            raise NATSError(f"SOLVER.AVERAGE_LAST {share}: expected a share of the run, 0 to 1")
-        self._share = share
-        self._count, self._means = 0, {}
-
-    def after_step(self):
-        trainer, length = self.trainer, round(self._share * self.trainer.max_iter)
-        if trainer.iter < trainer.max_iter - length:
-            return
-        averaged = self._averaged()
-        if not self._count:
-            self._means = {name: torch.zeros_like(value) for name, value in averaged.items()}
-        self._count += 1
-        for name, value in averaged.items():
-            self._means[name].lerp_(value, 1 / self._count)
-        if trainer.iter + 1 == trainer.max_iter:
-            logger.info(f"the weights are now their mean over the last {self._count} iterations")
-            for name, value in averaged.items():
-                value.copy_(self._means[name])
-
-    def rescale(self, factor: float) -> None:
-        """What has been averaged counts as `factor` times as many iterations."""
-        if self._count:
-            self._count = max(1, round(self._count * factor))
-
-    def _averaged(self) -> Dict[str, torch.Tensor]:
-        """The trained weights, and the statistics that batch norms gathered with them."""
-        model = self.trainer.model
-        averaged = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        for prefix, norm in model.named_modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
-                averaged[f"{prefix}.running_mean"] = norm.running_mean
-                averaged[f"{prefix}.running_var"] = norm.running_var
-        return averaged
-
-    def state_dict(self) -> Dict[str, Any]:
-        return {"count": self._count, "means": self._means}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        device = next(self.trainer.model.parameters()).device
-        self._count = state["count"]
-        self._means = {name: value.to(device) for name, value in state["means"].items()}
 
 
 def _distributed(module: nn.Module) -> nn.Module:
@@ -642,82 +546,3 @@ def _finite_gradients(parameters: List[nn.Parameter]) -> bool:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(gradients)
     return bool(torch.stack([norm.float() for norm in norms]).sum().isfinite())
-
-
-def _rng_state(device: torch.device) -> Dict[str, Any]:
-    """This process's random states, those of `device` among them, as tensors and plain types."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def _set_rng_state(state: Dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-
-
-def _computed_by(device: str) -> List[Any]:
-    """Kind of processor and number of threads: the last bit of a sum depends on both."""
-    if device.startswith("cuda"):
-        return [torch.cuda.get_device_name(device), None]
-    return [f"CPU with {torch.backends.cpu.get_cpu_capability()}", torch.get_num_threads()]
-
-
-def _compute_as(before: List[Any], device: str) -> None:
-    """Take as many threads as the run had, unless the user wants otherwise."""
-    threads = before[1]
-    if threads and "OMP_NUM_THREADS" not in os.environ and not device.startswith("cuda"):
-        torch.set_num_threads(threads)
-    now = _computed_by(device)
-    if now != before:
-        before, now = (
-            kind + (f", {threads} threads" if threads else "") for kind, threads in (before, now)
-        )
-        logger.warning(
-            f"rank {comm.get_rank()}: the checkpoint was computed by a {before}, and now it is a "
-            f"{now}: the run goes on, but not bit for bit"
-        )
-
-
-# Settings that say where and how fast, not what is computed.
-_FREE_KEYS = (
-    "OUTPUT_DIR",
-    "DATALOADER.NUM_WORKERS",
-    "DATASETS.REGISTER",
-    "DATASETS.TEST",
-    "MODEL.DEVICE",
-    "MODEL.WEIGHTS",
-    "RUN.",
-    "SEARCH.RETRAIN_CONFIG",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.",
-    "VIS_PERIOD",
-)
-
-
-def config_differences(saved: str, cfg: CfgNode) -> List[str]:
-    """ "KEY: old, now new" for each setting that changes what is computed."""
-    old, new = _flat(CfgNode.load_cfg(saved)), _flat(CfgNode.load_cfg(cfg.dump()))
-    return [
-        f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
-    ]
-
-
-def _flat(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
-    flat = {}
-    for key, value in node.items():
-        is_node = isinstance(value, CfgNode)
-        flat.update(_flat(value, f"{prefix}{key}.") if is_node else {prefix + key: value})
-    return flat

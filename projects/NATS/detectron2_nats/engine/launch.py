@@ -25,11 +25,12 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
+from ..config import load_config
+from ..data.registry import check_datasets, register_datasets
+from ..errors import NATSError, one_line
 from .checkpoint import SafeCheckpointer
-from .data.registry import check_datasets, register_datasets
-from .errors import NATSError, one_line
-from .export import load_config
 from .lock import lock_folder
+from .resumable import ResumableTrainer
 from .stopping import (
     STOPPED_EXIT_CODE,
     die_with_parent,
@@ -37,7 +38,6 @@ from .stopping import (
     handle_signals,
     stop_requested,
 )
-from .training import ResumableTrainer
 
 __all__ = ["exit_from_group", "run_script", "setup", "train_or_evaluate"]
 

@@ -5,14 +5,11 @@ before anything is read; the random numbers of an image's augmentation are seede
 So the batches are the same with any number of loader workers, and after any resume.
 """
 
-import contextlib
 import itertools
 import logging
-import random
 import sys
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,7 +25,8 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 
 from ..errors import NATSError, one_line
-from ..stopping import (
+from .determinism import preserved_random_states
+from .stopping import (
     STOPPED_EXIT_CODE,
     hold_signals,
     ignore_signals,
@@ -41,29 +39,11 @@ __all__ = [
     "EvaluationLoader",
     "build_resumable_loader",
     "dataset_dicts",
-    "preserved_rng",
 ]
 
 logger = logging.getLogger(__name__)
 
 _CAN_FORK = sys.platform.startswith("linux")
-
-
-@contextlib.contextmanager
-def preserved_rng(seed: Optional[Sequence[int]] = None) -> Iterator[None]:
-    """Put the CPU's global random states back at the end; meanwhile seeded by `seed`, if given."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        if seed is not None:
-            a, b, c = (int(word) for word in np.random.SeedSequence(seed).generate_state(3))
-            random.seed(a)
-            np.random.seed(b)
-            torch.default_generator.manual_seed(c)
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class _Samples(Dataset):
@@ -83,7 +63,7 @@ class _Samples(Dataset):
         # A bad image is replaced by its successor: the choice must not depend on the worker.
         for index in range(index, index + self.MAX_TRIES):
             record = self.records[index % len(self.records)]
-            with preserved_rng((self.seed, position)):
+            with preserved_random_states((self.seed, position)):
                 try:
                     sample = self.mapper(record)
                 except Exception as error:

@@ -17,12 +17,12 @@ from scipy import stats
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
-from .architecture import Architecture, decode_alpha
-from .errors import NATSError
-from .export import read_search
-from .files import write_atomically
-from .search_space import Dilation
-from .transform import searched_layers
+from ..architecture import Architecture, decode_alpha
+from ..errors import NATSError
+from ..export import read_search
+from ..files import write_atomically
+from ..search_space import Dilation
+from ..transform import searched_layers
 
 __all__ = [
     "agreement",
