@@ -47,7 +47,7 @@ launch._call(print, "done")
 def test_leaves_the_group_when_done_and_tears_nothing_down():
     """A thread of the group that let go of a tensor meanwhile would abort the process."""
     process = subprocess.run([sys.executable, "-c", DONE], capture_output=True, text=True)
-    assert (process.returncode, process.stdout) == (0, "done\nat exit False\n")
+    assert (process.returncode, process.stdout) == (0, "done\nat exit True\n")
     assert "ZeroDivisionError" in process.stderr
 
 

@@ -266,11 +266,11 @@ def exit_from_group() -> NoReturn:
     """End this process with status 0 when all processes of the group have come here.
 
     A thread of the group may still hold a tensor, and aborts the process if it lets go of it while
-    the interpreter is torn down, also after the group is destroyed. So nothing is torn down; what
-    is registered with :mod:`atexit` runs.
+    the interpreter is torn down. To destroy the group does not help, and may block: it waits for
+    such a thread, which may wait for the interpreter. So nothing is torn down; what is registered
+    with :mod:`atexit` runs.
     """
     comm.synchronize()
-    dist.destroy_process_group()
     try:
         atexit._run_exitfuncs()
     finally:  # what one of them raises has been printed, and is no failure
