@@ -24,7 +24,7 @@ from typing import Callable, Dict, List
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import REPOSITORY, TINY, assert_same_run, printed, script  # noqa: E402
+from runs import REPOSITORY, TINY, assert_same_run, printed, script  # noqa: E402
 
 EPILOG = """
 examples:

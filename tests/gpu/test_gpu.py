@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import on_two_ranks
-from tiny import TINY, assert_equal, finish, make_trainer, printed, script, wait_until
+from runs import TINY, assert_equal, finish, make_trainer, printed, script, wait_until
 
 from detectron2.layers import Conv2d
 from detectron2.utils.events import EventStorage

@@ -1,5 +1,5 @@
 import pytest
-from tiny import TINY
+from runs import TINY
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import assert_same_run, make_trainer
+from runs import assert_same_run, make_trainer
 
 from detectron2.utils.events import EventStorage
 from detectron2_nats.config import load_config

@@ -24,7 +24,7 @@ from typing import Dict, List, NamedTuple
 
 import pytest
 import torch
-from tiny import REPOSITORY, TINY
+from runs import REPOSITORY, TINY
 
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import Architecture, apply_architecture
@@ -32,7 +32,12 @@ from detectron2_nats.config import load_config
 from detectron2_nats.export import export_config, write_config
 from detectron2_nats.files import parse_yaml
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md"]
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "projects/NATS/README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    REPOSITORY / "CHANGELOG.md",
+]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
 SCRIPTS = [REPOSITORY / "search_net.py", REPOSITORY / "train_net.py"]
 SCRIPTS += sorted((REPOSITORY / "tools").glob("*.py"))

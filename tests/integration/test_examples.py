@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import REPOSITORY, TINY
+from runs import REPOSITORY, TINY
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model

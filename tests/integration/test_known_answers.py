@@ -7,7 +7,7 @@ Minutes: two searches, cut short.
 
 import pytest
 import torch
-from tiny import make_trainer
+from runs import make_trainer
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone

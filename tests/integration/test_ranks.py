@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from ranks import on_two_ranks
-from tiny import assert_equal, make_trainer
+from runs import assert_equal, make_trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.utils import comm

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import assert_same_run, finish, printed, run, script, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import assert_same_run, finish, printed, run, script, wait_until
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_equal, assert_same_run, make_trainer
+from runs import assert_equal, assert_same_run, make_trainer
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog

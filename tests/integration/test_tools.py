@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import REPOSITORY, TINY
+from runs import REPOSITORY, TINY
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import build_plain, random_architecture
+from oracles import build_plain, random_architecture
 from torch import nn
 
 from detectron2_nats import Architecture, apply_architecture

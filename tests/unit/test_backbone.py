@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from common import (
+from oracles import (
     BACKBONES,
     FPN_RESNET,
     RUNNABLE,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import run
+from runs import run
 from torch import nn
 
 from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from common import FPN_RESNET, tiny_cfg
+from oracles import FPN_RESNET, tiny_cfg
 from torch import nn
 from torchvision.models import resnet50
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import BACKBONES, build_plain, image, random_architecture, space_of
+from oracles import BACKBONES, build_plain, image, random_architecture, space_of
 from torch import nn
 
 from detectron2.layers import FrozenBatchNorm2d

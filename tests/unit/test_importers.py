@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import image, tiny_cfg
+from oracles import image, tiny_cfg
 
 from detectron2.modeling import build_backbone
 from detectron2_nats import Architecture, GroupedDilationConv2d, NATSError, apply_architecture

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from common import direct_frozen, direct_mixture
+from oracles import direct_frozen, direct_mixture
 from torch import nn
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import build_plain, image, random_architecture
+from oracles import build_plain, image, random_architecture
 
 from detectron2_nats import Architecture, NATSError, apply_architecture
 from detectron2_nats.results import plot

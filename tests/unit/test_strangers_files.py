@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import TINY
+from runs import TINY
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import FPN_RESNET, tiny_cfg
-from tiny import REPOSITORY, TINY, finish, script, wait_until
+from oracles import FPN_RESNET, tiny_cfg
+from runs import REPOSITORY, TINY, finish, script, wait_until
 
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.results import comparison

@@ -2,7 +2,8 @@ import copy
 
 import pytest
 import torch
-from common import (
+from fvcore.nn import FlopCountAnalysis
+from oracles import (
     BACKBONES,
     GENOTYPES,
     RUNNABLE,
@@ -17,7 +18,6 @@ from common import (
     space_of,
     tiny_cfg,
 )
-from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from detectron2.config import LazyCall as L
