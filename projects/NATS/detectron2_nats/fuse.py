@@ -18,8 +18,8 @@ _FOLDABLE = (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)
 def fuse_for_inference(module: nn.Module) -> nn.Module:
     """Fold batch norms into the convs before them, in place.
 
-    Up to rounding the outputs are the same. Convs whose norm is not a batch norm are left alone. Call it last: parameters no longer stand
-    where a plain checkpoint has them.
+    Up to rounding the outputs are the same. Convs whose norm is not a batch norm are left alone.
+    Call it last: parameters no longer stand where a plain checkpoint has them.
 
     Args:
         module: a frozen or plain network in eval mode; a whole detector too.
