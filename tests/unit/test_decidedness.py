@@ -34,8 +34,8 @@ def test_votes_that_changed_in_the_last_tenth():
 @pytest.mark.parametrize(
     "leading, changed, words, decided",
     [
-        (0.9, 0.0, "decided: another seed", True),
-        (0.9, None, "decided: another seed", True),
+        (0.9, 0.0, "decided: most groups", True),
+        (0.9, None, "decided: most groups", True),
         (0.9, 0.2, "not settled", False),
         (0.5, 0.0, "half decided", False),
         (0.1, 0.0, "undecided, close to chance", False),

@@ -70,7 +70,7 @@ class Decidedness:
     def verdict(self) -> str:
         """One plain sentence, with what to do where it is not decided."""
         if self.decided:
-            return "decided: another seed would choose much the same"
+            return "decided: most groups have a clear favourite, and it no longer changes"
         advice = "search longer, raise SEARCH.ALPHA_LR, or decode with SEARCH.DECODE_MARGIN"
         if self.leading >= _DECIDED:
             return f"not settled, votes still change: {advice}"
