@@ -83,7 +83,8 @@ def main(args: argparse.Namespace) -> None:
         *("--seeds", "1", "--jobs", str(min(2, os.cpu_count() or 1)), "--output", args.output),
     )
     run(
-        *("tools/plot.py", search, "--output", f"{args.output}/pictures", "--images", "3"),
+        *("tools/plot.py", search, "--output", f"{args.output}/pictures", "--images", "2"),
+        *("--threshold", "0.3"),  # the plain detector is not sure of anything
         *("--plain", CONFIG, f"{plain}/model_final.pth"),
         *("--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"),
     )

@@ -8,6 +8,7 @@ from typing import Any, Dict, List
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.ops import nms
 
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -57,11 +58,15 @@ class _Network:
         SafeCheckpointer(self.model, "").load(weights, checkpointables=[])
 
     def detect(self, record: dict, threshold: float) -> List[tuple]:
-        """(box in pixels of the file's image, class, score) of each detection."""
+        """(box in pixels of the file's image, class, score) of each detection.
+
+        Of boxes that overlap by more than a half, of whatever class, only the best.
+        """
         batch = [DatasetMapper(self.cfg, is_train=False)(dict(record))]
         with torch.no_grad():
             instances = self.model(batch)[0]["instances"].to("cpu")
         instances = instances[instances.scores >= threshold]
+        instances = instances[nms(instances.pred_boxes.tensor, instances.scores, 0.5)]
         return list(
             zip(
                 instances.pred_boxes.tensor.tolist(),

@@ -206,14 +206,14 @@ def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
     x = np.asarray(history["iteration"]) + 1
     marker = "o" if len(x) < 40 else None
     for key, label, colour in (
-        ("entropy", "entropy, share of its maximum", "#08519c"),
-        ("leading", "groups whose best genotype leads", "#a63603"),
+        ("entropy", "entropy", "#08519c"),
+        ("leading", "groups that lead", "#a63603"),
     ):
         line = {"color": colour, "marker": marker, "markersize": 3, "clip_on": False}
         decided.plot(x, history[key], label=label, **line)
     decided.set_ylabel("share", fontsize=9)
     decided.set_ylim(0, 1)
-    decided.legend(loc="center left", bbox_to_anchor=(0.0, 0.5), frameon=False, fontsize=8)
+    decided.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     votes.plot(
         x, history["votes_changed"], color="#08519c", marker=marker, markersize=3, clip_on=False
     )
@@ -333,8 +333,8 @@ def plot_receptive_fields(
             if column == 0:
                 axes.set_ylabel(network, fontsize=10)
     figure.supxlabel(
-        "|input gradient of the centre output|, square root; "
-        "the square around the centre holds 90 % of it, its side is given",
+        "|input gradient of the centre output|, square root\n"
+        "the square around the centre holds 90 % of it; its side is given",
         fontsize=8,
     )
     if title:
