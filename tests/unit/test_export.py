@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.config import load_config
 from detectron2_nats.data.registry import register_datasets
 from detectron2_nats.engine.loader import dataset_dicts
 from detectron2_nats.export import export_config, write_config
+from detectron2_nats.files import read_yaml
 from detectron2_nats.layers import GroupedDilationConv2d
 
 BLOCKS = {"res3": (4, 128), "res4": (6, 256), "res5": (3, 512)}
@@ -74,3 +76,13 @@ def test_an_empty_data_set_is_named(tmp_path):
     register_datasets(cfg)
     with pytest.raises(NATSError, match="nothing_at_all.*empty"):
         dataset_dicts(cfg, ["nothing_at_all"])
+
+
+def test_keys_of_other_projects_are_kept(tmp_path):
+    """PointRend and the like add nodes that this project's defaults know nothing of."""
+    cfg = load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    cfg.MODEL.POINT_HEAD = CfgNode({"NAME": "StandardPointHead", "IN_FEATURES": ("p2",)})
+    path = tmp_path / "retrain.yaml"
+    write_config(export_config(cfg, SEARCHED), str(path))
+    head = read_yaml(str(path))["MODEL"]["POINT_HEAD"]
+    assert head == {"NAME": "StandardPointHead", "IN_FEATURES": ["p2"]}

@@ -78,16 +78,16 @@ def write_config(cfg: CfgNode, path: str) -> None:
     write_yaml(path, {"VERSION": 2, **difference}, comment)
 
 
-def _difference(cfg: CfgNode, default: CfgNode) -> Dict[str, Any]:
+def _difference(cfg: CfgNode, default: Mapping[str, Any]) -> Dict[str, Any]:
     difference: Dict[str, Any] = {}
     for key, value in cfg.items():
-        if key not in default:
-            difference[key] = value
-        elif isinstance(value, CfgNode):
-            inner = _difference(value, default[key])
+        if isinstance(value, CfgNode):
+            inner = _difference(
+                value, default.get(key, {})
+            )  # other projects have nodes of their own
             if inner:
                 difference[key] = inner
-        elif value != default[key]:
+        elif key not in default or value != default[key]:
             difference[key] = value
     return difference
 
