@@ -75,9 +75,9 @@ def main(args: argparse.Namespace) -> None:
         f"has a {'lower' if found < scores['plain'] else 'higher'} loss than the plain one\n"
         f"and a lower one than {sum(found < value for value in drawn)} of {len(drawn)} random ones."
     )
-    if args.output:
-        write_atomically(args.output, json.dumps(scores, indent=1))
-        print(f"wrote {args.output}")
+    path = args.output or os.path.join(args.search, "scores.json")
+    write_atomically(path, json.dumps(scores, indent=1))
+    print(f"wrote {path}")
 
 
 def _count(text: str) -> int:
@@ -99,5 +99,5 @@ if __name__ == "__main__":
         "--architecture", action="append", default=[], metavar="FILE", help="may be repeated"
     )
     parser.add_argument("--score", choices=SCORES, default="one-shot", help="(%(default)s)")
-    parser.add_argument("--output", metavar="JSON", help="write the scores there too")
+    parser.add_argument("--output", metavar="JSON", help="(SEARCH/scores.json)")
     run_tool(main, parser.parse_args())

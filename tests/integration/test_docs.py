@@ -58,6 +58,7 @@ SUBSTITUTIONS = [
         r"\1 --config-file configs/quickstart/base.yaml "
         "--search-config configs/quickstart/search.yaml",
     ),
+    (r"mine\.yaml", "architecture.yaml"),
     (r"DETECTRON2_DATASETS=/data", "DETECTRON2_DATASETS=datasets"),
 ]
 
@@ -76,7 +77,7 @@ RULES = [
     (r"^python tests/faults/run_faults\.py", "parsed"),
     (r"^python (search_net|train_net)\.py", "trained"),
     (r"^(DETECTRON2_DATASETS=\S+ )?python tools/make_val35k\.py", "run"),
-    (r"^python tools/(analyze|export|import_architecture|plot)\.py", "run"),
+    (r"^python tools/(analyze|export|import_architecture|plot|score)\.py", "run"),
     (r"^python examples/\w+\.py", "run"),
 ]
 
@@ -90,6 +91,7 @@ FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.
 SMALL = {
     "tools/plot.py": ["--images", "1", "--field-size", "64"],
     "tools/analyze.py": ["--size", "64", "96"],
+    "tools/score.py": ["--images", "2", "--random", "2"],
     "tools/make_val35k.py": ["--force"],
 }
 RES3_WIDE = Architecture({f"res3.{block}.conv2": [[32, 1, 3]] for block in range(4)})
