@@ -52,6 +52,7 @@ SUBSTITUTIONS = [
     (r"--num-gpus 8 (--config-file output/)", r"\1"),
     (r"'\$SLURM_NODEID'", "0"),
     (r"output/demo/seed_0/", "output/bars/"),
+    (r"(tools/report\.py) output/demo", r"\1 output/bars/search-nats"),
     (r"output/improved/retrain.yaml", "output/search/retrain.yaml"),
     (
         r"(tools/study\.py) \.\.\.",
@@ -77,7 +78,7 @@ RULES = [
     (r"^python tests/faults/run_faults\.py", "parsed"),
     (r"^python (search_net|train_net)\.py", "trained"),
     (r"^(DETECTRON2_DATASETS=\S+ )?python tools/make_val35k\.py", "run"),
-    (r"^python tools/(analyze|export|import_architecture|plot|score)\.py", "run"),
+    (r"^python tools/(analyze|export|import_architecture|plot|report|score)\.py", "run"),
     (r"^python examples/\w+\.py", "run"),
 ]
 
