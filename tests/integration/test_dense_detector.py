@@ -5,6 +5,7 @@ import torch
 from runs import assert_same_run, make_trainer
 
 from detectron2.utils.events import EventStorage
+from detectron2_nats import alpha_training
 from detectron2_nats.config import load_config
 
 NORMALIZER = "loss_normalizer"
@@ -40,7 +41,7 @@ def test_an_alpha_step_and_a_step_not_taken_leave_it_as_it_was(config, tmp_path)
         after_weights = getattr(trainer.model, NORMALIZER)
         assert after_weights != 100
         trainer.iter = 5
-        with trainer._alpha_trained():
+        with alpha_training(trainer.model):
             trainer.take_step(trainer.alpha)
             assert getattr(trainer.model, NORMALIZER) != after_weights
             trainer._forward_state.restore()

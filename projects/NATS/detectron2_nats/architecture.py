@@ -2,15 +2,17 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from tabulate import tabulate
+from torch import nn
 
 from .errors import NATSError
 from .files import OneLine, read_yaml, write_yaml
 from .search_space import Dilation, check_dilation, shortened
+from .stages import searched_layers
 
 __all__ = ["Architecture", "Run", "decode_alpha", "intensities", "votes"]
 
@@ -118,17 +120,27 @@ class Architecture:
 
     @classmethod
     def decode(
-        cls, alphas: Mapping[str, Any], order: str = "paper", margin: float = 0.0, **search
+        cls,
+        supernet: Union[nn.Module, Mapping[str, nn.Module]],
+        order: str = "paper",
+        margin: float = 0.0,
+        **search,
     ) -> "Architecture":
         """Decode a search's result (section 3.3).
 
         Args:
-            alphas: layer name → :class:`MixedDilationConv2d`, as
-                :func:`transform.searched_layers` gives them.
+            supernet: what :func:`to_supernet` gave, or a detector around it; or its searched
+                convs, layer name → :class:`MixedDilationConv2d`.
             order: "paper" or "voted", see :func:`decode_alpha`.
             margin: see :func:`votes`.
             search: provenance to note in the file.
+
+        Raises:
+            NATSError: nothing is searched in it.
         """
+        convs = searched_layers(supernet) if isinstance(supernet, nn.Module) else supernet
+        if not convs:
+            raise NATSError("no conv is searched: decode what to_supernet made")
         layers = {
             name: decode_alpha(
                 conv.alpha.detach().cpu().numpy(),
@@ -137,7 +149,7 @@ class Architecture:
                 order,
                 margin,
             )
-            for name, conv in alphas.items()
+            for name, conv in convs.items()
         }
         return cls(layers, {**search, "order": order, **({"margin": margin} if margin else {})})
 

@@ -12,7 +12,7 @@ from .architecture import Architecture
 from .config import load_config
 from .errors import NATSError, one_line
 from .files import OneLine, write_yaml
-from .transform import apply_architecture, conv3x3_layers, searched_layers
+from .transform import apply_architecture, conv3x3_layers, frozen_state_dict
 
 __all__ = [
     "export_config",
@@ -132,22 +132,13 @@ def read_search(folder: str) -> Tuple[Dict[str, torch.Tensor], Backbone]:
 def frozen_weights(
     state_dict: Mapping[str, torch.Tensor], backbone: Backbone, architecture: Architecture
 ) -> Dict[str, torch.Tensor]:
-    """A super-network's own weights as the state dict of the frozen detector (voted order).
-
-    Each output channel takes its row from the replica of the dilation that it was given.
+    """:func:`.transform.frozen_state_dict` of a searched detector whose backbone alone is built.
 
     Args:
         state_dict: of the searched detector.
         backbone: its super-network, with weights.
         architecture: decoded from it in voted order.
     """
-    if architecture.search.get("order") != "voted":
-        raise NATSError(
-            "the super-network's weights fit only an architecture in voted order (in paper order "
-            "a channel's dilation is not the one that its weights were trained under)"
-        )
     frozen = {k: v for k, v in state_dict.items() if not k.endswith((".alpha", ".replicas"))}
-    paths = {module: path for path, module in backbone.named_modules()}
-    for name, conv in searched_layers(backbone).items():
-        frozen[f"backbone.{paths[conv]}.weight"] = conv.frozen_weight(architecture.layers[name])
-    return frozen
+    own = frozen_state_dict(backbone, architecture)
+    return {**frozen, **{f"backbone.{name}": value for name, value in own.items()}}

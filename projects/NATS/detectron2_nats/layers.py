@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detectron2.layers import Conv2d
-
 from .convolution import fast_layouts, recomputed, to_fast_layout
 from .errors import NATSError
 from .search_space import Dilation
@@ -21,14 +19,23 @@ from .search_space import Dilation
 __all__ = ["MixedDilationConv2d", "GroupedDilationConv2d"]
 
 
-class _DilationConv2d(Conv2d):
-    """A 3×3 conv whose dilation is chosen per output channel; `dilation` is the base one."""
+class _DilationConv2d(nn.Conv2d):
+    """A 3×3 conv whose dilation is chosen per output channel; `dilation` is the base one.
+
+    Attributes:
+        norm, activation: of Detectron2's convs, which hold their own; None elsewhere.
+    """
 
     def __init__(self, conv: nn.Conv2d):
-        if conv.kernel_size != (3, 3) or conv.padding != conv.dilation:
+        if (
+            conv.kernel_size != (3, 3)
+            or conv.padding != conv.dilation
+            or conv.padding_mode != "zeros"
+        ):
             raise NATSError(
                 "expected a 3x3 conv whose padding equals its dilation, got kernel "
-                f"{conv.kernel_size}, padding {conv.padding}, dilation {conv.dilation}"
+                f"{conv.kernel_size}, padding {conv.padding} of {conv.padding_mode}, dilation "
+                f"{conv.dilation}"
             )
         super().__init__(
             conv.in_channels,
@@ -39,10 +46,10 @@ class _DilationConv2d(Conv2d):
             dilation=conv.dilation,
             groups=conv.groups,
             bias=conv.bias is not None,
-            norm=getattr(conv, "norm", None),
-            activation=getattr(conv, "activation", None),
             device="meta",  # the parameters are taken over just below
         )
+        self.norm = getattr(conv, "norm", None)
+        self.activation = getattr(conv, "activation", None)
         self.weight = conv.weight
         self.bias = conv.bias
         self.training = conv.training  # the norm keeps its own mode

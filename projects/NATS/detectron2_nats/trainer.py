@@ -1,9 +1,8 @@
 """The search: SGD trains the weights on one split while Adam trains α on another (section 4.2)."""
 
-import contextlib
 import logging
 import os
-from typing import Dict, Iterator, List
+from typing import Dict, List
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
+from .alpha import alpha_parameters, alpha_training
 from .architecture import Architecture, intensities
 from .config import config_differences
 from .data.overlap import check_disjoint, warn_of_test_images
@@ -21,9 +21,9 @@ from .decidedness import Decidedness, all_votes
 from .engine.loader import build_resumable_loader, dataset_dicts
 from .engine.resumable import Phase, ResumableTrainer
 from .errors import NATSError
-from .export import export_config, frozen_weights, load_detector_config, write_config
+from .export import export_config, load_detector_config, write_config
 from .files import write_atomically
-from .transform import searched_layers
+from .transform import frozen_state_dict, searched_layers
 
 __all__ = ["SearchTrainer"]
 
@@ -71,13 +71,14 @@ class SearchTrainer(ResumableTrainer):
         check_disjoint(self.weights.loader.files, loader.files)
         warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.CALIBRATION")
         optimizer = torch.optim.Adam(
-            [conv.alpha for conv in self.searched.values()],
+            alpha_parameters(self._supernet),
             lr=cfg.SEARCH.ALPHA_LR,
             weight_decay=cfg.SEARCH.ALPHA_WEIGHT_DECAY,
         )
         self.alpha = self.new_phase("alpha", self._alpha_losses, loader, optimizer)
 
     def prepare_model(self, model: nn.Module) -> None:
+        self._supernet = model
         self.searched = searched_layers(model)
         if not self.searched:
             raise NATSError(
@@ -85,8 +86,8 @@ class SearchTrainer(ResumableTrainer):
                 "MODEL.NATS.ARCHITECTURE empty"
             )
         # Switched off, α is passed over by the weights' optimizer and by data parallelism alike.
-        for conv in self.searched.values():
-            conv.alpha.requires_grad_(False)
+        for alpha in alpha_parameters(model):
+            alpha.requires_grad_(False)
         self._trained_weights = [p for p in model.parameters() if p.requires_grad]
 
     def phases(self) -> List[Phase]:
@@ -99,10 +100,9 @@ class SearchTrainer(ResumableTrainer):
 
     def alpha_step(self) -> None:
         """Adam on α, on a batch of ``DATASETS.CALIBRATION``; nothing else changes, bit for bit."""
-        with self._alpha_trained():
+        with alpha_training(self._supernet):
             self.take_step(self.alpha)
-            # The norms saw the calibration split, which is not theirs to learn from.
-            self._forward_state.restore()
+            self._forward_state.restore()  # a dense detector's running mean too
 
     def rehearse_alpha_step(self) -> None:
         """Compute an α step's gradient for nothing; called where the first α step is far away.
@@ -112,25 +112,10 @@ class SearchTrainer(ResumableTrainer):
         momentum = []  # that weight steps will have left behind by then
         if not self.weights.optimizer.state:
             momentum = [torch.empty_like(weight) for weight in self._trained_weights]
-        with self._alpha_trained():
+        with alpha_training(self._supernet):
             needed = self.rehearse_step(self.alpha)
         del momentum
         logger.info(f"α steps start at iteration {self.alpha_start}. One of them takes {needed}")
-
-    @contextlib.contextmanager
-    def _alpha_trained(self) -> Iterator[None]:
-        """α takes gradients and the weights do not, so that backward ends at the first α."""
-        for parameter in self._trained_weights:
-            parameter.requires_grad_(False)
-        for conv in self.searched.values():
-            conv.alpha.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for conv in self.searched.values():
-                conv.alpha.requires_grad_(False)
-            for parameter in self._trained_weights:
-                parameter.requires_grad_(True)
 
     def _alpha_losses(self, batch: List[dict]) -> Dict[str, torch.Tensor]:
         # The scope keeps what the heads log apart from the weight step's.
@@ -157,7 +142,7 @@ class SearchTrainer(ResumableTrainer):
         # only there do the super-network's weights fit
         order = "voted" if search.RETRAIN_WEIGHTS == "supernet" else search.DECODE_ORDER
         return Architecture.decode(
-            self.searched,
+            self._supernet,
             order,
             search.DECODE_MARGIN,
             space=space,
@@ -202,7 +187,7 @@ class SearchTrainer(ResumableTrainer):
             cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "retrain")
             if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
                 cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
-                frozen = frozen_weights(self.model.state_dict(), self.model.backbone, architecture)
+                frozen = frozen_state_dict(self.model, architecture)
                 content = {"model": frozen, "__author__": "detectron2-nats"}
                 write_atomically(cfg.MODEL.WEIGHTS, lambda file: torch.save(content, file))
             write_config(cfg, retrain)

@@ -1,69 +1,27 @@
-"""Walk a backbone and swap its 3×3 convs in place: plain → super-network, plain → frozen.
+"""Swap a residual network's 3×3 convs in place: plain → super-network, plain → frozen.
 
-Knows modules, not configs. Works on anything that holds residual stages made of Detectron2's
-blocks (`res2` … `res5`): a ResNet, an FPN around one, a whole detector, a LazyConfig model.
+Knows modules, not configs. Works on anything that holds residual stages (:mod:`.stages`): a ResNet
+of Detectron2, torchvision, timm or mmdet, an FPN around one, a whole detector, a LazyConfig model.
 """
 
-from typing import Dict, Iterator, Tuple, Union
+from typing import Dict, Union
 
+import torch
 from torch import nn
-
-from detectron2.layers import CNNBlockBase
 
 from .architecture import Architecture
 from .errors import NATSError
 from .layers import GroupedDilationConv2d, MixedDilationConv2d
-from .search_space import PAPER_SETS, SearchSpace
+from .search_space import SearchSpace
+from .stages import conv3x3_layers, named_convs, residual_stages, searched_layers, what_is_in
 
-__all__ = ["apply_architecture", "conv3x3_layers", "searched_layers", "to_supernet"]
-
-_STAGES = tuple(PAPER_SETS["C"])
-
-
-def residual_stages(module: nn.Module) -> Dict[str, nn.Module]:
-    """Stage name → stage, wherever it lies (an FPN keeps it under `bottom_up`)."""
-    stages: Dict[str, nn.Module] = {}
-    for path, child in module.named_modules():
-        name = path.rsplit(".", 1)[-1]
-        is_stage = name in _STAGES and isinstance(child, nn.Sequential)
-        if is_stage and all(isinstance(block, CNNBlockBase) for block in child):
-            if name in stages:
-                raise NATSError(
-                    f"found two stages {name}, the second at {path}: pass one residual network"
-                )
-            stages[name] = child
-    if not stages:
-        raise NATSError(
-            f"{type(module).__name__} has no residual stages (res2 to res5, made of Detectron2's "
-            "blocks): choose a ResNet as the base backbone"
-        )
-    return dict(sorted(stages.items()))
-
-
-def _named_convs(stage_name: str, stage: nn.Module) -> Iterator[Tuple[str, nn.Module, str]]:
-    """(layer name, block, attribute) of each 3×3 conv on a stage's main path."""
-    for index, block in enumerate(stage):
-        # conv1 and conv2 of a basic block, conv2 of a bottleneck. Deformable convs are not
-        # nn.Conv2d, and their offsets (`conv2_offset`) are no part of the main path.
-        for attribute in ("conv1", "conv2"):
-            conv = getattr(block, attribute, None)
-            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
-                yield f"{stage_name}.{index}.{attribute}", block, attribute
-
-
-def conv3x3_layers(module: nn.Module) -> Dict[str, nn.Conv2d]:
-    """Layer name → every 3×3 conv of the residual stages, in order; plain or swapped."""
-    return {
-        name: getattr(block, attribute)
-        for stage_name, stage in residual_stages(module).items()
-        for name, block, attribute in _named_convs(stage_name, stage)
-    }
-
-
-def searched_layers(module: nn.Module) -> Dict[str, MixedDilationConv2d]:
-    """Layer name → searched conv of a super-network (empty for a plain or frozen network)."""
-    layers = conv3x3_layers(module)
-    return {k: v for k, v in layers.items() if isinstance(v, MixedDilationConv2d)}
+__all__ = [
+    "apply_architecture",
+    "conv3x3_layers",
+    "frozen_state_dict",
+    "searched_layers",
+    "to_supernet",
+]
 
 
 def _check_plain(name: str, conv: nn.Module) -> None:
@@ -75,7 +33,8 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
     """Make every searched conv a :class:`MixedDilationConv2d`, in place (section 3.2).
 
     Args:
-        backbone: holds plain residual stages; weights already loaded are kept.
+        backbone: holds plain residual stages (:func:`.stages.residual_stages`); weights already
+            loaded are kept.
         space: which stages, genotypes and groups.
 
     Returns:
@@ -93,11 +52,12 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
                 f"stage {stage_name} is missing: this backbone builds {', '.join(stages)}; take "
                 f"{stage_name} out of MODEL.NATS.STAGES"
             )
-        found = list(_named_convs(stage_name, stages[stage_name]))
+        found = list(named_convs(stage_name, stages[stage_name]))
         if not found:
             raise NATSError(
                 f"stage {stage_name} has no plain 3x3 conv to search (deformable convs are left "
-                f"alone): take {stage_name} out of MODEL.NATS.STAGES"
+                f"alone): take {stage_name} out of MODEL.NATS.STAGES. It holds "
+                f"{what_is_in(stages[stage_name])}"
             )
         for name, block, attribute in found:
             conv = getattr(block, attribute)
@@ -124,7 +84,7 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     """Make every 3×3 conv that `architecture` names a :class:`GroupedDilationConv2d`, in place.
 
     Args:
-        backbone: any module that holds plain residual stages, a whole LazyConfig detector too.
+        backbone: any module that holds plain residual stages, a whole detector too.
         architecture: an architecture or the path of an architecture file.
 
     Returns:
@@ -135,10 +95,12 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     """
     if not isinstance(architecture, Architecture):
         architecture = Architecture.load(architecture)
-    present = {}
+    present, without = {}, []
     for stage_name, stage in residual_stages(backbone).items():
-        for name, block, attribute in _named_convs(stage_name, stage):
-            present[name] = block, attribute
+        found = {name: place for name, *place in named_convs(stage_name, stage)}
+        present.update(found)
+        if not found and stage_name in architecture.stages:
+            without.append(f". {stage_name} holds {what_is_in(stage)}")
     unknown = [name for name in architecture.layers if name not in present]
     missing = [
         name
@@ -157,6 +119,7 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
         raise NATSError(
             f"the architecture does not fit: {'; '.join(problems)}. It must name every 3x3 conv of "
             "each stage that it changes: take one that was searched on this backbone"
+            + "".join(without)
         )
     swaps = []
     for name, runs in architecture.layers.items():
@@ -170,3 +133,29 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     for block, attribute, grouped in swaps:
         setattr(block, attribute, grouped)
     return backbone
+
+
+def frozen_state_dict(supernet: nn.Module, architecture: Architecture) -> Dict[str, torch.Tensor]:
+    """A super-network's own weights as the state dict of the frozen network (voted order).
+
+    Each output channel takes its row from the replica of the dilation that it was given.
+
+    Args:
+        supernet: a whole detector, or its backbone.
+        architecture: decoded from it in voted order.
+
+    Raises:
+        NATSError: `architecture` is in another order.
+    """
+    if architecture.search.get("order") != "voted":
+        raise NATSError(
+            "the super-network's weights fit only an architecture in voted order (in paper order "
+            "a channel's dilation is not the one that its weights were trained under)"
+        )
+    frozen = {
+        k: v for k, v in supernet.state_dict().items() if not k.endswith((".alpha", ".replicas"))
+    }
+    paths = {module: path for path, module in supernet.named_modules()}
+    for name, conv in searched_layers(supernet).items():
+        frozen[f"{paths[conv]}.weight"] = conv.frozen_weight(architecture.layers[name])
+    return frozen

@@ -19,7 +19,7 @@ from torch import nn
 from ..architecture import Architecture
 from ..errors import NATSError
 from ..search_space import PAPER_SETS, Dilation
-from ..transform import residual_stages
+from ..stages import residual_stages
 
 __all__ = [
     "as_image",

@@ -1,0 +1,395 @@
+"""Residual networks that Detectron2 did not build: torchvision's, timm's, mmdet's."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from oracles import assert_identical, build_plain, image, make_one_hot, randomized
+from torch import nn
+from torch.nn.utils import parametrizations
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from detectron2_nats import (
+    Architecture,
+    NATSError,
+    SearchSpace,
+    alpha_parameters,
+    alpha_training,
+    apply_architecture,
+    frozen_state_dict,
+    fuse_for_inference,
+    to_supernet,
+)
+from detectron2_nats.results.plot import effective_receptive_fields
+from detectron2_nats.stages import conv3x3_layers, residual_stages, searched_layers
+
+
+class MMResLayer(nn.Sequential):
+    """As mmdet's ResLayer: a subclass of nn.Sequential."""
+
+
+class MMBottleneck(nn.Module):
+    """As mmdet's: norms under names of their own, read through properties; caffe's stride."""
+
+    def __init__(self, channels, width, stride=1):
+        super().__init__()
+        self.norm2_name = "bn2"
+        self.conv1 = nn.Conv2d(channels, width, 1, stride=stride, bias=False)
+        self.add_module("bn1", nn.BatchNorm2d(width))
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.add_module("bn2", nn.BatchNorm2d(width))
+        self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
+        self.add_module("bn3", nn.BatchNorm2d(channels))
+        self.relu = nn.ReLU(inplace=True)
+        self.stride = stride
+
+    @property
+    def norm2(self):
+        return getattr(self, self.norm2_name)
+
+    def forward(self, x):
+        def _inner_forward(x):
+            out = self.relu(self.bn1(self.conv1(x)))
+            out = self.relu(self.norm2(self.conv2(out)))
+            return self.bn3(self.conv3(out)) + x[..., :: self.stride, :: self.stride]
+
+        return self.relu(_inner_forward(x))
+
+
+class MMResNet(nn.Module):
+    """As mmdet's ResNet: layers are named in a list, and added by name."""
+
+    def __init__(self, block=MMBottleneck):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 7, stride=4, padding=3, bias=False)
+        self.add_module("bn1", nn.BatchNorm2d(16))
+        self.res_layers = [f"layer{i}" for i in range(1, 5)]
+        for index, name in enumerate(self.res_layers):
+            first = block(16, 8, stride=1 if index == 0 else 2)
+            self.add_module(name, MMResLayer(first, block(16, 8)))
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        outputs = {}
+        for name in self.res_layers:
+            x = outputs[name] = getattr(self, name)(x)
+        return outputs
+
+
+def resnet(block=Bottleneck, **kwargs):
+    """Of torchvision; shallow and narrow."""
+    if block is Bottleneck:
+        kwargs.setdefault("width_per_group", 16)
+    return torchvision.models.ResNet(block, [1, 2, 1, 1], num_classes=4, **kwargs)
+
+
+def resnet_fpn():
+    """As in torchvision's detectors."""
+    layers = {f"layer{i}": str(i) for i in range(1, 5)}
+    return BackboneWithFPN(resnet(), layers, [256, 512, 1024, 2048], 16)
+
+
+def timm_model(name, **kwargs):
+    return pytest.importorskip("timm").create_model(name, pretrained=False, **kwargs)
+
+
+def timm_resnet(name, **kwargs):
+    return timm_model(name, layers=(1, 2, 1, 1), **kwargs)
+
+
+MODELS = {
+    "torchvision, basic blocks": lambda: resnet(BasicBlock),
+    "torchvision, bottlenecks": resnet,
+    "torchvision, ResNeXt": lambda: resnet(groups=8, width_per_group=4),
+    "torchvision, DC5": lambda: resnet(replace_stride_with_dilation=[False, False, True]),
+    "torchvision, FPN": resnet_fpn,
+    "mmdet": MMResNet,
+    "timm, basic blocks": lambda: timm_resnet("resnet18"),
+    "timm, features": lambda: timm_resnet("resnet50", features_only=True, base_width=16),
+    "timm, deep stem": lambda: timm_resnet("resnet50d", base_width=16),
+    "timm, ResNeXt": lambda: timm_resnet("resnext50_32x4d"),
+    "timm, SE": lambda: timm_resnet("seresnet50", base_width=16),
+    "timm, another SE": lambda: timm_model("legacy_seresnet18"),
+    "timm, anti-aliased": lambda: timm_resnet("resnetaa50", base_width=16),
+    "timm, anti-aliased basic blocks": lambda: timm_resnet("resnetblur18"),
+    "timm, stride 16": lambda: timm_resnet(
+        "resnet50", features_only=True, output_stride=16, base_width=16
+    ),
+}
+
+SPACE = SearchSpace([[[1, 1], [1, 3]], [[1, 1], [3, 1]], [[1, 1], [2, 2]]], num_groups=4)
+
+
+def built(name):
+    torch.manual_seed(0)
+    return randomized(MODELS[name]()).eval()
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        y = model(x)
+    if isinstance(y, dict):
+        return {str(key): value for key, value in y.items()}
+    return dict(enumerate(y if isinstance(y, (list, tuple)) else [y]))
+
+
+def plain_architecture(model):
+    convs = conv3x3_layers(model)
+    return Architecture({k: [[c.out_channels, 1, 1]] for k, c in convs.items()})
+
+
+# -- what is taken --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind(name):
+    """Names, keys, the plain network bit for bit, and the super-network that becomes frozen."""
+    plain = built(name)
+    expected = outputs(plain, image(batch=2))
+    layers = list(conv3x3_layers(plain))
+    convs = ("conv1", "conv2") if "res3.0.conv1" in layers else ("conv2",)
+    assert layers == [
+        f"{stage}.{block}.{conv}"
+        for stage, blocks in residual_stages(plain).items()
+        for block in range(len(blocks))
+        for conv in convs
+    ]
+    same = apply_architecture(copy.deepcopy(plain), plain_architecture(plain))
+    assert_identical(outputs(same, image(batch=2)), expected)
+    assert_identical(same.state_dict(), plain.state_dict())
+
+    supernet = to_supernet(copy.deepcopy(plain), SPACE)
+    make_one_hot(supernet)
+    for index, conv in enumerate(searched_layers(supernet).values()):
+        conv.replicas.data.mul_(0.5 + 0.1 * index)  # or nobody would notice whose they are
+    architecture = Architecture.decode(supernet, "voted")
+    weights = frozen_state_dict(supernet, architecture)
+    assert list(weights) == list(plain.state_dict())
+    frozen = apply_architecture(copy.deepcopy(plain), architecture)
+    frozen.load_state_dict(weights)
+    found = outputs(frozen, image(batch=2))
+    wanted = outputs(supernet, image(batch=2))
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
+
+    fused = outputs(fuse_for_inference(copy.deepcopy(frozen)), image(batch=2))
+    for key, value in found.items():
+        torch.testing.assert_close(fused[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_one_architecture_for_detectron2_and_torchvision():
+    """layer2.0.conv2 is res3.0.conv2: the same file, in the same order, on both."""
+    ours, theirs = build_plain("R50"), torchvision.models.resnet50(width_per_group=16)
+    assert list(conv3x3_layers(ours)) == list(conv3x3_layers(theirs))
+    supernet = to_supernet(theirs, SPACE)
+    assert supernet.layer2[0].conv2 is searched_layers(supernet)["res3.0.conv2"]
+    make_one_hot(supernet)
+    architecture = Architecture.decode(supernet)
+    apply_architecture(ours, architecture)
+    assert tuple(ours.res3[0].conv2.runs) == architecture.layers["res3.0.conv2"]
+
+
+def test_strides_stay_where_the_block_has_them():
+    frozen = resnet()
+    apply_architecture(frozen, plain_architecture(frozen))
+    assert frozen.layer2[0].conv2.stride == (2, 2)
+    aliased = timm_resnet("resnetaa50")
+    apply_architecture(aliased, plain_architecture(aliased))
+    assert aliased.layer2[0].conv2.stride == (1, 1)
+
+
+def test_a_whole_detector_of_torchvision_takes_losses_and_detects():
+    detector = FasterRCNN(resnet_fpn(), num_classes=3, min_size=64, max_size=96)
+    keys = list(detector.state_dict())
+    supernet = to_supernet(copy.deepcopy(detector), SPACE)
+    target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}
+    with alpha_training(supernet):
+        sum(supernet([image()[0]], [target]).values()).backward()
+    assert all(alpha.grad.abs().sum() > 0 for alpha in alpha_parameters(supernet))
+    frozen = apply_architecture(detector, Architecture.decode(supernet))
+    assert list(frozen.state_dict()) == keys
+    with torch.no_grad():
+        assert set(frozen.eval()([image()[0]])[0]) == {"boxes", "labels", "scores"}
+
+
+def test_receptive_fields_of_torchvisions():
+    fields = effective_receptive_fields(built("torchvision, basic blocks"), image())
+    assert list(fields) == ["res2", "res3", "res4", "res5"]
+    assert all(field.sum() == pytest.approx(1, abs=1e-4) for field in fields.values())
+
+
+def test_parts_of_a_detector_that_only_sound_alike_are_passed_over():
+    """`layer1` of something else, and what lies inside of a stage."""
+    network = nn.ModuleDict({"backbone": resnet(BasicBlock), "neck": nn.Module()})
+    network["neck"].layer1 = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+    network["neck"].layer2 = nn.Conv2d(8, 8, 3)
+    network["neck"].layer3 = nn.Sequential()
+    network["neck"].res3 = nn.Identity()
+    network["backbone"].layer1[0].layer2 = nn.Sequential(copy.deepcopy(network["backbone"].layer1))
+    stages = residual_stages(network)
+    assert list(stages) == ["res2", "res3", "res4", "res5"]
+    assert stages["res2"] is network["backbone"].layer1
+    assert stages["res3"] is network["backbone"].layer2
+
+
+# -- what is not ----------------------------------------------------------------------------
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def test_convs_that_are_more_than_a_conv_are_named():
+    """To replace one by ours would silently change what the network computes."""
+    network = resnet(BasicBlock)
+    for block in network.layer3:
+        block.conv1 = Standardised(block.conv1.in_channels, 256, 3, padding=1)
+        block.conv2 = parametrizations.weight_norm(block.conv2)
+    assert not [name for name in conv3x3_layers(network) if name.startswith("res4")]
+    message = r"stage res4 has no plain 3x3 conv .* BasicBlock with conv1 Standardised\(3, 3\)"
+    with pytest.raises(NATSError, match=message):
+        to_supernet(network, SPACE)
+    message = r"lacks res4.0.conv1.* res4 holds blocks BasicBlock with conv1 Standardised"
+    with pytest.raises(NATSError, match=message):
+        apply_architecture(network, Architecture({"res4.0.conv1": [[256, 1, 3]]}))
+
+
+def test_padding_of_another_kind():
+    network = resnet(BasicBlock)
+    network.layer2[0].conv2.padding_mode = "reflect"
+    with pytest.raises(NATSError, match="padding equals its dilation, .* of reflect"):
+        to_supernet(network, SPACE)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("res2net50_14w_8s", r"Found: layer1, blocks Bottle2neck with conv1 Conv2d\(1, 1\), convs"),
+        ("resnetv2_50", "ResNetV2 has no residual stages .*Found: stem, stages, norm, head"),
+        ("resnest14d", "stage res3 has no plain 3x3 conv .* ResNestBottleneck .*conv2 SplitAttn"),
+        ("skresnet18", "stage res3 has no plain 3x3 conv .*conv1 SelectiveKernel"),
+        ("hrnet_w18", "stage res3 is missing: this backbone builds res2;"),
+    ],
+)
+def test_other_networks_of_timm_are_named(name, message):
+    with pytest.raises(NATSError, match=message):
+        to_supernet(timm_model(name), SPACE)
+
+
+def test_nothing_at_all():
+    with pytest.raises(NATSError, match="Linear has no residual stages .*Found: no parts"):
+        to_supernet(nn.Linear(1, 1), SPACE)
+
+
+def test_two_networks():
+    two = nn.ModuleDict({"student": built("mmdet"), "teacher": build_plain("R50")})
+    message = "two stages res2, the second at teacher.res2: .* that holds student.layer1"
+    with pytest.raises(NATSError, match=message):
+        to_supernet(two, SPACE)
+
+
+# -- fusing ---------------------------------------------------------------------------------
+
+
+def norms(model):
+    return [m for m in model.modules() if getattr(m, "running_var", None) is not None]
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision, FPN", "torchvision, basic blocks", "mmdet", "timm, SE"]
+)
+def test_no_batch_norm_is_left(name):
+    network = built(name)
+    assert norms(network) and not norms(fuse_for_inference(network))
+
+
+class Tricky(nn.Module):
+    """Each norm for its own reason not to be folded, but the last."""
+
+    def __init__(self, relu_in_norm):
+        super().__init__()
+        self.before, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)  # the conv is read twice
+        self.conv3, self.bn3 = Standardised(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv4, self.bn4 = nn.Conv2d(4, 4, 1), relu_in_norm(4)
+        self.conv5, self.bn5 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)  # called twice
+        self.conv6, self.bn6 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv1(self.before(x))
+        y = self.conv2(x)
+        x = self.bn2(y) + y
+        x = self.bn4(self.conv4(self.bn3(self.conv3(x))))
+        x = self.bn5(self.conv5(x)) + self.conv5(x)
+        return self.bn6(self.conv6(x))
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_only_a_norm_that_alone_reads_a_conv_is_folded():
+    network = randomized(Tricky(NormAndReLU)).eval()
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        expected = network(x)
+        fuse_for_inference(network)
+        torch.testing.assert_close(network(x), expected)
+    left = [
+        name
+        for name, part in network.named_children()
+        if "running_var" in dict(part.named_buffers())
+    ]
+    assert left == ["before", "bn2", "bn3", "bn4", "bn5"]
+
+
+# -- α --------------------------------------------------------------------------------------
+
+
+def test_alpha_training_changes_alpha_alone():
+    model = to_supernet(randomized(resnet(BasicBlock)).train(), SPACE)
+    model.fc.bias.requires_grad_(False)  # stays so
+    alphas = alpha_parameters(model)
+    assert [id(a) for a in alphas] == [id(c.alpha) for c in searched_layers(model).values()]
+    trained = [
+        name for name, p in model.named_parameters() if p.requires_grad and ".alpha" not in name
+    ]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.Adam(alphas, lr=0.01)
+    with alpha_training(model):
+        assert [p.requires_grad for p in alphas] == [True] * len(alphas)
+        assert sum(p.requires_grad for p in model.parameters()) == len(alphas)
+        model(image(batch=2)).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is None for name, p in model.named_parameters() if ".alpha" not in name)
+    changed = [
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    ]
+    assert len(changed) == len(alphas) and all(name.endswith(".alpha") for name in changed)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+    with pytest.raises(ZeroDivisionError), alpha_training(model):
+        model(image(batch=2))
+        1 / 0
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    assert torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
+
+
+def test_nothing_to_train_or_decode():
+    plain = resnet(BasicBlock)
+    with pytest.raises(NATSError, match="no conv is searched: call to_supernet first"):
+        alpha_parameters(plain)
+    with pytest.raises(NATSError, match="no conv is searched"):
+        Architecture.decode(plain)
+
+
+def test_frozen_state_dict_wants_the_voted_order():
+    model = to_supernet(resnet(BasicBlock), SPACE)
+    with pytest.raises(NATSError, match="only an architecture in voted order"):
+        frozen_state_dict(model, Architecture.decode(model))
