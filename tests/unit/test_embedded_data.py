@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,24 +168,6 @@ def test_a_killed_run_leaves_nothing_half_made(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nats_embedded", "nats_embedded.lock"]
 
 
-def test_processes_that_start_together_make_it_once(tmp_path):
-    code = (
-        "from detectron2_nats.data import embedded\n"
-        "from dataclasses import replace\n"
-        "whole = embedded.SETS['nats_embedded']\n"
-        f"embedded.SETS['nats_embedded'] = replace(whole, splits={COUNTS})\n"
-        "import logging; logging.basicConfig(level='INFO')\n"
-        "print(embedded.ensure_embedded_dataset())"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert sum(err.count("Making the embedded data set") for _, err in outputs) == 1
-    assert len(list((tmp_path / "nats_embedded/train").iterdir())) == COUNTS["train"]
-
-
 @pytest.mark.parametrize("folder", SMALL)
 @pytest.mark.parametrize("split, count", COUNTS.items())
 def test_registered_names_load(tmp_path, folder, split, count):
@@ -260,14 +240,3 @@ def test_damaged_or_missing_weights_are_refused(tmp_path, monkeypatch):
 def test_unknown_names_are_refused():
     with pytest.raises(NATSError, match="Unknown name nats://resnet.pth"):
         PathManager.get_local_path("nats://resnet.pth")
-
-
-def test_pretraining_writes_a_loadable_file(tmp_path):
-    path = tmp_path / "weights.pth"
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/pretrain_embedded.py")]
-    command += ["--steps", "1", "--output", str(path)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert hashlib.sha256(path.read_bytes()).hexdigest() in output
-    shipped = torch.load(embedded.embedded_weights())["model"]
-    fresh = torch.load(path)["model"]
-    assert {k: v.shape for k, v in fresh.items()} == {k: v.shape for k, v in shipped.items()}

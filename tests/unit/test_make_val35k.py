@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -103,17 +101,16 @@ def test_detectron2_reads_them_where_it_expects_them(folder):
         ]
 
 
-def test_as_a_command(folder):
-    command = [sys.executable, str(SCRIPT), "--annotations", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0
-    lines = result.stdout.splitlines()
+def test_what_it_prints(folder, capsys):
+    assert run(folder) == 0
+    result = capsys.readouterr()
+    lines = result.out.splitlines()
     assert lines[0] == "instances_minival2014.json: 2 images, 1 annotations"
     assert lines[1] == "instances_valminusminival2014.json: 3 images, 2 annotations"
     assert lines[2:] == [str(folder / make_val35k.MINIVAL), str(folder / make_val35k.VAL35K)]
     # The counts are not COCO's.
-    assert "has 2 images, COCO's has 5000" in result.stderr
-    assert "has 3 images, COCO's has 35504" in result.stderr
+    assert "has 2 images, COCO's has 5000" in result.err
+    assert "has 3 images, COCO's has 35504" in result.err
 
 
 def test_default_folder_is_detectron2s(monkeypatch):

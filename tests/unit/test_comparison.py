@@ -2,18 +2,11 @@
 
 import json
 import math
-import runpy
 import statistics
-import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from oracles import FPN_RESNET, tiny_cfg
-from runs import REPOSITORY, TINY, finish, script, wait_until
 
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.results import comparison
@@ -154,62 +147,3 @@ def test_the_picture_has_a_line_per_seed_and_a_mean_per_method():
     (axes,) = figure.axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[40, 39, 41], [42, 40, 44]]
     assert [text.get_text() for text in axes.texts] == ["41.0", "39.5", "42.5"]
-
-
-# -- the command ----------------------------------------------------------------------------------
-
-
-def children_of(process):
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(
-    "given, shares",
-    [
-        ("4,5,7", ["4,5", "7,4"]),
-        ("GPU-8932f937,GPU-72ab3c01", ["GPU-8932f937,GPU-72ab3c01"] * 2),
-        (None, ["0,1", "2,0"]),
-    ],
-)
-def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
-    script = runpy.run_path(str(REPOSITORY / "tools/study.py"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    count = len(given.split(",")) if given else 3
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if given:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    runner = SimpleNamespace(args=SimpleNamespace(jobs=2, num_gpus=2))
-    environments = [script["Study"]._environment(runner, slot) for slot in (0, 1)]
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == shares
-
-
-def test_study_goes_on_after_a_kill(tmp_path):
-    (tmp_path / "search.yaml").write_text(f"VERSION: 2\n{TINY}")
-    (tmp_path / "plain.yaml").write_text(
-        "_BASE_: search.yaml\nMODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone}}\n"
-    )
-    output = tmp_path / "study"
-    arguments = ["--methods", "plain", "nats-voted", "--seeds", "1", "--output", str(output)]
-    arguments += ["--config-file", str(tmp_path / "plain.yaml")]
-    arguments += ["--search-config", str(tmp_path / "search.yaml")]
-    arguments += ["SOLVER.MAX_ITER", "4", "DATASETS.TEST", "('nats_embedded_val',)"]
-    process = script("tools/study.py", *arguments)
-    console = output / "seed_0" / "search-nats" / "console.txt"
-    wait_until(lambda: console.exists() and "Starting training" in console.read_text(), process)
-    (run_of_it,) = children_of(process)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{run_of_it}").exists():  # it was told to stop
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    printed = finish(script("tools/study.py", *arguments))
-    assert "0 of 3 runs are done" in printed and "[3/3]" in printed
-    table = (output / "study.md").read_text()
-    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
-    assert rows.count("nats-voted") == 2 and "1 seeds" in table  # in both tables
-    assert (output / "study.png").stat().st_size > 1000
-    assert "3 of 3 runs are done" in finish(script("tools/study.py", *arguments))
