@@ -12,16 +12,16 @@ examples:
     $ python search_net.py --config-file configs/quickstart/search.yaml
   the paper's search, eight GPUs of one machine:
     $ python search_net.py --num-gpus 8 --config-file configs/search/faster_rcnn_R_50_FPN.yaml
-  go on after a kill:
+  resume after a kill:
     $ python search_net.py --num-gpus 8 --config-file ... --resume
   the same with torchrun:
     $ torchrun --nproc-per-node 8 search_net.py --config-file ...
   change settings:
     $ python search_net.py --config-file ... MODEL.NATS.NUM_GROUPS 8 SEARCH.ALPHA_LR 0.02
 
-With MODEL.DEVICE cpu, --num-gpus 2 runs two processes on the CPU. OUTPUT_DIR then holds
-checkpoints, architecture.yaml (the result) and retrain.yaml (a plain config for train_net.py).
-exit status: 0 done, 2 bad input, 75 stopped on request (go on with --resume), 1 failed.
+The search writes checkpoints, architecture.yaml (the result) and retrain.yaml (a plain config for
+train_net.py) to OUTPUT_DIR. With MODEL.DEVICE cpu, --num-gpus 2 starts two processes on the CPU.
+exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume), 1 failed.
 """
 
 
@@ -29,7 +29,7 @@ def main(args):
     cfg = setup(args)
     if not args.eval_only:
         if not cfg.DATASETS.CALIBRATION:
-            raise NATSError("DATASETS.CALIBRATION is empty: name the data set that α is trained on")
+            raise NATSError("DATASETS.CALIBRATION is empty: set it to the data set that trains α")
         check_datasets(cfg.DATASETS.CALIBRATION, "DATASETS.CALIBRATION")
     return train_or_evaluate(SearchTrainer, cfg, args)
 

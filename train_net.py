@@ -6,17 +6,17 @@ from detectron2_nats.engine.resumable import ResumableTrainer
 
 EPILOG = """
 examples:
-  retrain what a search found:
+  retrain the result of a search:
     $ python train_net.py --num-gpus 8 --config-file output/search/retrain.yaml
-  the plain detector beside it:
+  train the plain detector, to compare:
     $ python train_net.py --num-gpus 8 --config-file configs/retrain/faster_rcnn_R_50_FPN.yaml
-  go on after a kill; evaluate only:
+  resume after a kill; evaluate only:
     $ python train_net.py --config-file ... --resume
     $ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 
-Any Detectron2 config works, and the name of a zoo config too. With MODEL.DEVICE cpu, --num-gpus 2
-runs two processes on the CPU.
-exit status: 0 done, 2 bad input, 75 stopped on request (go on with --resume), 1 failed.
+--config-file takes any Detectron2 config, or the name of one in Detectron2's model zoo. With
+MODEL.DEVICE cpu, --num-gpus 2 starts two processes on the CPU.
+exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume), 1 failed.
 """
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Take a searched detector out of Python: TorchScript by tracing and scripting, and ONNX.
+"""Export a searched detector to TorchScript, by tracing and scripting, and to ONNX.
 
-Each file is run on an image of another size than it was made with, and compared with the detector.
-ONNX needs the packages of requirements-optional.txt. It is made by torch's TorchScript exporter
-(dynamo=False): the newer one follows the backbone, but not the detector, whose proposals depend on
-the data.
+Each file is tested on an image of another size than it was made with, and compared with the
+detector. ONNX needs the packages of requirements-optional.txt. It uses torch's TorchScript exporter
+(dynamo=False), because the newer one can export the backbone but not the detector, whose proposals
+depend on the data.
 """
 
 import argparse
@@ -27,12 +27,12 @@ EPILOG = """
 example:
   $ python examples/export_detector.py --config-file output/search/retrain.yaml \\
       --weights output/search/retrain/model_final.pth --output output/exported
-writes traced.ts, scripted.ts, detector.onnx, backbone.onnx.
+This writes traced.ts, scripted.ts, detector.onnx and backbone.onnx.
 """
 
 _OPSET = 17
 
-# What Instances hold in inference; scripting must know it beforehand.
+# The fields of Instances in inference; scripting must know them beforehand.
 _FIELDS = {
     "proposal_boxes": Boxes,
     "objectness_logits": Tensor,
@@ -44,7 +44,7 @@ _FIELDS = {
 
 
 class _Backbone(nn.Module):
-    """A backbone whose features are a tuple: ONNX knows no dicts."""
+    """A backbone that returns its features as a tuple: ONNX has no dicts."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -57,7 +57,7 @@ class _Backbone(nn.Module):
 
 
 class _ScriptableRCNN(nn.Module):
-    """Returns plain dicts: a script that returned Instances could not be loaded elsewhere."""
+    """Returns plain dicts, because a script that returns Instances cannot be loaded elsewhere."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -73,7 +73,7 @@ class _ScriptableSingleStage(_ScriptableRCNN):
         instances = self.model(inputs)
         fields: List[Dict[str, Tensor]] = []
         for i in instances:
-            # what postprocessing does outside of a script
+            # postprocessing does this outside of a script
             i.pred_boxes.clip(i.image_size)
             fields.append(i[i.pred_boxes.nonempty()].get_fields())
         return fields
@@ -100,13 +100,13 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
 
 
 def detector_to_onnx(model: nn.Module, image: Tensor, path: str) -> None:
-    """Input "image": (3, H, W), H and W free. Outputs: the tensors of :func:`traceable`."""
+    """Input "image": (3, H, W), with free H and W. Outputs: the tensors of :func:`traceable`."""
     axes = {"image": {1: "height", 2: "width"}}
     _to_onnx(traceable(model, image), image, path, ["image"], None, axes)
 
 
 def backbone_to_onnx(backbone: nn.Module, images: Tensor, path: str) -> None:
-    """Input "images": (B, 3, H, W), all but 3 free. Outputs: the features, by name."""
+    """Input "images": (B, 3, H, W), with free B, H and W. Outputs: the features, by name."""
     module = _Backbone(backbone).eval()
     free = {0: "batch", 2: "height", 3: "width"}
     _to_onnx(module, images, path, ["images"], module.names, {"images": free})
@@ -135,7 +135,7 @@ def run_onnx(path: str, *inputs: Tensor) -> List[Tensor]:
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference, as a share of the largest value of its tensor; inf if shapes differ."""
+    """Largest difference relative to the largest value of its tensor; inf if shapes differ."""
     if [tuple(a.shape) for a in actual] != [tuple(e.shape) for e in expected]:
         return float("inf")
     pairs = [(a.double(), e.double()) for a, e in zip(actual, expected) if e.numel()]
@@ -144,11 +144,11 @@ def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def export_all(model: nn.Module, folder: str, size: Tuple[int, int]) -> Dict[str, float]:
-    """Write everything; returns path → :func:`difference` to the detector on another image.
+    """Write all files; returns path → :func:`difference` to the detector on another image.
 
     Args:
         model: a detector in eval mode, on the CPU.
-        size: of the example image, multiples of 32; what is written takes any size.
+        size: (height, width) of the example image, multiples of 32. The files take any size.
     """
     os.makedirs(folder, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ def export_all(model: nn.Module, folder: str, size: Tuple[int, int]) -> Dict[str
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        print(f"no ONNX: {error}; install requirements-optional.txt")
+        print(f"ONNX skipped: {error}; install requirements-optional.txt")
         return differences
 
     path = os.path.join(folder, "detector.onnx")
@@ -199,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(cfg).eval()
     SafeCheckpointer(model, "").load(args.weights, checkpointables=[])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that both exporters are old
+        warnings.simplefilter("ignore")  # torch warns that both exporters are old
         differences = export_all(model, args.output, (256, 320))
     for path, value in differences.items():
         print(f"wrote {path} (largest relative difference to the detector {value:.1e})")

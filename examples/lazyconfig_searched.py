@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A searched backbone in one of Detectron2's LazyConfig models.
 
-`apply_architecture` is a function of a backbone, so it stands in a LazyConfig like any other
+`apply_architecture` is a function of a backbone, so a LazyConfig can call it like any other
 callable: the backbone becomes `L(apply_architecture)(backbone=…, architecture="file.yaml")`.
 """
 
@@ -18,21 +18,21 @@ EPILOG = """
 example:
   $ python examples/lazyconfig_searched.py output/search/architecture.yaml \\
       --config COCO-Detection/retinanet_R_50_FPN_1x.py --output output/lazy.yaml
-The written config trains in Detectron2's tools/lazyconfig_train_net.py.
+Train the written config with Detectron2's tools/lazyconfig_train_net.py.
 """
 
 
 def with_architecture(model, architecture: str):
-    """The LazyConfig `model` with the architecture file `architecture` on its backbone, in place.
+    """Apply an architecture file to the backbone of the LazyConfig `model`, in place.
 
-    Set what concerns the backbone before: it lies a level deeper then.
+    Change the backbone's own settings before: afterwards they are one level deeper.
     """
     model.backbone = L(apply_architecture)(backbone=model.backbone, architecture=architecture)
     return model
 
 
 def main(args: argparse.Namespace) -> None:
-    Architecture.load(args.architecture)  # a fault in it should not come to light in training
+    Architecture.load(args.architecture)  # fail now, not when training starts
     cfg = model_zoo.get_config(args.config)
     cfg.model = with_architecture(cfg.model, os.path.abspath(args.architecture))
     cfg = LazyConfig.apply_overrides(cfg, args.overrides)
@@ -46,7 +46,9 @@ if __name__ == "__main__":
     parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("architecture", help="architecture file")
     parser.add_argument(
-        "--config", default="COCO-Detection/retinanet_R_50_FPN_1x.py", help="of the model zoo"
+        "--config",
+        default="COCO-Detection/retinanet_R_50_FPN_1x.py",
+        help="name of a LazyConfig in the model zoo (%(default)s)",
     )
     parser.add_argument("--output", required=True, help="config to write (.yaml)")
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.max_iter=100")

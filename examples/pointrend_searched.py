@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """A searched backbone in another Detectron2 project: PointRend, from detectron2.projects.
 
-What another project needs is two lines: `import detectron2_nats` and `add_nats_config(cfg)`. Then
-an exported config, or an architecture file as here, is all that it takes.
+Another project needs two lines: `import detectron2_nats` and `add_nats_config(cfg)`. After that it
+can load an exported config, or use an architecture file as here.
 """
 
 import argparse
@@ -19,7 +19,7 @@ EPILOG = """
 example:
   $ python examples/pointrend_searched.py output/search/architecture.yaml \\
       --output output/pointrend.yaml
-The written config trains in PointRend's own train_net.py, once that calls add_nats_config(cfg).
+Train the written config with PointRend's train_net.py, after adding add_nats_config(cfg) to it.
 """
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
@@ -35,7 +35,7 @@ def pointrend_config(architecture: Architecture, opts=()) -> CfgNode:
     add_pointrend_config(cfg)
     add_nats_config(cfg)
     cfg.merge_from_file(model_zoo.get_config_file(BASE))
-    # the project's Base-PointRend-RCNN-FPN.yaml, which no wheel brings
+    # the project's Base-PointRend-RCNN-FPN.yaml, which is not in wheels
     cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = True
     cfg.MODEL.ROI_MASK_HEAD.NAME = "PointRendMaskHead"
     cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = ""
@@ -51,7 +51,7 @@ def pointrend_config(architecture: Architecture, opts=()) -> CfgNode:
 
 def main(args: argparse.Namespace) -> None:
     cfg = pointrend_config(Architecture.load(args.architecture), args.opts)
-    print(build_backbone(cfg).bottom_up)  # the whole detector would go to MODEL.DEVICE
+    print(build_backbone(cfg).bottom_up)  # building the whole detector would need MODEL.DEVICE
     write_config(cfg, args.output)
     print(f"wrote {args.output}")
 

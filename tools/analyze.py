@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Print an architecture, and what it costs: the backbone's parameters, FLOPs, activations."""
+"""Print an architecture and its cost: the backbone's parameters, FLOPs and activations."""
 
 import argparse
 import os
@@ -18,9 +18,9 @@ EPILOG = """
 examples:
   a search's output folder:
     $ python tools/analyze.py output/search
-  a plain config that was exported:
+  an exported config:
     $ python tools/analyze.py output/search/retrain.yaml
-  an architecture file in a detector of your choice (a path or a zoo name):
+  an architecture file, in any detector (a path or a zoo name):
     $ python tools/analyze.py architecture.yaml \\
         --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --size 800 1216
 """
@@ -38,14 +38,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _searched_config(source: str, config_file: str) -> CfgNode:
-    """The detector with the searched backbone, of any kind of SOURCE."""
+    """The detector with the searched backbone, from any kind of SOURCE."""
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     path = os.path.join(folder, "architecture.yaml") if os.path.isdir(source) else source
     content = read_yaml(path)
     if isinstance(content, dict) and "MODEL" in content:
         exported = load_config(path)
         if not exported.MODEL.NATS.ARCHITECTURE:
-            raise NATSError(f"{path}: a config without MODEL.NATS.ARCHITECTURE: nothing searched")
+            raise NATSError(f"{path} has no MODEL.NATS.ARCHITECTURE: give an exported config")
         if not config_file:
             return exported
         architecture = Architecture.from_config(exported.MODEL.NATS.ARCHITECTURE)
@@ -54,7 +54,7 @@ def _searched_config(source: str, config_file: str) -> CfgNode:
     search_config = os.path.join(folder, "config.yaml")
     searched = load_config(search_config) if os.path.isfile(search_config) else None
     if not config_file and searched is None:
-        raise NATSError(f"{folder or '.'} holds no config.yaml: name the detector, --config-file")
+        raise NATSError(f"{folder or '.'} has no config.yaml: name the detector with --config-file")
     return export_config(load_detector_config(config_file, searched), architecture)
 
 
@@ -69,13 +69,15 @@ if __name__ == "__main__":
     parser.add_argument(
         "source", help="a search's output folder, an architecture file, or an exported config"
     )
-    parser.add_argument("--config-file", default="", help="detector: a path or a zoo name")
+    parser.add_argument(
+        "--config-file", default="", help="config of the detector: a path or a zoo name"
+    )
     parser.add_argument(
         "--size",
         nargs=2,
         type=_pixels,
         default=(800, 1216),
         metavar=("HEIGHT", "WIDTH"),
-        help="of the image, rounded up to multiples of 32 (%(default)s)",
+        help="size of the image, rounded up to multiples of 32 (%(default)s)",
     )
     run_tool(main, parser.parse_args())

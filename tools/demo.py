@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""A search that is known to be right, and what it gains: minutes on two CPU cores.
+"""A search whose right answer is known, and what it gains: minutes on two CPU cores.
 
-Bars lie in the images, and the class of a bar is told by the colours of its two ends. The plain
-detector cannot see both; a search finds which dilations can. It is a small study: see study.py.
+The images show horizontal bars. The colours of a bar's two ends determine its class. The plain
+detector cannot see both ends; the search finds dilations that can. This is a small study, see
+study.py.
 """
 
 import argparse
@@ -53,18 +54,18 @@ def sentence(results: dict) -> str:
     (chosen, share), *_ = dilation_shares([found]).items()
     if chosen != WANTED:
         return (
-            f"The search gave most channels ({share:.0%}) the dilation {chosen}. The bars lie, and "
-            f"want {WANTED}: it was wrong here."
+            f"The search gave most channels ({share:.0%}) the dilation {chosen}. That is wrong: "
+            f"the bars are horizontal and need {WANTED}."
         )
     return (
         f"The search gave {share:.0%} of res3's channels the dilation {chosen}: as high as before, "
-        "three times\nas wide. That is right: the bars lie, and their ends are farther apart than "
-        "the plain detector sees."
+        "three times\nas wide. That is right: the bars are horizontal, and longer than what the "
+        "plain detector sees."
     )
 
 
 def run(*command: str) -> None:
-    """Run a script of the project; it prints its own progress, and says itself what is wrong."""
+    """Run a script of the project. The script prints its own progress and errors."""
     print(f"$ python {shlex.join(command)}", flush=True)
     status = subprocess.run([sys.executable, "-W", "ignore", *command]).returncode
     if status:
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     )
     run(
         *("tools/plot.py", search, "--output", f"{args.output}/pictures", "--images", "2"),
-        *("--threshold", "0.3"),  # the plain detector is not sure of anything
+        *("--threshold", "0.3"),  # the scores of the plain detector are low
         *("--plain", CONFIG, f"{plain}/model_final.pth"),
         *("--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"),
     )
@@ -100,6 +101,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = tool_parser(__doc__, EPILOG)
     parser.add_argument(
-        "--output", default="output/demo", help="folder, emptied first (%(default)s)"
+        "--output", default="output/demo", help="output folder, emptied first (%(default)s)"
     )
     main(parser.parse_args())

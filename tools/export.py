@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the plain config (and the weights) of a searched detector."""
+"""Write the plain config of a searched detector, and on request its weights."""
 
 import argparse
 import os
@@ -22,14 +22,14 @@ from detectron2_nats.transform import searched_layers
 
 EPILOG = """
 examples:
-  the searched detector itself, from a search's output folder:
+  the detector that was searched, from the search's output folder:
     $ python tools/export.py output/search
   another detector with the searched backbone; --config-file takes a path or a zoo name:
     $ python tools/export.py output/search --output mask.yaml \\
         --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml
-  an undecided search: only groups that clearly want another dilation leave (1, 1):
+  an undecided search: only groups with a clear preference for another dilation leave (1, 1):
     $ python tools/export.py output/search --margin 0.1 --output output/search/margin.yaml
-  also the super-network's own weights, to start from instead of ImageNet's (voted order):
+  with the super-network's own weights, to start from instead of ImageNet's (voted order):
     $ python tools/export.py output/search --order voted --weights output/search/frozen.pth
 """
 
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
             **search,
         )
     if not args.config_file and searched is None:
-        raise NATSError(f"{folder or '.'} holds no config.yaml: name the detector, --config-file")
+        raise NATSError(f"{folder or '.'} has no config.yaml: name the detector with --config-file")
     cfg = export_config(load_detector_config(args.config_file, searched), architecture)
     if args.weights:
         frozen = frozen_weights(checkpoint, backbone, architecture)
@@ -75,16 +75,20 @@ if __name__ == "__main__":
     parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("source", help="a search's output folder, or an architecture file")
     parser.add_argument(
-        "--config-file", default="", help="detector to export: a path or a zoo name"
+        "--config-file",
+        default="",
+        help="detector to export: a path or a zoo name (default: the one that was searched)",
     )
     parser.add_argument(
         "--output", default="", help="config to write (default: SOURCE/retrain.yaml)"
     )
     parser.add_argument(
-        "--order", choices=["paper", "voted"], help="decode the last checkpoint anew"
+        "--order", choices=["paper", "voted"], help="decode the last checkpoint in this order"
     )
     parser.add_argument(
-        "--margin", type=float, help="decode it anew with this SEARCH.DECODE_MARGIN"
+        "--margin", type=float, help="decode the last checkpoint with this SEARCH.DECODE_MARGIN"
     )
-    parser.add_argument("--weights", default="", metavar="FILE", help="also write frozen weights")
+    parser.add_argument(
+        "--weights", default="", metavar="FILE", help="also write the super-network's weights"
+    )
     run_tool(main, parser.parse_args())

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run the tests that need a GPU, then the benchmark on it, and write one report."""
+"""Run the tests that need a GPU, then the benchmark on the GPU, and write one report."""
 
 import argparse
 import datetime
@@ -19,13 +19,14 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir)
 EPILOG = """
 example:
   $ python tools/gpu_report.py --output output/gpu.md
-exit status: 0 nothing failed (without a GPU all is skipped, and the report says so), 1 otherwise.
+Without a GPU everything is skipped, and the report says so.
+exit status: 0 nothing failed, 1 otherwise.
 """
 BENCHMARK = "--device cuda --dtype float32 bfloat16 --what train memory --networks R50"
 
 
 def run_tests(folder: str) -> Tuple[bool, str]:
-    """Whether none failed, and a table of them."""
+    """Returns whether none failed, and a table of the tests."""
     path = os.path.join(folder, "tests.xml")
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
     status = subprocess.run([*command, f"--junitxml={path}"], cwd=ROOT).returncode
@@ -50,7 +51,7 @@ def run_benchmark(folder: str) -> Tuple[bool, str]:
         "1216",
     ]
     if subprocess.run([*command, "--output", path], cwd=ROOT).returncode:
-        return False, "It failed: see what it printed."
+        return False, "The benchmark failed: see its output."
     with open(path) as file:
         return True, file.read()
 
@@ -75,6 +76,6 @@ if __name__ == "__main__":
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output", default="output/gpu.md", metavar="FILE.md", help="(%(default)s)"
+        "--output", default="output/gpu.md", metavar="FILE.md", help="report to write (%(default)s)"
     )
     sys.exit(main(parser.parse_args()))

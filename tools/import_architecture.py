@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make an architecture file of IC-Conv's pattern or RF-Next's structure (JSON)."""
+"""Turn IC-Conv's pattern or RF-Next's structure (JSON) into an architecture file."""
 
 import argparse
 import os
@@ -12,12 +12,12 @@ EPILOG = """
 examples:
   IC-Conv's pattern for a ResNet-50:
     $ python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml
-  without res2, which FREEZE_AT 2 would leave as it is:
+  without res2, whose weights FREEZE_AT 2 does not train:
     $ python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml \\
         --stages res3 res4 res5
-  for a network of half the width, each dilation keeping its share:
+  for a network of half the width; each dilation keeps its share of the channels:
     $ python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml --width 32
-  what RF-Next found on mmdet's ResNet:
+  the result of RF-Next on mmdet's ResNet:
     $ python tools/import_architecture.py local_search_config_step11.json --output rf_next.yaml
 then:
     $ python tools/export.py ic_conv.yaml --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
         missing = sorted(set(args.stages) - set(architecture.stages))
         if missing:
             raise NATSError(
-                f"{args.source}: no {', '.join(missing)}: it touches "
+                f"{args.source}: has no {', '.join(missing)}, only "
                 f"{', '.join(architecture.stages)}"
             )
         architecture = architecture.restrict(args.stages)
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:
         raise NATSError(f"{args.output}: cannot be written: {error.strerror or error}") from None
     if left_out:
-        print(f"left out, not of the residual stages: {', '.join(left_out)}")
+        print(f"left out, because they are outside of the residual stages: {', '.join(left_out)}")
     print(f"wrote {args.output}")
 
 
@@ -65,13 +65,13 @@ if __name__ == "__main__":
         "--stages",
         nargs="+",
         choices=["res2", "res3", "res4", "res5"],
-        help="keep these only (default: all that the file has)",
+        help="stages to keep (default: all in the file)",
     )
     parser.add_argument(
         "--width",
         type=_width,
         default=64,
-        help="channels of res2's 3x3 convs, twice as many in each further stage (%(default)s; "
-        "ResNeXt-101-32x4d: 128): RF-Next's files hold none, IC-Conv's are scaled to it",
+        help="channels of res2's 3x3 convs (%(default)s; ResNeXt-101-32x4d: 128); each further "
+        "stage has twice as many. RF-Next's files contain no widths; IC-Conv's are scaled",
     )
     run_tool(main, parser.parse_args())

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Make COCO's two parts of val2014, "minival" (5,000 images) and "val35k" (35,504 images).
 
-Both are registered by Detectron2 as coco_2014_minival and coco_2014_valminusminival, but COCO's
-own downloads hold only instances_val2014.json and instances_val2017.json. Minival is the part of
-val2014 whose ids are those of val2017; image names stay those of val2014.
+Detectron2 registers them as coco_2014_minival and coco_2014_valminusminival, but COCO's own
+downloads contain only instances_val2014.json and instances_val2017.json. Minival is the part of
+val2014 that has the image ids of val2017. Image names stay those of val2014.
 """
 
 import argparse
@@ -19,7 +19,7 @@ EXPECTED = {MINIVAL: 5000, VAL35K: 35504}
 
 
 class SplitError(Exception):
-    """Bad input, said in one line."""
+    """Bad input; the message is one line."""
 
 
 def load_instances(path: Path) -> dict:
@@ -79,12 +79,12 @@ def split(val2014: dict, minival_ids: set) -> dict:
     if unknown:
         raise SplitError(
             f"{len(unknown)} of the {len(minival_ids)} images of val2017 are not in val2014, such "
-            f"as id {min(unknown)}: the two files are not of the same COCO"
+            f"as id {min(unknown)}: the two files are from different data sets"
         )
     parts = {}
     for name, part_ids in ((MINIVAL, minival_ids), (VAL35K, ids - minival_ids)):
         if not part_ids:
-            raise SplitError(f"{name} would hold no image: val2017 holds none or all of val2014's")
+            raise SplitError(f"{name} would have no images: val2017 has none or all of val2014's")
         parts[name] = {
             **val2014,
             "images": [image for image in val2014["images"] if image["id"] in part_ids],
@@ -94,7 +94,7 @@ def split(val2014: dict, minival_ids: set) -> dict:
 
 
 def write_all(parts: dict, folder: Path) -> None:
-    """Write every part aside, then rename: a name never stands for half a file."""
+    """Write every part under another name, then rename it: no file is ever incomplete."""
     asides = {folder / name: folder / f".{name}.{os.getpid()}" for name in parts}
     try:
         for path, aside in asides.items():
@@ -124,10 +124,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=Path,
         default=default_annotations(),
         metavar="DIR",
-        help="folder of instances_val2014.json and instances_val2017.json, where the two new files "
-        "go too (default: $DETECTRON2_DATASETS/coco/annotations, here %(default)s)",
+        help="folder with instances_val2014.json and instances_val2017.json; the two new files are "
+        "written there (default: $DETECTRON2_DATASETS/coco/annotations, here %(default)s)",
     )
-    parser.add_argument("--force", action="store_true", help="replace files that are there already")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     return parser.parse_args(argv)
 
 
@@ -136,9 +136,7 @@ def main(argv=None) -> int:
     try:
         present = [name for name in EXPECTED if (args.annotations / name).exists()]
         if present and not args.force:
-            raise SplitError(
-                f"{args.annotations / present[0]} is there already; --force replaces it"
-            )
+            raise SplitError(f"{args.annotations / present[0]} exists; --force replaces it")
         val2014 = load_instances(args.annotations / "instances_val2014.json")
         val2017 = load_instances(args.annotations / "instances_val2017.json")
         parts = split(val2014, {image["id"] for image in val2017["images"]})
@@ -150,7 +148,8 @@ def main(argv=None) -> int:
         count = len(part["images"])
         if count != EXPECTED[name]:
             print(
-                f"warning: {name} has {count} images, COCO's has {EXPECTED[name]}", file=sys.stderr
+                f"warning: {name} has {count} images, in COCO it has {EXPECTED[name]}",
+                file=sys.stderr,
             )
         print(f"{name}: {count} images, {len(part['annotations'])} annotations")
     for name in parts:

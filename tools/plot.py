@@ -32,14 +32,14 @@ examples:
     $ python tools/plot.py output/search --output output/pictures
   architecture.svg of an architecture file:
     $ python tools/plot.py architecture.yaml --output output/pictures --format svg
-  also receptive_fields.png and detections.png, of two trained detectors:
+  also receptive_fields.png and detections.png, from two trained detectors:
     $ python tools/plot.py output/search --output output/pictures --images 4 \\
         --plain configs/quickstart/base.yaml output/plain/model_final.pth \\
         --searched output/search/retrain.yaml output/searched/model_final.pth
 """
 
 _FIELD_IMAGES = 16
-"""Receptive fields are a mean over so many images."""
+"""Number of images over which receptive fields are averaged."""
 
 
 class _Network:
@@ -60,7 +60,7 @@ class _Network:
     def detect(self, record: dict, threshold: float) -> List[tuple]:
         """(box in pixels of the file's image, class, score) of each detection.
 
-        Of boxes that overlap by more than a half, of whatever class, only the best.
+        Where boxes of any class overlap by more than a half, only the best is kept.
         """
         batch = [DatasetMapper(self.cfg, is_train=False)(dict(record))]
         with torch.no_grad():
@@ -76,7 +76,7 @@ class _Network:
         )
 
     def receptive_fields(self, records: List[dict], side: int) -> Dict[str, np.ndarray]:
-        """Of its backbone, on the records' images resized to squares of `side` pixels."""
+        """Those of its backbone, on images resized to squares of `side` pixels."""
         images = []
         for record in records:
             pixels = detection_utils.read_image(record["file_name"], self.cfg.INPUT.FORMAT)
@@ -136,7 +136,7 @@ def _compare(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _test_images(cfg: CfgNode, dataset: str, count: int):
-    """(`count` records spread over the data set, its class names)."""
+    """Returns `count` records spread evenly over the data set, and its class names."""
     register_datasets(cfg)
     name = dataset or (cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "")
     if not name:
@@ -158,19 +158,21 @@ if __name__ == "__main__":
     parser = tool_parser(__doc__, EPILOG)
     parser.add_argument("source", help="a search's output folder, or an architecture file")
     parser.add_argument("--output", default="", help="folder to write (default: SOURCE/pictures)")
-    parser.add_argument("--format", choices=["png", "svg", "both"], default="png")
+    parser.add_argument("--format", choices=["png", "svg", "both"], default="png", help="(png)")
     parser.add_argument("--title", default="", help="a line above each picture")
     pair = {"nargs": 2, "metavar": ("CONFIG", "WEIGHTS")}
-    parser.add_argument("--plain", **pair, help="the plain detector")
-    parser.add_argument("--searched", **pair, help="the searched detector")
-    parser.add_argument("--dataset", default="", help="images of it (default: DATASETS.TEST)")
-    parser.add_argument("--images", type=_count, default=4, help="rows of detections (%(default)s)")
+    parser.add_argument("--plain", **pair, help="config and weights of the plain detector")
+    parser.add_argument("--searched", **pair, help="config and weights of the searched detector")
+    parser.add_argument("--dataset", default="", help="source of images (default: DATASETS.TEST)")
+    parser.add_argument(
+        "--images", type=_count, default=4, help="number of images with detections (%(default)s)"
+    )
     parser.add_argument(
         "--field-size",
         type=_count,
-        help="side in pixels of the images of the receptive fields (default: 256 to 512)",
+        help="side of the images for receptive fields, in pixels (default: 256 to 512)",
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score of a detection (%(default)s)"
+        "--threshold", type=float, default=0.5, help="lowest score that is drawn (%(default)s)"
     )
     run_tool(main, parser.parse_args())

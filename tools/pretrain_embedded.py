@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Train the tiny classifier that is embedded in the package, and print the hash of its file.
 
-A narrow ResNet-50 (stem 32, width per group 16, 1.5 M parameters) learns to name the object in
-crops of the embedded data set's kind, drawn from seeds that the data set does not use. It takes a
-few minutes on two CPU cores. The result is what `embedded_weights()` resolves to; when it is made
-anew, put the hash that is printed into WEIGHTS_SHA256 of detectron2_nats/data/embedded.py.
+A narrow ResNet-50 (stem 32, width per group 16, 1.5 M parameters) learns to classify the object in
+drawn crops. They look like the embedded data set but use other seeds. This takes a few minutes on
+two CPU cores. `embedded_weights()` loads the result. After training it again, copy the printed hash
+to WEIGHTS_SHA256 in detectron2_nats/data/embedded.py.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ example:
   $ python tools/pretrain_embedded.py --output embedded_r50.pth
 """
 
-# The detector that the weights are for: it gives the network's widths and the pixels' scale.
+# The detector that uses the weights: its config gives the network's widths and the pixels' scale.
 CONFIG = Path(__file__).parents[1] / "configs/quickstart/base.yaml"
 CROP_SIZE = 64
 BATCH_SIZE = 48
-# Smaller objects than in the scenes too: with the scenes' own sizes, objects fill most of a crop,
-# and in trials detectors that started from such a classifier came out worse.
+# Includes smaller objects than the scenes have. With the scenes' own sizes, objects fill most of a
+# crop; in trials, detectors that started from such a classifier were worse.
 OBJECT_SIZES = (20, 76)
 HELD_OUT = 960  # crops to measure the accuracy on
 SEED = embedded.SEED + 2  # the data set's images all begin from embedded.SEED
@@ -41,7 +41,7 @@ SEED = embedded.SEED + 2  # the data set's images all begin from embedded.SEED
 
 class Crops(Dataset):
     """
-    One object each; item i depends on i alone.
+    Images with one object each; item i depends only on i.
 
     Yields:
         (Tensor, int): float (3, CROP_SIZE, CROP_SIZE) in BGR with values in [0, 255], as Detectron2
@@ -119,7 +119,7 @@ def save(state, path):
     """
     Save a backbone's state under Detectron2's key names, without any prefix.
 
-    ``matching_heuristics`` lets Detectron2 find the same names inside a detector by their ends.
+    ``matching_heuristics`` lets Detectron2 match the names inside a detector by their suffixes.
     """
     content = {"model": state, "__author__": "detectron2-nats", "matching_heuristics": True}
     torch.save(content, path)
@@ -128,20 +128,20 @@ def save(state, path):
 def main():
     parser = tool_parser(__doc__, EPILOG)
     default = Path(embedded.__file__).with_name(embedded.WEIGHTS_NAME)
-    parser.add_argument("--output", type=Path, default=default, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=900, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=default, help="file to write (%(default)s)")
+    parser.add_argument("--steps", type=int, default=900, help="SGD steps (%(default)s)")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: expected at least 1")
     if not args.output.parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+        parser.error(f"--output {args.output}: the folder {args.output.parent} does not exist")
 
     torch.manual_seed(SEED)
     model = Classifier()
     train(model, args.steps)
     state = half_precision(model.backbone.state_dict())
-    model.backbone.load_state_dict(state)  # measure what is saved
-    print(f"accuracy on new crops: {accuracy(model, args.steps * BATCH_SIZE):.3f}")
+    model.backbone.load_state_dict(state)  # measure the weights as they are saved
+    print(f"accuracy on unseen crops: {accuracy(model, args.steps * BATCH_SIZE):.3f}")
     save(state, args.output)
     digest = hashlib.sha256(args.output.read_bytes()).hexdigest()
     print(f"sha256 {digest}, {args.output.stat().st_size / 1e6:.1f} MB\nwrote {args.output}")

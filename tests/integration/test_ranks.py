@@ -36,7 +36,7 @@ def test_a_difference_is_named_on_both_ranks(tiny_config, tmp_path):
     first, second = on_two_ranks(agreement, tiny_config, str(tmp_path))
     assert first == second and len(first) == 2
     for message in first:
-        assert message.startswith(f"α differs between the ranks in {LAYER}: the run is stopped")
+        assert message.startswith(f"α differs between the ranks in {LAYER}. Resume")
 
 
 def a_few_steps(config, folder):

@@ -322,9 +322,9 @@ def test_a_rehearsal_leaves_no_gradients_and_says_what_it_took(trainer, caplog, 
     trainer.rehearse_alpha_step()
     assert all(p.grad is None for p in trainer.model.parameters())
     assert not any(conv.alpha.requires_grad for conv in trainer.searched.values())
-    (line,) = [r.getMessage() for r in caplog.records if "One of them takes" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "One α step takes" in r.getMessage()]
     assert re.fullmatch(
-        r"α steps start at iteration 2. One of them takes [\d.]+ s, peak memory \d+ MiB", line
+        r"α steps start at iteration 2. One α step takes [\d.]+ s, peak memory \d+ MiB", line
     )
 
 
@@ -600,7 +600,9 @@ def test_test_images_among_the_others(
 
 def test_refuses_the_folder_of_another_search(tiny_config, tmp_path):
     make_trainer(tiny_config, tmp_path / "run").train()
-    with pytest.raises(NATSError, match="holds another search.*MODEL.NATS.SPACE: 'A', now 'B'"):
+    with pytest.raises(
+        NATSError, match="contains a search with other settings: .*MODEL.NATS.SPACE: 'A', now 'B'"
+    ):
         make_trainer(tiny_config, tmp_path / "run", "MODEL.NATS.SPACE", "B")
     # what does not change the result may change
     again = make_trainer(tiny_config, tmp_path / "run", "DATALOADER.NUM_WORKERS", 1)

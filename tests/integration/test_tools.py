@@ -146,7 +146,7 @@ def test_the_demo_says_whether_the_search_was_right():
         demo = runpy.run_path(str(REPOSITORY / "tools/demo.py"))
     assert "92% of res3's channels" in demo["sentence"](results((1, 3)))
     assert "That is right" in demo["sentence"](results((1, 3)))
-    assert "it was wrong here" in demo["sentence"](results((3, 1)))
+    assert "That is wrong" in demo["sentence"](results((3, 1)))
     lines = demo["table"](results((1, 3))).splitlines()
     assert len(lines) == 2 + 4 and "AP50" in lines[0] and "31.5" in lines[2]
 
@@ -166,7 +166,7 @@ def test_analyze(folder):
         ("plot", "nowhere", "nowhere: cannot be read: No such file or directory"),
         ("plot", "search --output a_file", "a_file: cannot be written"),
         ("plot", "search --plain tiny.yaml a_file", "give both --plain and --searched"),
-        ("analyze", "tiny.yaml", "a config without MODEL.NATS.ARCHITECTURE"),
+        ("analyze", "tiny.yaml", "has no MODEL.NATS.ARCHITECTURE"),
         ("analyze", "search --config-file none.yaml", "config none.yaml not found"),
         ("import_architecture", "a_file --output x.yaml", "a_file: not readable as JSON"),
         ("import_architecture", "ic_conv.json --output a_file/x", "a_file/x: cannot be written"),
@@ -204,7 +204,7 @@ def test_error_is_one_line_on_stderr(folder, name):
         ("study", "--methods nats-warm@2", "'nats-warm@2': expected one of"),
         ("study", "--methods nats-warm@0.1", "--config-file and --search-config are needed"),
         ("pretrain_embedded", "--steps 0", "--steps 0: expected at least 1"),
-        ("pretrain_embedded", "--output nowhere/x.pth", "there is no folder nowhere"),
+        ("pretrain_embedded", "--output nowhere/x.pth", "the folder nowhere does not exist"),
     ],
 )
 def test_bad_options(monkeypatch, capsys, folder, name, arguments, error):

@@ -91,7 +91,7 @@ def test_decode_errors():
     with pytest.raises(NATSError, match=r"unknown DECODE_ORDER 'best': .*\['paper', 'voted'\]"):
         decode_alpha(np.zeros((2, 2)), ((1, 1), (3, 3)), 8, "best")
     for value in (np.nan, np.inf):
-        with pytest.raises(NATSError, match="not finite"):
+        with pytest.raises(NATSError, match="non-finite"):
             decode_alpha(np.array([[0, value]]), ((1, 1), (3, 3)), 8)
 
 
@@ -118,9 +118,9 @@ def test_questions():
 @pytest.mark.parametrize(
     "layers, message",
     [
-        ({}, "'layers' must map layer names to runs"),
-        (None, "'layers' must map layer names to runs"),
-        ([["res3.0.conv2", [[4, 1, 1]]]], "'layers' must map layer names to runs"),
+        ({}, "'layers' must map one or more layer names"),
+        (None, "'layers' must map one or more layer names"),
+        ([["res3.0.conv2", [[4, 1, 1]]]], "'layers' must map one or more layer names"),
         ({f"res3.{i}.conv2": [[4, 1, 1]] for i in range(1001)}, "1001 layers, at most 1000"),
         ({3: [[4, 1, 1]]}, "layer name 3: expected one like 'res3.0.conv2'"),
         ({"stem.conv1": [[4, 1, 1]]}, "layer name 'stem.conv1'"),
@@ -133,12 +133,12 @@ def test_questions():
             r"res3.0.conv2: expected \[channels, d_h, d_w\], got \[4, 1\]",
         ),
         ({"res3.0.conv2": ["4\n1"]}, r"got '4\\n1'"),
-        ({"res3.0.conv2": [[0, 1, 1]]}, "res3.0.conv2: 0 is no number of channels"),
-        ({"res3.0.conv2": [[-4, 1, 1]]}, "res3.0.conv2: -4 is no number of channels"),
-        ({"res3.0.conv2": [[True, 1, 1]]}, "res3.0.conv2: True is no number of channels"),
-        ({"res3.0.conv2": [[4.0, 1, 1]]}, "res3.0.conv2: 4.0 is no number of channels"),
-        ({"res3.0.conv2": [["4\n", 1, 1]]}, r"res3.0.conv2: '4\\n' is no number of channels"),
-        ({"res3.0.conv2": [[10**5000, 1, 1]]}, "res3.0.conv2: .* is no number of channels"),
+        ({"res3.0.conv2": [[0, 1, 1]]}, "res3.0.conv2: 0 is not a number of channels"),
+        ({"res3.0.conv2": [[-4, 1, 1]]}, "res3.0.conv2: -4 is not a number of channels"),
+        ({"res3.0.conv2": [[True, 1, 1]]}, "res3.0.conv2: True is not a number of channels"),
+        ({"res3.0.conv2": [[4.0, 1, 1]]}, "res3.0.conv2: 4.0 is not a number of channels"),
+        ({"res3.0.conv2": [["4\n", 1, 1]]}, r"res3.0.conv2: '4\\n' is not a number of channels"),
+        ({"res3.0.conv2": [[10**5000, 1, 1]]}, "res3.0.conv2: .* is not a number of channels"),
         ({"res3.0.conv2": [[4, 0, 1]]}, r"res3.0.conv2: malformed dilation \[0, 1\]"),
         ({"res3.0.conv2": [[4, True, 1]]}, r"res3.0.conv2: malformed dilation \[True, 1\]"),
         ({"res3.0.conv2": [[4, 1, 10**5000]]}, "res3.0.conv2: malformed dilation"),
@@ -214,11 +214,11 @@ HEAD = "format: detectron2-nats/1\n"
         ("layers: {}\n", "format is None, expected 'detectron2-nats/1'"),
         ("format: detectron2-nats/2\n", "format is 'detectron2-nats/2'"),
         ("format: 0x" + "F" * 9000, "expected 'detectron2-nats/1'"),
-        (HEAD, "'layers' must map layer names to runs"),
+        (HEAD, "'layers' must map one or more layer names"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]]}\nlayer: 1\n", "unknown keys 'layer'"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]]}\nsearch: [1]\n", "must be a mapping"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1.0, 1]]}\n", "res3.0.conv2: malformed dilation"),
-        (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]], res3.0.conv2: [[4, 2, 2]]}\n", "twice"),
+        (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]], res3.0.conv2: [[4, 2, 2]]}\n", "duplicate"),
         (HEAD + "layers:\n  res3.0.conv2: &a [[4, 1, 1]]\n  res3.1.conv2: *a\n", "aliases"),
         (HEAD + "layers: !!python/object:builtins.dict {}\n", "constructor"),
         (HEAD + "layers: " + "[" * 5000 + "\n", "nested more than"),
@@ -292,10 +292,10 @@ def test_config_round_trip(tmp_path):
 @pytest.mark.parametrize(
     "value, message",
     [
-        ({"res3.0.conv2": [[4, 1, 1]]}, r"must be a list of \[layer name, runs\]"),
-        ("res3.0.conv2", r"must be a list of \[layer name, runs\]"),
-        ([["res3.0.conv2"]], r"must be a list of \[layer name, runs\]"),
-        (["ab"], r"must be a list of \[layer name, runs\]"),
+        ({"res3.0.conv2": [[4, 1, 1]]}, r"must be a list of \[layer name, segments\]"),
+        ("res3.0.conv2", r"must be a list of \[layer name, segments\]"),
+        ([["res3.0.conv2"]], r"must be a list of \[layer name, segments\]"),
+        (["ab"], r"must be a list of \[layer name, segments\]"),
         ([[["res3"], [[4, 1, 1]]]], "layer name"),
         ([["res3.0.conv2", [[4, 1, 1]]]] * 2, "names layers twice: res3.0.conv2"),
         ([["res3.0.conv2", [[4, 1, 0]]]], "res3.0.conv2: malformed dilation"),

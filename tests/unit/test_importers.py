@@ -144,7 +144,7 @@ def test_rf_next_basic_blocks_width_and_first_format():
 def test_rf_next_refuses_other_backbones(name):
     content = rf_next()
     content["structure"][name] = 2
-    with pytest.raises(NATSError, match=r"is no 3x3 conv of a ResNet: only backbones of type"):
+    with pytest.raises(NATSError, match=r"is not a 3x3 conv of a ResNet: only ResNet and"):
         from_rf_next(content)
 
 
@@ -159,7 +159,7 @@ def without(key):
     [
         ({}, "not an RF-Next structure"),
         ({"structure": {}}, "not an RF-Next structure"),
-        ({"structure": {"module.neck.conv": 2}}, "names no 3x3 conv of a backbone"),
+        ({"structure": {"module.neck.conv": 2}}, "no 3x3 conv of a backbone in it"),
         ({"structure": {"backbone.layer2.0.conv2": 0}}, r"layer2.0.conv2.*malformed dilation"),
         ({"structure": {"backbone.layer2.0.conv2": True}}, "malformed dilation"),
         ({"structure": {"backbone.layer2.0.conv2": [1, 2, 3]}}, "malformed dilation"),
@@ -176,15 +176,15 @@ def test_rf_next_refuses_what_is_malformed(content, message):
     [
         (lambda p: {}, "not an IC-Conv pattern"),
         (lambda p: [1] * 16, "not an IC-Conv pattern"),
-        (lambda p: p[:-1], "pattern of 15 convs: a ResNet-50 has 16, a ResNet-101 has 33"),
+        (lambda p: p[:-1], "pattern of 15 convs: expected 16 .ResNet-50. or 33 .ResNet-101."),
         (lambda p: [{"0, 0": 64}] + p[1:], r"res2.0.conv2: key '0, 0': expected one like \(0, 1\)"),
-        (lambda p: [{"(0, 0)": 64.0}] + p[1:], "res2.0.conv2: 64.0 is no number of channels"),
-        (lambda p: [{"(0, 0)": -1}] + p[1:], "-1 is no number of channels"),
+        (lambda p: [{"(0, 0)": 64.0}] + p[1:], "res2.0.conv2: 64.0 is not a number of channels"),
+        (lambda p: [{"(0, 0)": -1}] + p[1:], "-1 is not a number of channels"),
         (lambda p: [{"(0, 0)": 0}] + p[1:], "res2.0.conv2 has no channels"),
         (lambda p: [{"(0, 900)": 64}] + p[1:], "malformed dilation"),
         (
             lambda p: p[:1] + [{"(0, 0)": 65}] + p[2:],
-            "res2.1.conv2 has 65 channels, res2.0.conv2 64",
+            "res2.1.conv2 has 65 channels, res2.0.conv2 has 64",
         ),
     ],
 )
@@ -199,7 +199,7 @@ def test_ic_conv_refuses_what_is_malformed(change, message):
         (b"[", "not readable as JSON"),
         (b"\xff\xfe\x00", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
-        (b'{"a": 1, "a": 2}', "a key stands twice"),
+        (b'{"a": 1, "a": 2}', "duplicate key"),
         (b" " * (8 * 2**20 + 1), "at most 8388608 are read"),
     ],
 )

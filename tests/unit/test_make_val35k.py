@@ -109,8 +109,8 @@ def test_what_it_prints(folder, capsys):
     assert lines[1] == "instances_valminusminival2014.json: 3 images, 2 annotations"
     assert lines[2:] == [str(folder / make_val35k.MINIVAL), str(folder / make_val35k.VAL35K)]
     # The counts are not COCO's.
-    assert "has 2 images, COCO's has 5000" in result.err
-    assert "has 3 images, COCO's has 35504" in result.err
+    assert "has 2 images, in COCO it has 5000" in result.err
+    assert "has 3 images, in COCO it has 35504" in result.err
 
 
 def test_default_folder_is_detectron2s(monkeypatch):
@@ -150,7 +150,7 @@ def test_val2017_not_in_val2014(folder, capsys):
 @pytest.mark.parametrize("ids, name", [([], "minival2014"), (VAL2014_IDS, "valminusminival2014")])
 def test_empty_part(folder, capsys, ids, name):
     write(folder, "val2017", coco(ids, "{:012d}.jpg"))
-    assert_refused(folder, capsys, f"instances_{name}.json would hold no image")
+    assert_refused(folder, capsys, f"instances_{name}.json would have no images")
 
 
 def test_not_json(folder, capsys):

@@ -475,7 +475,7 @@ def test_architecture_of_another_backbone():
         (changed({"res4.0.conv1": [[64, 1, 1]]}), "the backbone lacks res4.0.conv1. It must"),
         (
             changed(remove=["res3.1.conv2", "res5.2.conv2"]),
-            "the architecture does not name res3.1.conv2, res5.2.conv2. It must name every 3x3 conv",
+            "the architecture does not name res3.1.conv2, res5.2.conv2. It must name every",
         ),
         (
             changed({"res2.0.conv2": [[16, 1, 1]]}, remove=["res5.0.conv2"]),

@@ -1,4 +1,4 @@
-"""The result of a search: which dilation each output channel of each conv uses (section 3.3)."""
+"""The result of a search: the dilation of each output channel of each conv (section 3.3)."""
 
 import re
 from dataclasses import dataclass, field
@@ -19,24 +19,24 @@ __all__ = ["Architecture", "Run", "decode_alpha", "intensities", "votes"]
 FORMAT = "detectron2-nats/1"
 DECODE_ORDERS = ("paper", "voted")
 
-# Far above any ResNet (R-152 has 50 convs of at most 2048 channels), far below what hurts.
+# Far above any ResNet (R-152 has 50 convs of at most 2048 channels), and still cheap to read.
 MAX_LAYERS = 1000
 MAX_CHANNELS = 65536
 
 Run = Tuple[int, int, int]
-"""(output channels, d_h, d_w): consecutive output channels of one dilation."""
+"""A segment, (output channels, d_h, d_w): consecutive output channels of one dilation."""
 
 
 def votes(alpha: np.ndarray, margin: float = 0.0) -> np.ndarray:
-    """The genotype index that each group chose: (N, G) → (N,). A tie goes to the first.
+    """The genotype index that each group votes for: (N, G) → (N,). A tie goes to the first.
 
     Args:
-        margin: a group leaves the plain genotype 0 only where its best genotype's share of
-            softmax(α) is larger than genotype 0's by more than this; 0 is the paper's argmax.
+        margin: a group leaves genotype 0, the plain conv, only if the softmax(α) of its best
+            genotype exceeds that of genotype 0 by more than this. 0 is the paper's argmax.
     """
     alpha = np.asarray(alpha)
     if not np.isfinite(alpha).all():
-        raise NATSError("alpha holds values that are not finite: nothing can be decoded from it")
+        raise NATSError("alpha has non-finite values and cannot be decoded")
     chosen = alpha.argmax(axis=1)
     if margin:
         shares = torch.as_tensor(alpha).double().softmax(dim=1).numpy()
@@ -45,7 +45,7 @@ def votes(alpha: np.ndarray, margin: float = 0.0) -> np.ndarray:
 
 
 def intensities(alpha: np.ndarray) -> np.ndarray:
-    """The share of the groups that chose each genotype, I^g: (N, G) → (G,), adding up to 1."""
+    """The share of the groups that vote for each genotype, I^g: (N, G) → (G,). Sums to 1."""
     return np.bincount(votes(alpha), minlength=np.shape(alpha)[1]) / np.shape(alpha)[0]
 
 
@@ -56,19 +56,19 @@ def decode_alpha(
     order: str = "paper",
     margin: float = 0.0,
 ) -> Tuple[Run, ...]:
-    """Decode one conv's α (N, G) into runs over its `channels` output channels.
+    """Decode one conv's α (N, G) into segments of its `channels` output channels.
 
     Args:
-        order: "paper": rows in their own order, cut into consecutive pieces in genotype order,
-            so that only the counts of the vote survive; "voted": each group keeps its own rows
-            and gets the dilation it voted for.
+        order: "paper": only the number of votes per genotype counts, and the channels get their
+            dilations in genotype order. "voted": each group keeps its own channels and gets the
+            dilation that it voted for.
         margin: see :func:`votes`.
     """
     if order not in DECODE_ORDERS:
         raise NATSError(f"unknown DECODE_ORDER {order!r}: expected one of {list(DECODE_ORDERS)}")
     if not 0 <= margin < 1:
         raise NATSError(
-            f"DECODE_MARGIN {margin}: expected a share of softmax(α), from 0 to below 1"
+            f"DECODE_MARGIN {margin}: expected a share of softmax(α), at least 0 and below 1"
         )
     chosen = votes(alpha, margin)
     if order == "paper":
@@ -89,15 +89,15 @@ def _merged(runs) -> Tuple[Run, ...]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Runs of dilations per layer.
+    """Segments of dilations per layer.
 
     Args:
-        layers: layer name inside the residual network ("res3.0.conv2") → runs (output channels,
-            d_h, d_w) in channel order. Every 3×3 conv of each stage that is touched.
-        search: where it came from (space, iteration, seed, …); plain values, may be empty.
+        layers: layer name inside the residual network ("res3.0.conv2") → segments (output channels,
+            d_h, d_w) in channel order. Names every 3×3 conv of each stage that it changes.
+        search: its origin (space, iteration, seed, …) in plain values; may be empty.
 
     Raises:
-        NATSError: anything malformed; the message names the layer.
+        NATSError: something is malformed; the message names the layer.
     """
 
     layers: Mapping[str, Tuple[Run, ...]]
@@ -105,7 +105,7 @@ class Architecture:
 
     def __post_init__(self):
         if not isinstance(self.layers, Mapping) or not self.layers:
-            raise NATSError("architecture: 'layers' must map layer names to runs, and is empty")
+            raise NATSError("architecture: 'layers' must map one or more layer names to segments")
         if len(self.layers) > MAX_LAYERS:
             raise NATSError(
                 f"architecture: {len(self.layers)} layers, at most {MAX_LAYERS} allowed"
@@ -133,7 +133,7 @@ class Architecture:
                 convs, layer name → :class:`MixedDilationConv2d`.
             order: "paper" or "voted", see :func:`decode_alpha`.
             margin: see :func:`votes`.
-            search: provenance to note in the file.
+            search: the origin, recorded in the file.
 
         Raises:
             NATSError: nothing is searched in it.
@@ -171,7 +171,7 @@ class Architecture:
         return cls(content.get("layers"), content.get("search") or {})
 
     def to_dict(self) -> Dict[str, Any]:
-        """The content of an architecture file: plain values, runs as lists."""
+        """The content of an architecture file: plain values, segments as lists."""
         content = {
             "format": FORMAT,
             "layers": {k: OneLine(list(r) for r in v) for k, v in self.layers.items()},
@@ -182,10 +182,10 @@ class Architecture:
 
     @classmethod
     def from_config(cls, value: Sequence[Any]) -> "Architecture":
-        """Read ``MODEL.NATS.ARCHITECTURE``: a list of [layer name, runs]."""
+        """Read ``MODEL.NATS.ARCHITECTURE``: a list of [layer name, segments]."""
         is_list = isinstance(value, (list, tuple))
         if not is_list or not all(isinstance(v, (list, tuple)) and len(v) == 2 for v in value):
-            raise NATSError("MODEL.NATS.ARCHITECTURE must be a list of [layer name, runs]")
+            raise NATSError("MODEL.NATS.ARCHITECTURE must be a list of [layer name, segments]")
         names = [_check_name(name) for name, _ in value]
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -201,7 +201,7 @@ class Architecture:
         """Read an architecture file (YAML, safe loader, at most 8 MiB).
 
         Raises:
-            NATSError: missing, too large, not YAML, malformed; names the file.
+            NATSError: missing, too large, not YAML, or malformed; names the file.
         """
         content = read_yaml(path, aliases=False)
         try:
@@ -210,23 +210,23 @@ class Architecture:
             raise NATSError(f"{path}: {error}") from None
 
     def save(self, path: str) -> None:
-        """Write an architecture file, aside and renamed."""
+        """Write an architecture file. A kill leaves the old or the new one."""
         write_yaml(path, self.to_dict())
 
     # -- questions ----------------------------------------------------------------------------
 
     @property
     def stages(self) -> Tuple[str, ...]:
-        """The stages that it touches, in order of first mention."""
+        """The stages that it changes, in order of first mention."""
         return tuple(dict.fromkeys(name.split(".")[0] for name in self.layers))
 
     def restrict(self, stages: Sequence[str]) -> "Architecture":
-        """The part that lies in `stages`."""
+        """Only the layers of `stages`."""
         layers = {k: v for k, v in self.layers.items() if k.split(".")[0] in stages}
         return Architecture(layers, self.search)
 
     def transposed(self) -> "Architecture":
-        """Height and width of each dilation swapped."""
+        """The same with height and width of each dilation swapped."""
         layers = {k: [(c, d_w, d_h) for c, d_h, d_w in v] for k, v in self.layers.items()}
         return Architecture(layers, {**self.search, "transposed": True})
 
@@ -238,7 +238,7 @@ class Architecture:
         return dict(sorted(counts.items()))
 
     def summary(self) -> str:
-        """A table: each layer's channels per dilation, and how far its conv reaches.
+        """A table: each layer's channels per dilation, and the reach of its conv.
 
         ::
 
@@ -260,18 +260,18 @@ class Architecture:
                 )
             )
         headers = ("layer", "channels per dilation", "largest", "mean")
-        widths = (None, 64, None, None)  # per-channel patterns have many dilations: break the line
+        widths = (None, 64, None, None)  # break lines: per-channel patterns have many dilations
         return (
             f"{tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths)}\n\n"
-            "Dilations and extents are height x width. largest, mean: the receptive field of the "
-            "layer's own\n3x3 conv on its input, 2d + 1 on a side (plain: 3x3); the largest of "
-            "each side, and the mean over\nthe output channels. A stage's base dilation (DC5) "
-            "would multiply d."
+            "All sizes are height x width. The receptive field of a 3x3 conv on its input is "
+            '2d + 1 on a side\n(plain: 3x3). "largest" is the largest of each side, "mean" the '
+            "mean over the output channels.\nA stage's own dilation (DC5), which multiplies d, is "
+            "not included."
         )
 
 
 def _check_name(name: Any) -> str:
-    # in a file it stands unquoted
+    # names are unquoted in files
     if (
         not isinstance(name, str)
         or len(name) > 200
@@ -294,7 +294,9 @@ def _check_runs(name: str, runs: Any) -> Tuple[Run, ...]:
             )
         channels = run[0]
         if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
-            raise NATSError(f"architecture: {name}: {shortened(channels)} is no number of channels")
+            raise NATSError(
+                f"architecture: {name}: {shortened(channels)} is not a number of channels"
+            )
         try:
             dilation = check_dilation(list(run[1:]))
         except NATSError as error:

@@ -1,4 +1,4 @@
-"""Every config key of the project, its default and its meaning; reading and comparing configs."""
+"""Every config key of the project with default and meaning; reading and comparing configs."""
 
 import os
 from typing import Any, Dict, List
@@ -24,71 +24,71 @@ DEFAULT_NUM_GROUPS = 16
 
 def add_nats_config(cfg: CfgNode) -> None:
     """Add the project's keys to a Detectron2 config, in place."""
-    # -- the backbone: MODEL.BACKBONE.NAME "build_nats_backbone" makes these count --------------
+    # -- the backbone: used if MODEL.BACKBONE.NAME is "build_nats_backbone" ---------------------
     cfg.MODEL.NATS = CfgNode()
-    # Any registered builder whose residual stages are made of Detectron2's blocks.
+    # Any registered builder whose residual stages consist of Detectron2's blocks.
     cfg.MODEL.NATS.BASE_BACKBONE = "build_resnet_fpn_backbone"
-    # List of [layer name, [[output channels, d_h, d_w], ...]]. Non-empty: build this frozen
-    # network. Empty: build the super-network. tools/export.py writes it.
+    # List of [layer name, [[output channels, d_h, d_w], ...]], written by tools/export.py. If not
+    # empty, this frozen network is built. If empty, the super-network is built.
     cfg.MODEL.NATS.ARCHITECTURE = []
     # Searched stages.
     cfg.MODEL.NATS.STAGES = ["res3", "res4", "res5"]
     # The paper's genotype set "A", "B" or "C", or a list of dilation pairs per stage, such as
-    # [[[1, 1], [3, 3]], [[1, 1], [3, 3]], [[1, 1], [5, 5]]]. None means "C": with a string as the
-    # default, a list would be refused as a value of another type.
+    # [[[1, 1], [3, 3]], [[1, 1], [3, 3]], [[1, 1], [5, 5]]]. None means "C". (If the default were a
+    # string, Detectron2 would refuse a list, because its type differs.)
     cfg.MODEL.NATS.SPACE = None
-    # Channel groups per conv, each with its own choice; 1 is path-level search.
+    # Channel groups per conv. Each chooses for itself; 1 is path-level search.
     cfg.MODEL.NATS.NUM_GROUPS = DEFAULT_NUM_GROUPS
-    # When > 0 it rules: groups of so many output channels. (Not beside another NUM_GROUPS.)
+    # If > 0: output channels per group, instead of NUM_GROUPS. (Do not change both.)
     cfg.MODEL.NATS.CHANNELS_PER_GROUP = 0
-    # One weight under all dilations instead of one replica per genotype.
+    # Use one weight for all genotypes instead of one replica per genotype.
     cfg.MODEL.NATS.SHARE_WEIGHTS = False
 
     # -- data -----------------------------------------------------------------------------------
-    # The split that α is trained on; it must share no image with DATASETS.TRAIN.
+    # The split that trains α. It must not share any image with DATASETS.TRAIN.
     cfg.DATASETS.CALIBRATION = ["coco_2014_valminusminival"]
-    # Own COCO-format data: [[name, annotation json, image folder], ...].
+    # Your own COCO-format data: [[name, annotation json, image folder], ...].
     cfg.DATASETS.REGISTER = []
-    # Detectron2's RandomSubsetTrainingSampler reads it, its defaults have no such key.
+    # Detectron2's RandomSubsetTrainingSampler reads this key, but its defaults lack it.
     if "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
         cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
 
     # -- the search -----------------------------------------------------------------------------
     cfg.SEARCH = CfgNode()
-    # Adam for α, constant rate (section 4.2).
+    # Adam for α, with a constant learning rate (section 4.2).
     cfg.SEARCH.ALPHA_LR = 0.01
     cfg.SEARCH.ALPHA_WEIGHT_DECAY = 1e-5
-    # Fraction of the run after which α steps begin: 10 of 25 epochs.
+    # Fraction of the search after which α steps begin: 10 of 25 epochs.
     cfg.SEARCH.ALPHA_START = 0.4
-    # Images of an α step on all GPUs together; 0: as many as SOLVER.IMS_PER_BATCH.
+    # Images per α step, on all GPUs together. 0: as many as SOLVER.IMS_PER_BATCH.
     cfg.SEARCH.ALPHA_IMS_PER_BATCH = 0
-    # "paper": channels sorted by dilation; "voted": each group keeps its own rows.
+    # "paper": channels are sorted by dilation. "voted": each group keeps its own channels.
     cfg.SEARCH.DECODE_ORDER = "paper"
-    # A group leaves (1, 1) only where its best share of softmax(α) leads (1, 1)'s by more than
-    # this. 0: the paper's argmax.
+    # Margin: a group leaves (1, 1) only if the softmax(α) of its best genotype exceeds that of
+    # (1, 1) by more than this. 0: the paper's argmax.
     cfg.SEARCH.DECODE_MARGIN = 0.0
-    # Detector config (a path, or the name of a Detectron2 zoo config) for which the search writes
-    # its plain config at the end. Empty: the searched detector itself with the search's schedule.
+    # The detector for which the search writes retrain.yaml: a path, or the name of a config in
+    # Detectron2's zoo. Empty: the searched detector itself, with the search's schedule.
     cfg.SEARCH.RETRAIN_CONFIG = ""
     # What retraining starts from. "base": RETRAIN_CONFIG's MODEL.WEIGHTS, as in the paper.
-    # "supernet": the super-network's own weights, which the search writes to frozen.pth; the
-    # order is then "voted", the only one that they fit.
+    # "supernet": the super-network's own weights, which the search writes to frozen.pth. The
+    # search then decodes in "voted" order, the only one that these weights fit.
     cfg.SEARCH.RETRAIN_WEIGHTS = "base"
 
-    # -- how a run behaves, for searches and retraining alike -------------------------------------
+    # -- how a run behaves, both searches and retraining ------------------------------------------
     # Precision of SOLVER.AMP: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
-    # Share of the run, at its end, over which the weights are averaged; their mean is what is then
-    # evaluated and written to model_final.pth. 0: the last iteration's weights, as Detectron2 does.
+    # Share of the iterations, at the end, over which the weights are averaged. Their mean is
+    # evaluated and written to model_final.pth. 0: the last iteration's weights, as in Detectron2.
     cfg.SOLVER.AVERAGE_LAST = 0.0
     cfg.RUN = CfgNode()
-    # How many checkpoints are kept; older ones are deleted.
+    # Number of checkpoints to keep. Older ones are deleted.
     cfg.RUN.KEEP_CHECKPOINTS = 3
     # Iterations between two lines of the log.
     cfg.RUN.LOG_PERIOD = 20
-    # Non-finite losses or gradients in a row after which the run stops.
+    # The run stops after this many steps in a row with non-finite losses or gradients.
     cfg.RUN.MAX_BAD_STEPS = 10
-    # Share of a data set's images, or annotations, that may be unusable before the run stops.
+    # The run stops if a larger share of a data set's images or annotations is unusable.
     cfg.RUN.MAX_BAD_DATA = 0.01
     # Iterations between two checks that all ranks hold the same α.
     cfg.RUN.RANK_CHECK_PERIOD = 100
@@ -104,7 +104,7 @@ def load_config(path: str, opts=()) -> CfgNode:
         path: a config file, or the name of a Detectron2 zoo config; "" for none.
 
     Raises:
-        NATSError: missing, not plain YAML, unknown key, wrong type; names file or key.
+        NATSError: missing, not plain YAML, unknown key, or wrong type; names the file or key.
     """
     cfg = get_cfg()
     add_nats_config(cfg)
@@ -112,7 +112,7 @@ def load_config(path: str, opts=()) -> CfgNode:
         _check_bases(path)
         _merge(path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
     elif path:
-        # Detectron2's own files are code like its modules, and RetinaNet's needs an unsafe tag.
+        # Detectron2's own configs are trusted like its code, and RetinaNet's needs an unsafe tag.
         zoo_path = _zoo_config(path)
         _merge(path, lambda: cfg.merge_from_file(zoo_path, allow_unsafe=True))
     _merge("command line", lambda: cfg.merge_from_list(list(opts)))
@@ -122,19 +122,19 @@ def load_config(path: str, opts=()) -> CfgNode:
 def _zoo_config(path: str) -> str:
     folder = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
     found = os.path.realpath(os.path.join(folder, path))
-    # "../" would lead out of the zoo, to a file that is read as if it were Detectron2's own
+    # "../" would lead out of the zoo, to a file that is not Detectron2's own
     if not found.startswith(folder + os.sep) or not os.path.isfile(found):
         raise NATSError(
-            f"config {path} not found: neither a file here nor the name of a Detectron2 zoo config "
-            "such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+            f"config {path} not found: neither a file nor the name of a config in Detectron2's "
+            "zoo, such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
         )
     return found
 
 
 def _check_bases(path: str, depth: int = 0) -> None:
-    """Read a config and its bases under our limits, before Detectron2's reader does."""
+    """Check a config and its bases against our limits, before Detectron2 reads them."""
     if depth > 20:
-        raise NATSError(f"{path}: more than 20 configs deep in _BASE_: do they name each other?")
+        raise NATSError(f"{path}: more than 20 levels of _BASE_: is there a cycle?")
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise NATSError(f"{path}: not a config: expected KEY: VALUE lines")
@@ -145,7 +145,7 @@ def _check_bases(path: str, depth: int = 0) -> None:
         raise NATSError(f"{path}: _BASE_ must be the path of one config")
     base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
     if os.path.exists(base) and not os.path.isfile(base):
-        raise NATSError(f"{path}: _BASE_ {base} is not a file")  # a pipe would be waited for
+        raise NATSError(f"{path}: _BASE_ {base} is not a file")  # reading a pipe would block
     _check_bases(base, depth + 1)
 
 
@@ -161,7 +161,7 @@ def _merge(name: str, merge) -> None:
 
 
 def scaled_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
-    """Detectron2's ``SOLVER.REFERENCE_WORLD_SIZE``, for the keys too that it knows nothing of."""
+    """Apply Detectron2's ``SOLVER.REFERENCE_WORLD_SIZE``, also to this project's keys."""
     scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
     if scaled is not cfg:
         scaled = scaled.clone()
@@ -174,7 +174,7 @@ def scaled_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
 
 
 def with_norms_for(cfg: CfgNode, processes: int) -> CfgNode:
-    """PyTorch's SyncBN knows GPUs only: CPU processes take Detectron2's, with the same keys."""
+    """Replace SyncBN, which supports only GPUs, by Detectron2's for CPU processes (same keys)."""
     if processes == 1 or cfg.MODEL.DEVICE.startswith("cuda"):
         return cfg
     cfg = cfg.clone()
@@ -187,7 +187,7 @@ def with_norms_for(cfg: CfgNode, processes: int) -> CfgNode:
 
 # -- comparing ------------------------------------------------------------------------------------
 
-# Settings that say where and how fast, not what is computed.
+# Settings that do not change what is computed, only where and how fast.
 _FREE_KEYS = (
     "OUTPUT_DIR",
     "DATALOADER.NUM_WORKERS",

@@ -1,4 +1,4 @@
-"""From an architecture to a plain config, and from a super-network's weights to a frozen one's."""
+"""Turn an architecture into a plain config, and a super-network's weights into frozen ones."""
 
 import os
 from typing import Any, Dict, Mapping, Optional, Tuple
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def load_detector_config(path: str, searched: Optional[CfgNode] = None) -> CfgNode:
-    """The config of a detector to export to: a file, a zoo name, or "" for the searched one."""
+    """The config of the detector to export: a file, a zoo name, or "" for the searched one."""
     if path:
         return load_config(path)
     if searched is None:
@@ -41,9 +41,9 @@ def load_detector_config(path: str, searched: Optional[CfgNode] = None) -> CfgNo
 
 
 def export_config(base: CfgNode, architecture: Architecture) -> CfgNode:
-    """A plain config: the detector `base` with the searched backbone, architecture inline.
+    """A plain config: the detector `base` with the architecture in its backbone.
 
-    Stages that the base's backbone does not build (C4 keeps res5 in its heads) are left out.
+    Leaves out stages that the base's backbone does not build (C4 keeps res5 in its heads).
 
     Raises:
         NATSError: the architecture does not fit the base's backbone.
@@ -54,11 +54,11 @@ def export_config(base: CfgNode, architecture: Architecture) -> CfgNode:
         cfg.MODEL.NATS.BASE_BACKBONE = cfg.MODEL.BACKBONE.NAME
     plain = cfg.clone()
     plain.MODEL.BACKBONE.NAME = cfg.MODEL.NATS.BASE_BACKBONE
-    with torch.device("meta"):  # shapes are enough to see whether it fits
+    with torch.device("meta"):  # shapes are enough to check that it fits
         backbone = build_backbone(plain)
     built = {name.split(".")[0] for name in conv3x3_layers(backbone)}
     if not built & set(architecture.stages):
-        raise NATSError(f"the architecture touches {architecture.stages}, the detector has {built}")
+        raise NATSError(f"the architecture changes {architecture.stages}, the detector has {built}")
     architecture = architecture.restrict(built)
     apply_architecture(backbone, architecture)
     cfg.MODEL.BACKBONE.NAME = "build_nats_backbone"
@@ -67,13 +67,13 @@ def export_config(base: CfgNode, architecture: Architecture) -> CfgNode:
 
 
 def write_config(cfg: CfgNode, path: str) -> None:
-    """Write what differs from the defaults; loads after ``get_cfg(); add_nats_config(cfg)``."""
+    """Write what differs from the defaults. Load it after ``get_cfg(); add_nats_config(cfg)``."""
     difference = settings_of(cfg)
     nats = difference.get("MODEL", {}).get("NATS", {})
-    if "ARCHITECTURE" in nats:  # one line per layer: it is meant to be read
+    if "ARCHITECTURE" in nats:  # one line per layer, for readers
         nats["ARCHITECTURE"] = [OneLine(layer) for layer in nats["ARCHITECTURE"]]
     comment = (
-        "# A plain detector with searched dilations. Loads after: import detectron2_nats;\n"
+        "# A plain detector with searched dilations. Load it after: import detectron2_nats;\n"
         "# cfg = get_cfg(); detectron2_nats.add_nats_config(cfg)\n"
     )
     write_yaml(path, {"VERSION": 2, **difference}, comment)
@@ -99,27 +99,27 @@ def _difference(cfg: CfgNode, default: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def read_search(folder: str) -> Tuple[Dict[str, torch.Tensor], Backbone]:
-    """The state dict of a search's last checkpoint, and the super-network that it is of.
+    """The state dict of a search's last checkpoint, and its super-network.
 
     Args:
         folder: a search's OUTPUT_DIR.
 
     Raises:
-        NATSError: it is none, or the checkpoint is not readable.
+        NATSError: not such a folder, or the checkpoint is not readable.
     """
     config, tag = (os.path.join(folder, name) for name in ("config.yaml", "last_checkpoint"))
     if not os.path.isfile(config) or not os.path.isfile(tag):
         raise NATSError(
-            f"{folder} is no search's output folder: it lacks config.yaml or checkpoints"
+            f"{folder} is not a search's output folder: it has no config.yaml or no checkpoints"
         )
     with open(tag) as file:
         path = os.path.join(folder, os.path.basename(file.read().strip()))
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    except Exception as error:  # it raises anything at what is no checkpoint
+    except Exception as error:  # torch.load raises many types for a file that is no checkpoint
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise NATSError(f"{path}: not readable as a checkpoint: {reason}") from None
-    with torch.device("meta"):  # the weights are in memory already
+    with torch.device("meta"):  # the weights are already in memory
         backbone = build_backbone(load_config(config))
     weights = {key[9:]: value for key, value in state_dict.items() if key.startswith("backbone.")}
     try:
@@ -135,8 +135,8 @@ def frozen_weights(
     """:func:`.transform.frozen_state_dict` of a searched detector whose backbone alone is built.
 
     Args:
-        state_dict: of the searched detector.
-        backbone: its super-network, with weights.
+        state_dict: the searched detector's, with the prefix "backbone." for the backbone.
+        backbone: the detector's super-network, with weights.
         architecture: decoded from it in voted order.
     """
     frozen = {k: v for k, v in state_dict.items() if not k.endswith((".alpha", ".replicas"))}

@@ -34,7 +34,7 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     def construct_mapping(self, node, deep=False):
         mapping = super().construct_mapping(node, deep=deep)
         if isinstance(node, yaml.MappingNode) and len(mapping) < len(node.value):
-            raise yaml.YAMLError(f"a key stands twice, near line {node.start_mark.line + 1}")
+            raise yaml.YAMLError(f"duplicate key, near line {node.start_mark.line + 1}")
         return mapping
 
 
@@ -92,7 +92,7 @@ class OneLine(list):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a value that stands twice twice: :func:`parse_yaml` may refuse aliases."""
+    """Writes repeated values in full, because :func:`parse_yaml` may refuse aliases."""
 
     def ignore_aliases(self, data):
         return True

@@ -1,6 +1,6 @@
-"""Other methods' architectures as ours: IC-Conv's patterns, RF-Next's structures.
+"""Read the architectures of other methods: IC-Conv's patterns and RF-Next's structures.
 
-Both say which dilations a ResNet's 3×3 convs use, in JSON, in formats of their own.
+Both list the dilations of a ResNet's 3×3 convs as JSON, each in its own format.
 """
 
 import json
@@ -18,14 +18,14 @@ _BLOCKS = {16: (3, 4, 6, 3), 33: (3, 4, 23, 3)}
 """Number of 3×3 convs → bottleneck blocks in res2 to res5: ResNet-50 and ResNet-101."""
 
 _WIDTH = 64
-"""Channels of a ResNet's 3×3 convs in res2; every further stage has twice as many."""
+"""Channels of a ResNet's 3×3 convs in res2. Each further stage has twice as many."""
 
 
 def read_json(path: str) -> Any:
     """Read a JSON file of at most :data:`files.MAX_FILE_BYTES`.
 
     Raises:
-        NATSError: missing, too large, not JSON, a key twice; names the file.
+        NATSError: missing, too large, not JSON, or a duplicate key; names the file.
     """
     data = read_bounded(path)
     try:
@@ -37,30 +37,30 @@ def read_json(path: str) -> Any:
 def _no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return content
 
 
 def from_ic_conv(content: Any, source: str = "", width: int = _WIDTH) -> Architecture:
     """IC-Conv's pattern file: a list of one dict per 3×3 conv, from res2 on, in block order.
 
-    Each dict maps "(d_h - 1, d_w - 1)" to output channels. Only counts are published; they become
-    runs in the file's own order, which is how IC-Conv itself builds its conv.
+    Each dict maps "(d_h - 1, d_w - 1)" to output channels. Only counts are published. They become
+    segments in the file's own order; IC-Conv builds its conv in the same way.
 
     Args:
-        content: of the file.
-        source: its name, noted in the architecture.
-        width: channels of the 3×3 convs in res2 of the network that it is for. The files are for
-            64; for another width each pattern keeps its shares, rounded to whole channels.
+        content: the parsed file.
+        source: the file's name, recorded in the architecture.
+        width: channels of the target network's 3×3 convs in res2. The files are for 64. For another
+            width, each dilation keeps its share of the channels, rounded to whole channels.
 
     Raises:
-        NATSError: malformed, or of no ResNet-50 or -101.
+        NATSError: malformed, or not for a ResNet-50 or -101.
     """
     if not isinstance(content, list) or not all(isinstance(c, dict) for c in content):
-        raise NATSError("not an IC-Conv pattern: expected a list of dicts '(0, 1)': channels")
+        raise NATSError("not an IC-Conv pattern: expected a list of {'(0, 1)': channels}")
     if len(content) not in _BLOCKS:
         raise NATSError(
-            f"IC-Conv pattern of {len(content)} convs: a ResNet-50 has 16, a ResNet-101 has 33"
+            f"IC-Conv pattern of {len(content)} convs: expected 16 (ResNet-50) or 33 (ResNet-101)"
         )
     depths = _BLOCKS[len(content)]
     names = [f"res{s}.{b}.conv2" for s, blocks in enumerate(depths, 2) for b in range(blocks)]
@@ -71,7 +71,7 @@ def from_ic_conv(content: Any, source: str = "", width: int = _WIDTH) -> Archite
         stage = name.split(".")[0]
         if widths.setdefault(stage, total) != total:
             raise NATSError(
-                f"IC-Conv pattern: {name} has {total} channels, {stage}.0.conv2 {widths[stage]}"
+                f"IC-Conv pattern: {name} has {total} channels, {stage}.0.conv2 has {widths[stage]}"
             )
     return Architecture(layers, {"method": "IC-Conv", **({"source": source} if source else {})})
 
@@ -86,7 +86,7 @@ def _ic_conv_runs(name: str, pattern: Mapping[str, Any]) -> List[Tuple[int, int,
             )
         if type(channels) is not int or not 0 <= channels <= MAX_CHANNELS:
             raise NATSError(
-                f"IC-Conv pattern: {name}: {shortened(channels)} is no number of channels"
+                f"IC-Conv pattern: {name}: {shortened(channels)} is not a number of channels"
             )
         if channels:
             runs.append((channels, *(int(less_one) + 1 for less_one in match.groups())))
@@ -96,7 +96,7 @@ def _ic_conv_runs(name: str, pattern: Mapping[str, Any]) -> List[Tuple[int, int,
 
 
 def _scaled(runs: List[Tuple[int, int, int]], width: int) -> List[Tuple[int, int, int]]:
-    """The runs for a ResNet of another width: each run's end is scaled and rounded."""
+    """The segments for a ResNet of another width: each segment's end is scaled and rounded."""
     scaled, end, scaled_end = [], 0, 0
     for channels, *dilation in runs:
         end += channels
@@ -111,22 +111,22 @@ def from_rf_next(
 ) -> Tuple[Architecture, List[str]]:
     """RF-Next's structure file (mmcv's ``RFSearchHook``): one dilation per layer.
 
-    mmdet's ``module.backbone.layer2.0.conv2`` is our ``res3.0.conv2``. The file knows no channel
-    counts, so they are those of a ResNet of `width`.
+    mmdet's ``module.backbone.layer2.0.conv2`` is our ``res3.0.conv2``. The file has no channel
+    counts, so the counts are those of a ResNet of `width`.
 
     Args:
-        content: of the file: {"structure": {layer name: d, or [d_h, d_w]}, …}.
-        source: its name, noted in the architecture.
-        width: channels of the 3×3 convs in res2; each further stage has twice as many.
+        content: the parsed file: {"structure": {layer name: d, or [d_h, d_w]}, …}.
+        source: the file's name, recorded in the architecture.
+        width: channels of the 3×3 convs in res2. Each further stage has twice as many.
 
     Returns:
-        The architecture, and the layers outside of the residual stages that are dilated too: an
-        architecture cannot hold them.
+        The architecture, and the names of dilated layers outside the residual stages, which an
+        architecture cannot describe.
 
     Raises:
-        NATSError: malformed, or of a backbone that is no ResNet.
+        NATSError: malformed, or the backbone is not a ResNet.
     """
-    # "model" in files of the first version
+    # the first version of the format calls it "model"
     structure = (
         content.get("structure", content.get("model")) if isinstance(content, dict) else None
     )
@@ -151,12 +151,12 @@ def from_rf_next(
             left_out.append(short)
     if foreign:
         raise NATSError(
-            f"RF-Next structure: {shortened(foreign[0])} is no 3x3 conv of a ResNet: only "
-            "backbones of type ResNet and ResNeXt can be imported (names like "
+            f"RF-Next structure: {shortened(foreign[0])} is not a 3x3 conv of a ResNet: only "
+            "ResNet and ResNeXt backbones can be imported (names like "
             "backbone.layer2.0.conv2), not Res2Net, HRNet, ConvNeXt or PVT"
         )
     if not layers:
-        raise NATSError("RF-Next structure: it names no 3x3 conv of a backbone")
+        raise NATSError("RF-Next structure: no 3x3 conv of a backbone in it")
     _check_whole_stages(layers)
     note = {"method": "RF-Next", **({"source": source} if source else {})}
     return Architecture(dict(sorted(layers.items(), key=_block_order)), note), left_out
@@ -168,7 +168,7 @@ def _block_order(item) -> Tuple[str, int, str]:
 
 
 def _check_whole_stages(layers: Mapping[str, Sequence]) -> None:
-    """Each stage must name the same convs of blocks 0, 1, 2, … (how many, the network says)."""
+    """Each stage must name the same convs in blocks 0, 1, 2, … (their number is checked later)."""
     for stage in sorted({name.split(".")[0] for name in layers}):
         named = [name.split(".")[1:] for name in layers if name.split(".")[0] == stage]
         convs = {conv for _, conv in named}
@@ -177,6 +177,6 @@ def _check_whole_stages(layers: Mapping[str, Sequence]) -> None:
             for conv in sorted(convs):
                 if f"{stage}.{block}.{conv}" not in layers:
                     raise NATSError(
-                        f"RF-Next structure: {stage}.{block}.{conv} is missing: a stage must be "
-                        "named whole"
+                        f"RF-Next structure: {stage}.{block}.{conv} is missing: a stage must "
+                        "be complete"
                     )

@@ -1,4 +1,4 @@
-"""What is searched: genotypes per stage, and a conv's channels cut into groups (section 3.2)."""
+"""What is searched: the genotypes of each stage, and the channel groups of a conv (section 3.2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from .errors import NATSError
 __all__ = ["Dilation", "PAPER_SETS", "MAX_DILATION", "SearchSpace", "check_dilation"]
 
 Dilation = Tuple[int, int]
-"""(d_h, d_w): the dilation along the height and along the width. A *genotype* is one of them."""
+"""(d_h, d_w): along height and width. A *genotype* is a dilation that a group may choose."""
 
 MAX_DILATION = 64
-"""Larger ones reach past any feature map and are taken for a typing error."""
+"""Larger dilations reach past any feature map and are refused as typing errors."""
 
 _SQUARE_3 = ((1, 1), (2, 2), (3, 3))
 _SQUARE_5 = _SQUARE_3 + ((4, 4), (5, 5))
@@ -27,7 +27,7 @@ PAPER_SETS: Mapping[str, Mapping[str, Tuple[Dilation, ...]]] = {
         ("C", _SQUARE_3 + _LONG_3, _SQUARE_5 + _LONG_5),
     )
 }
-"""The paper's genotype sets; res2, which it does not search, takes res3's."""
+"""The paper's genotype sets. The paper does not search res2; here it has the set of res3."""
 
 
 def check_dilation(value: Any) -> Dilation:
@@ -42,34 +42,34 @@ def check_dilation(value: Any) -> Dilation:
 
 
 def _is_list(value: Any) -> bool:
-    """Also OmegaConf's lists, which LazyConfig passes on."""
+    """True for OmegaConf's lists too, which LazyConfig passes."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def shortened(value: Any) -> str:
-    """`value` for a message: one line of bounded length."""
+    """`value` as one short line, for a message."""
     try:
         text = repr(value)
-    except ValueError:  # Python prints no int of more than some thousand digits
+    except ValueError:  # Python refuses to print ints of thousands of digits
         text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclass(frozen=True, init=False)
 class SearchSpace:
-    """Which stages are searched, among which genotypes, in how many channel groups.
+    """The searched stages, their genotypes, and the number of channel groups.
 
     Args:
-        space: "A", "B" or "C" (the paper's sets), or one list of dilation pairs per stage. The
-            first genotype of each list must be (1, 1): it is the plain conv.
+        space: "A", "B" or "C" (the paper's sets), or one list of dilation pairs per stage. Each
+            list must begin with (1, 1), the plain conv.
         stages: names of the searched stages, "res2" to "res5".
-        num_groups: N, groups per conv; 1 is path-level search. 16 when neither it nor
+        num_groups: N, channel groups per conv; 1 is path-level search. The default is 16, unless
             `channels_per_group` is given.
-        channels_per_group: cut into groups of so many output channels instead.
-        share_weights: one weight under all dilations instead of one replica per genotype.
+        channels_per_group: output channels per group, instead of `num_groups`.
+        share_weights: use one weight for all genotypes instead of one replica per genotype.
 
     Raises:
-        NATSError: unknown set, malformed dilation, both group arguments given.
+        NATSError: unknown set, malformed dilation, or both group arguments given.
     """
 
     stages: Tuple[str, ...]
@@ -104,7 +104,7 @@ class SearchSpace:
         for key, value in (("NUM_GROUPS", num_groups), ("CHANNELS_PER_GROUP", channels_per_group)):
             if value is not None and (type(value) is not int or value < 1):
                 raise NATSError(f"{key} {shortened(value)}: expected a whole number of at least 1")
-        # frozen: values are set once, here
+        # the dataclass is frozen: set its values here, once
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "genotypes", _genotypes_per_stage(space, stages))
         object.__setattr__(self, "num_groups", num_groups)
@@ -112,10 +112,10 @@ class SearchSpace:
         object.__setattr__(self, "share_weights", bool(share_weights))
 
     def groups_of(self, layer: str, channels: int, conv_groups: int = 1) -> int:
-        """Return N for a conv of `channels` output channels, cut by `conv_groups` (ResNeXt).
+        """Return N for a conv of `channels` output channels in `conv_groups` conv groups (ResNeXt).
 
         Raises:
-            NATSError: the groups do not divide the channels, or cut a conv group.
+            NATSError: the groups do not divide the channels, or split a conv group.
         """
         if self.channels_per_group is not None:
             key, value = "CHANNELS_PER_GROUP", self.channels_per_group
@@ -131,7 +131,7 @@ class SearchSpace:
         if conv_groups > 1 and conv_groups % num_groups:
             raise NATSError(
                 f"{key} {value} cuts the conv groups of {layer}: it has {conv_groups} conv groups "
-                f"of {channels // conv_groups} channels, and a channel group must hold whole ones"
+                f"of {channels // conv_groups} channels, and a channel group must not split one"
             )
         return num_groups
 

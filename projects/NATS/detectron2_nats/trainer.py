@@ -1,4 +1,4 @@
-"""The search: SGD trains the weights on one split while Adam trains α on another (section 4.2)."""
+"""The search: SGD trains the weights on one split, Adam trains α on another (section 4.2)."""
 
 import logging
 import os
@@ -31,36 +31,36 @@ logger = logging.getLogger(__name__)
 
 
 class SearchTrainer(ResumableTrainer):
-    """Trains a super-network; leaves ``architecture.yaml`` and ``retrain.yaml`` in OUTPUT_DIR.
+    """Trains a super-network and writes ``architecture.yaml`` and ``retrain.yaml`` to OUTPUT_DIR.
 
-    Each iteration takes a weight step on ``DATASETS.TRAIN`` and, from ``SEARCH.ALPHA_START`` of
-    the run on, an α step on ``DATASETS.CALIBRATION``. First order: the α step's gradient takes the
-    weights as they are (the paper is silent).
+    Each iteration takes a weight step on ``DATASETS.TRAIN``. After ``SEARCH.ALPHA_START`` of the
+    search, an α step on ``DATASETS.CALIBRATION`` follows. α's gradient is first order: the weights
+    count as constants (the paper does not say).
 
     Args:
-        cfg: with :func:`add_nats_config`'s keys and an empty ``MODEL.NATS.ARCHITECTURE``.
+        cfg: has the keys of :func:`add_nats_config`, and an empty ``MODEL.NATS.ARCHITECTURE``.
     """
 
     def __init__(self, cfg: CfgNode):
         if not 0 <= cfg.SEARCH.ALPHA_START < 1:
             raise NATSError(
-                f"SEARCH.ALPHA_START {cfg.SEARCH.ALPHA_START}: expected a fraction of the run, "
-                "from 0 up to but not 1"
+                f"SEARCH.ALPHA_START {cfg.SEARCH.ALPHA_START}: expected a fraction of the search, "
+                "at least 0 and below 1"
             )
         if not 0 <= cfg.SEARCH.DECODE_MARGIN < 1:
             raise NATSError(
                 f"SEARCH.DECODE_MARGIN {cfg.SEARCH.DECODE_MARGIN}: expected a share of softmax(α), "
-                "from 0 up to but not 1"
+                "at least 0 and below 1"
             )
         if cfg.SEARCH.RETRAIN_WEIGHTS not in ("base", "supernet"):
             raise NATSError(
                 f"SEARCH.RETRAIN_WEIGHTS {cfg.SEARCH.RETRAIN_WEIGHTS!r}: expected base or supernet"
             )
-        # Wrong paths should not come to light after days
+        # Fail on a wrong path now, not after days
         self.retrain_base = load_detector_config(cfg.SEARCH.RETRAIN_CONFIG, cfg)
         super().__init__(cfg)
         cfg = self.cfg  # scaled to the number of processes
-        export_config(self.retrain_base, self.architecture())  # nor that nothing fits it
+        export_config(self.retrain_base, self.architecture())  # also if the result cannot fit
         self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.max_iter)
         loader = build_resumable_loader(
             cfg,
@@ -85,7 +85,7 @@ class SearchTrainer(ResumableTrainer):
                 "nothing to search: set MODEL.BACKBONE.NAME to build_nats_backbone and leave "
                 "MODEL.NATS.ARCHITECTURE empty"
             )
-        # Switched off, α is passed over by the weights' optimizer and by data parallelism alike.
+        # Without requires_grad, the weights' optimizer and data parallelism both skip α.
         for alpha in alpha_parameters(model):
             alpha.requires_grad_(False)
         self._trained_weights = [p for p in model.parameters() if p.requires_grad]
@@ -99,31 +99,31 @@ class SearchTrainer(ResumableTrainer):
             self.alpha_step()
 
     def alpha_step(self) -> None:
-        """Adam on α, on a batch of ``DATASETS.CALIBRATION``; nothing else changes, bit for bit."""
+        """Adam on α, on a batch of ``DATASETS.CALIBRATION``. Nothing else changes by a bit."""
         with alpha_training(self._supernet):
             self.take_step(self.alpha)
             self._forward_state.restore()  # a dense detector's running mean too
 
     def rehearse_alpha_step(self) -> None:
-        """Compute an α step's gradient for nothing; called where the first α step is far away.
+        """Compute an α step's gradient and discard it, before the first real one.
 
-        Too little memory, or calibration data that cannot be read, must not show after a day.
+        Too little memory or unreadable calibration data then stop the search now, not after a day.
         """
-        momentum = []  # that weight steps will have left behind by then
+        momentum = []  # memory that weight steps will have taken by then
         if not self.weights.optimizer.state:
             momentum = [torch.empty_like(weight) for weight in self._trained_weights]
         with alpha_training(self._supernet):
             needed = self.rehearse_step(self.alpha)
         del momentum
-        logger.info(f"α steps start at iteration {self.alpha_start}. One of them takes {needed}")
+        logger.info(f"α steps start at iteration {self.alpha_start}. One α step takes {needed}")
 
     def _alpha_losses(self, batch: List[dict]) -> Dict[str, torch.Tensor]:
-        # The scope keeps what the heads log apart from the weight step's.
+        # The scope separates the heads' log entries from those of the weight step.
         with get_event_storage().name_scope("alpha"):
             return self._loss_module(batch)
 
     def reduce_gradients(self, phase: Phase) -> None:
-        """α is outside of data parallelism: average its gradient in one message."""
+        """Average α's gradient in one message, because data parallelism does not include α."""
         if phase is not self.alpha or comm.get_world_size() == 1:
             return
         gradients = [conv.alpha.grad for conv in self.searched.values()]
@@ -136,10 +136,10 @@ class SearchTrainer(ResumableTrainer):
     # -- results --------------------------------------------------------------------------------
 
     def architecture(self) -> Architecture:
-        """What α says now."""
+        """The architecture that α decodes to now."""
         nats, search = self.cfg.MODEL.NATS, self.cfg.SEARCH
         space = "C" if nats.SPACE is None else nats.SPACE
-        # only there do the super-network's weights fit
+        # the super-network's weights fit only this order
         order = "voted" if search.RETRAIN_WEIGHTS == "supernet" else search.DECODE_ORDER
         return Architecture.decode(
             self._supernet,
@@ -174,7 +174,7 @@ class SearchTrainer(ResumableTrainer):
         self._put_pictures(architecture)
 
     def train(self):
-        """Train to the end, then write the plain config; also when only that was left to do."""
+        """Train to the end, then write the plain config, also if only that is left to do."""
         if self.start_iter < self.alpha_start:
             self.rehearse_alpha_step()
         results = super().train()
@@ -202,23 +202,23 @@ class SearchTrainer(ResumableTrainer):
     def _put_pictures(self, architecture: Architecture) -> None:
         """The architecture and α's history, for TensorBoard."""
         try:
-            from .results import plot  # matplotlib is slow to import, and of use here only
+            from .results import plot  # matplotlib is slow to import, and only needed here
 
             done = f"after iteration {self.iter + 1} of {self.max_iter}"
             figures = {"architecture": plot.plot_architecture(architecture, done)}
             metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
-            if os.path.isfile(metrics) and os.path.getsize(metrics):  # after the log's first line
+            if os.path.isfile(metrics) and os.path.getsize(metrics):  # has a line of the log
                 figures["history"] = plot.plot_history(plot.read_history(metrics), done)
             for name, figure in figures.items():
                 get_event_storage().put_image(f"alpha/{name}", plot.as_image(figure))
-        except Exception as error:  # a picture is not worth the loss of a search
+        except Exception as error:  # a search must not fail because of a picture
             logger.warning(f"no pictures for TensorBoard: {error}")
 
     def check_same_run(self, saved_config: str) -> None:
         differences = config_differences(saved_config, self.given_cfg)
         if differences:
             raise NATSError(
-                f"{self.cfg.OUTPUT_DIR} holds another search; these settings differ: "
+                f"{self.cfg.OUTPUT_DIR} contains a search with other settings: "
                 f"{'; '.join(differences[:5])}. Choose another OUTPUT_DIR or restore the settings"
             )
 
@@ -240,11 +240,11 @@ class SearchTrainer(ResumableTrainer):
 
 
 class _AlphaHook(HookBase):
-    """Logs where α stands, and checks that all ranks hold the same.
+    """Logs the state of α, and checks that it is equal on all ranks.
 
     Attributes:
-        last_votes: of the last line of the log.
-        tenth_votes: of the moment when the last tenth of the run began; empty before.
+        last_votes: the votes at the last line of the log.
+        tenth_votes: the votes when the last tenth of the search began; empty before.
     """
 
     def __init__(self, log_period: int, check_period: int):
@@ -287,7 +287,7 @@ class _AlphaHook(HookBase):
 
 
 def check_ranks_agree(searched: Dict[str, nn.Module]) -> None:
-    """Raise on all ranks if some rank's α differs from rank 0's in any bit; names the layer."""
+    """Raise on all ranks if any rank's α differs from rank 0's by a bit; names the layers."""
     if comm.get_world_size() == 1:
         return
     flat = torch.cat([conv.alpha.detach().flatten() for conv in searched.values()])
@@ -300,6 +300,6 @@ def check_ranks_agree(searched: Dict[str, nn.Module]) -> None:
     layers = [name for name, count in zip(searched, differs.tolist()) if count]
     if layers:
         raise NATSError(
-            f"α differs between the ranks in {', '.join(layers[:5])}: the run is stopped. Resume "
-            "from the last checkpoint; if it happens again, suspect the hardware"
+            f"α differs between the ranks in {', '.join(layers[:5])}. Resume from the last "
+            "checkpoint; if it happens again, suspect the hardware"
         )
