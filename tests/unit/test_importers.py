@@ -200,7 +200,7 @@ def test_ic_conv_refuses_what_is_malformed(change, message):
         (b"\xff\xfe\x00", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
         (b'{"a": 1, "a": 2}', "a key stands twice"),
-        (b" " * (8 * 2**20 + 1), "at most 8388608 are read"),
+        (b" " * (8 * 2**20 + 1), "more than the 8388608 bytes that are read"),
     ],
 )
 def test_read_json_refuses(tmp_path, data, message):
