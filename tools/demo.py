@@ -78,17 +78,14 @@ def main(args: argparse.Namespace) -> None:
     plain, search, warm = (
         f"{args.output}/seed_0/{n}" for n in ("plain", "search-nats", "nats-warm")
     )
-    run(
-        *("tools/study.py", "--config-file", CONFIG),
-        *("--search-config", "configs/quickstart/bars_search.yaml", "--methods", *METHODS),
-        *("--seeds", "1", "--jobs", str(min(2, os.cpu_count() or 1)), "--output", args.output),
-    )
-    run(
-        *("tools/plot.py", search, "--output", f"{args.output}/pictures", "--images", "2"),
-        *("--threshold", "0.3"),  # the scores of the plain detector are low
-        *("--plain", CONFIG, f"{plain}/model_final.pth"),
-        *("--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"),
-    )
+    study = ["--config-file", CONFIG, "--search-config", "configs/quickstart/bars_search.yaml"]
+    study += ["--methods", *METHODS, "--seeds", "1", "--jobs", str(min(2, os.cpu_count() or 1))]
+    run("tools/study.py", *study, "--output", args.output)
+    pictures = ["--output", f"{args.output}/pictures", "--images", "2"]
+    pictures += ["--threshold", "0.3"]  # the scores of the plain detector are low
+    pictures += ["--plain", CONFIG, f"{plain}/model_final.pth"]
+    pictures += ["--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"]
+    run("tools/plot.py", search, *pictures)
     run("tools/report.py", args.output, "--title", "Bars that lie")
     with open(f"{args.output}/results.json") as file:
         results = json.load(file)

@@ -34,7 +34,7 @@ from detectron2_nats.errors import NATSError, one_line
 from detectron2_nats.export import export_config, frozen_weights, read_search, write_config
 from detectron2_nats.files import write_atomically
 from detectron2_nats.results import comparison, plot
-from detectron2_nats.results.cost import backbone_cost, interleaved_seconds, median_ratio
+from detectron2_nats.results.cost import backbone_cost, interleaved_seconds
 
 EPILOG = """
 methods:
@@ -399,7 +399,9 @@ class Study:
                 "parameters": costs[method].parameters,
                 "flops": costs[method].flops,
                 "milliseconds": 1e3 * statistics.median(seconds[method]),
-                "time_ratio": median_ratio(seconds[method], reference),
+                "time_ratio": statistics.median(
+                    own / plain for own, plain in zip(seconds[method], reference)
+                ),
                 "cpu_seconds": [self._task(folder).cost()["cpu_seconds"] for folder in folders],
                 "architectures": [a.to_config() if a else None for a in architectures],
             }

@@ -17,16 +17,13 @@ def config(tmp_path_factory) -> str:
     cfg = load_config("configs/quickstart/bars_search.yaml")
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
     cfg.DATASETS.TRAIN = cfg.DATASETS.CALIBRATION = ()
-    cfg.merge_from_list(
-        [
-            *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.WIDTH_PER_GROUP", 8),
-            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "SOLVER.IMS_PER_BATCH", 2, "SEED", 3),
-            *("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2, "INPUT.MIN_SIZE_TRAIN", (64,)),
-            *("DATASETS.TRAIN", ("nats_bars_lying_val",), "RUN.LOG_PERIOD", 1),
-            *("DATASETS.CALIBRATION", ("nats_bars_lying_calibration",)),
-            *("SEARCH.RETRAIN_CONFIG", ""),
-        ]
-    )
+    opts = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.WIDTH_PER_GROUP", 8]
+    opts += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "SOLVER.IMS_PER_BATCH", 2, "SEED", 3]
+    opts += ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2, "INPUT.MIN_SIZE_TRAIN", (64,)]
+    opts += ["DATASETS.TRAIN", ("nats_bars_lying_val",), "RUN.LOG_PERIOD", 1]
+    opts += ["DATASETS.CALIBRATION", ("nats_bars_lying_calibration",)]
+    opts += ["SEARCH.RETRAIN_CONFIG", ""]
+    cfg.merge_from_list(opts)
     path = tmp_path_factory.mktemp("config") / "bars.yaml"
     path.write_text(cfg.dump())
     return str(path)

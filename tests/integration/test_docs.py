@@ -83,11 +83,9 @@ RULES = [
 ]
 
 # Appended to what is trained, and to what is run.
-SHORT = [
-    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "1000"),
-    *("DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SEED", "1"),
-    *("MODEL.ROI_HEADS.NUM_CLASSES", "5", "INPUT.MIN_SIZE_TEST", "64"),
-]
+SHORT = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "1000"]
+SHORT += ["DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SEED", "1"]
+SHORT += ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "INPUT.MIN_SIZE_TEST", "64"]
 FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.TEST", "('few',)"]
 SMALL = {
     "tools/plot.py": ["--images", "1", "--field-size", "64"],
@@ -96,10 +94,9 @@ SMALL = {
     "tools/make_val35k.py": ["--force"],
 }
 RES3_WIDE = Architecture({f"res3.{block}.conv2": [[32, 1, 3]] for block in range(4)})
-FULL_WIDTH = [  # so that what is found fits a ResNet-50 of the zoo
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "64"),
-    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "256", "SEARCH.ALPHA_START", "0.0"),
-]
+# So that what is found fits a ResNet-50 of the zoo.
+FULL_WIDTH = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "64"]
+FULL_WIDTH += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "256", "SEARCH.ALPHA_START", "0.0"]
 
 
 class Text(NamedTuple):

@@ -65,25 +65,17 @@ def test_search_export_retrain_evaluate(undisturbed, tiny_config, tmp_path):
         "  FPN: {IN_FEATURES: [res3, res4, res5]}\n"
         "  RETINANET: {NUM_CLASSES: 5, IN_FEATURES: [p3, p4, p5, p6, p7], NUM_CONVS: 1}\n"
     )
-    output = run(
-        "tools/export.py",
-        *(str(undisturbed), "--config-file", str(base), "--output", str(retinanet)),
-    )
+    arguments = [str(undisturbed), "--config-file", str(base), "--output", str(retinanet)]
+    output = run("tools/export.py", *arguments)
     assert f"wrote {retinanet}" in output
     for config in (retrain, retinanet):
         folder = tmp_path / config.stem
-        out = run(
-            "train_net.py",
-            *("--config-file", str(config), "OUTPUT_DIR", str(folder)),
-            *("SOLVER.MAX_ITER", "3", "DATASETS.TEST", "('nats_embedded_val',)"),
-        )
+        arguments = ["--config-file", str(config), "OUTPUT_DIR", str(folder)]
+        arguments += ["DATASETS.TEST", "('nats_embedded_val',)"]
+        out = run("train_net.py", *arguments, "SOLVER.MAX_ITER", "3")
         assert "Evaluation results for nats_embedded_val" in out
-        out = run(
-            "train_net.py",
-            *("--eval-only", "--config-file", str(config), "OUTPUT_DIR", str(folder)),
-            *("MODEL.WEIGHTS", str(folder / "model_final.pth")),
-            *("DATASETS.TEST", "('nats_embedded_val',)"),
-        )
+        arguments += ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
+        out = run("train_net.py", "--eval-only", *arguments)
         assert "Evaluation results for nats_embedded_val" in out
 
 
@@ -91,11 +83,8 @@ def test_frozen_weights_from_the_supernetwork(undisturbed, tmp_path):
     weights, config = tmp_path / "frozen.pth", tmp_path / "frozen.yaml"
     output = run("tools/export.py", str(undisturbed), "--weights", str(weights), status=2)
     assert "fit only an architecture in voted order" in output
-    output = run(
-        "tools/export.py",
-        *(str(undisturbed), "--order", "voted"),
-        *("--weights", str(weights), "--output", str(config)),
-    )
+    arguments = ["--order", "voted", "--weights", str(weights), "--output", str(config)]
+    output = run("tools/export.py", str(undisturbed), *arguments)
     assert f"wrote {weights}" in output and f"wrote {config}" in output
 
     # in another project: the config, the weights and the package are enough
@@ -312,11 +301,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tiny_config, tm
 
 
 def test_errors_are_one_line_with_status_2(tiny_config, tmp_path):
-    output = run(
-        "search_net.py",
-        *("--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path), "MODEL.NATS.SPACE", "Z"),
-        status=2,
-    )
+    arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    output = run("search_net.py", *arguments, "MODEL.NATS.SPACE", "Z", status=2)
     assert output.strip().splitlines()[-1].startswith("error: unknown SPACE 'Z'")
     assert "Traceback" not in output
 

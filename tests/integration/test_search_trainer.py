@@ -270,11 +270,9 @@ def test_weights_are_averaged_over_the_last_iterations_also_after_a_resume(tiny_
 
 # -- the rehearsal of the α step ------------------------------------------------------------------
 
-RETINANET = [
-    *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5),
-    *("MODEL.NATS.BASE_BACKBONE", "build_retinanet_resnet_fpn_backbone"),
-    *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "MODEL.FPN.NORM", ""),
-]
+RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5]
+RETINANET += ["MODEL.NATS.BASE_BACKBONE", "build_retinanet_resnet_fpn_backbone"]
+RETINANET += ["MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "MODEL.FPN.NORM", ""]
 
 
 @pytest.mark.parametrize(

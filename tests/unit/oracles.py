@@ -28,8 +28,12 @@ BACKBONES = {
     "R101": (
         RESNET,
         [
-            *("RESNETS.DEPTH", 101, "RESNETS.OUT_FEATURES", ["res3", "res5"]),
-            *("RESNETS.STRIDE_IN_1X1", False),
+            "RESNETS.DEPTH",
+            101,
+            "RESNETS.OUT_FEATURES",
+            ["res3", "res5"],
+            "RESNETS.STRIDE_IN_1X1",
+            False,
         ],
         "res3 res4 res5",
     ),
@@ -41,8 +45,12 @@ BACKBONES = {
     "ResNeXt": (
         FPN_RESNET,
         [
-            *("RESNETS.NUM_GROUPS", 8, "RESNETS.WIDTH_PER_GROUP", 4),
-            *("RESNETS.STRIDE_IN_1X1", False),
+            "RESNETS.NUM_GROUPS",
+            8,
+            "RESNETS.WIDTH_PER_GROUP",
+            4,
+            "RESNETS.STRIDE_IN_1X1",
+            False,
         ],
         "res3 res4 res5",
     ),
@@ -61,8 +69,10 @@ BACKBONES = {
     "Deformable": (
         RESNET,
         [
-            *("RESNETS.OUT_FEATURES", ["res5"]),
-            *("RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True]),
+            "RESNETS.OUT_FEATURES",
+            ["res5"],
+            "RESNETS.DEFORM_ON_PER_STAGE",
+            [False, False, False, True],
         ],
         "res3 res4",
     ),

@@ -224,7 +224,7 @@ HEAD = "format: detectron2-nats/1\n"
         (HEAD + "layers: " + "[" * 5000 + "\n", "nested more than"),
         (HEAD + "layers: [\n", "not readable as plain YAML"),
         (b"\x80\x02}q\x00.", "not a text file in UTF-8"),
-        (b"#" * (8 * 2**20 + 1), "at most 8388608 are read"),
+        (b"#" * (8 * 2**20 + 1), "more than the 8388608 bytes that are read"),
     ],
 )
 def test_bad_file(tmp_path, content, reason):

@@ -61,28 +61,18 @@ def nats_cfg():
 
 def detector_cfg(meta="GeneralizedRCNN"):
     if meta == "RetinaNet":
-        cfg = tiny_cfg(
-            "build_retinanet_resnet_fpn_backbone",
-            [
-                *("RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
-                *("META_ARCHITECTURE", "RetinaNet", "RETINANET.NUM_CLASSES", 3),
-                *("ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
-            ],
-        )
-    else:
-        cfg = tiny_cfg(
-            FPN_RESNET,
-            [
-                *("ROI_HEADS.NAME", "StandardROIHeads", "ROI_HEADS.NUM_CLASSES", 3),
-                *("ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"]),
-                *("RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"]),
-                *("ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
-                # so few that there are always as many, whatever the features are
-                *("RPN.POST_NMS_TOPK_TEST", 5, "ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
-                *("ROI_BOX_HEAD.NUM_FC", 1, "ROI_BOX_HEAD.FC_DIM", 16),
-            ],
-        )
-    return cfg
+        opts = ["RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]]
+        opts += ["META_ARCHITECTURE", "RetinaNet", "RETINANET.NUM_CLASSES", 3]
+        opts += ["ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]]
+        return tiny_cfg("build_retinanet_resnet_fpn_backbone", opts)
+    opts = ["ROI_HEADS.NAME", "StandardROIHeads", "ROI_HEADS.NUM_CLASSES", 3]
+    opts += ["ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"]]
+    opts += ["RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"]]
+    opts += ["ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]]
+    # so few that there are always as many, whatever the features are
+    opts += ["RPN.POST_NMS_TOPK_TEST", 5, "ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"]
+    opts += ["ROI_BOX_HEAD.NUM_FC", 1, "ROI_BOX_HEAD.FC_DIM", 16]
+    return tiny_cfg(FPN_RESNET, opts)
 
 
 # -- the builder ----------------------------------------------------------------------------
@@ -408,14 +398,11 @@ def test_detectron2s_own_checkpoint_of_a_detector(tmp_path):
 def test_real_checkpoint():
     with open(HALF_R50, "rb") as file:
         arrays = pickle.load(file, encoding="latin1")["model"]
-    cfg = tiny_cfg(
-        model_options=[
-            *("RESNETS.STEM_OUT_CHANNELS", len(arrays["stem.conv1.weight"])),
-            *("RESNETS.RES2_OUT_CHANNELS", len(arrays["res2.0.conv3.weight"])),
-            *("RESNETS.WIDTH_PER_GROUP", len(arrays["res2.0.conv2.weight"])),
-            *("RESNETS.OUT_FEATURES", ["res5"]),
-        ]
-    )
+    opts = ["RESNETS.STEM_OUT_CHANNELS", len(arrays["stem.conv1.weight"])]
+    opts += ["RESNETS.RES2_OUT_CHANNELS", len(arrays["res2.0.conv3.weight"])]
+    opts += ["RESNETS.WIDTH_PER_GROUP", len(arrays["res2.0.conv2.weight"])]
+    opts += ["RESNETS.OUT_FEATURES", ["res5"]]
+    cfg = tiny_cfg(model_options=opts)
     plain = build_backbone(cfg)
     expected = load(plain, HALF_R50)
     assert expected[0] == []

@@ -44,9 +44,8 @@ def rf_next(depth=50):
 def test_ic_conv_by_hand(depth):
     architecture = from_ic_conv(ic_conv(depth), "pattern.json")
     assert len(architecture.layers) == sum(DEPTHS[depth])
-    assert list(architecture.layers)[:4] == [
-        *("res2.0.conv2", "res2.1.conv2", "res2.2.conv2", "res3.0.conv2"),
-    ]
+    first = ["res2.0.conv2", "res2.1.conv2", "res2.2.conv2", "res3.0.conv2"]
+    assert list(architecture.layers)[:4] == first
     # keys hold dilations less one; empty entries vanish
     assert architecture.layers["res2.0.conv2"] == ((32, 1, 1), (15, 1, 4), (17, 4, 3))
     assert architecture.layers[f"res4.{DEPTHS[depth][2] - 1}.conv2"][0] == (128, 1, 1)
@@ -60,14 +59,10 @@ def test_ic_conv_takes_keys_in_the_files_order():
 
 
 def full_width(depth=50, norm="FrozenBN", freeze_at=2):
-    cfg = tiny_cfg(
-        model_options=[
-            *("RESNETS.DEPTH", depth, "RESNETS.NORM", norm, "BACKBONE.FREEZE_AT", freeze_at),
-            *("RESNETS.STEM_OUT_CHANNELS", 64, "RESNETS.RES2_OUT_CHANNELS", 256),
-            *("RESNETS.WIDTH_PER_GROUP", 64, "RESNETS.OUT_FEATURES", ["res2", "res5"]),
-        ]
-    )
-    return build_backbone(cfg)
+    opts = ["RESNETS.DEPTH", depth, "RESNETS.NORM", norm, "BACKBONE.FREEZE_AT", freeze_at]
+    opts += ["RESNETS.STEM_OUT_CHANNELS", 64, "RESNETS.RES2_OUT_CHANNELS", 256]
+    opts += ["RESNETS.WIDTH_PER_GROUP", 64, "RESNETS.OUT_FEATURES", ["res2", "res5"]]
+    return build_backbone(tiny_cfg(model_options=opts))
 
 
 def test_ic_conv_fits_a_resnet50_with_frozen_stages():
@@ -200,7 +195,7 @@ def test_ic_conv_refuses_what_is_malformed(change, message):
         (b"\xff\xfe\x00", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
         (b'{"a": 1, "a": 2}', "duplicate key"),
-        (b" " * (8 * 2**20 + 1), "at most 8388608 are read"),
+        (b" " * (8 * 2**20 + 1), "more than the 8388608 bytes that are read"),
     ],
 )
 def test_read_json_refuses(tmp_path, data, message):

@@ -57,7 +57,6 @@ def test_leaves_the_group_when_done_and_tears_nothing_down():
         (NATSError("bad"), 2),
         (OSError(errno.ENOSPC, "full"), 1),
         (SystemExit(STOPPED_EXIT_CODE), STOPPED_EXIT_CODE),
-        (SystemExit("error: words"), 1),
     ],
 )
 def test_waits_for_no_other_rank_otherwise(group, monkeypatch, capfd, error, status):

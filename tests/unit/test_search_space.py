@@ -49,13 +49,12 @@ def test_unknown_set(space):
         SearchSpace(space)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        *([True, 1], [1, False], [1.0, 1], [1, 2.5], [0, 1], [1, -3], [1, 65], [1, 10**30]),
-        *([1, 10**5000], [1, 1, 1], [1], [], 3, "11", None, {1: 1, 2: 2}, ["1", 1], [[1, 1], 1]),
-    ],
-)
+MALFORMED = [[True, 1], [1, False], [1.0, 1], [1, 2.5], [0, 1], [1, -3], [1, 65], [1, 10**30]]
+MALFORMED += [[1, 10**5000], [1, 1, 1], [1], [], [[1, 1], 1], ["1", 1]]
+MALFORMED += [3, "11", None, {1: 1, 2: 2}]
+
+
+@pytest.mark.parametrize("value", MALFORMED)
 def test_malformed_dilation(value):
     with pytest.raises(NATSError, match="malformed dilation .*from 1 to 64") as caught:
         check_dilation(value)

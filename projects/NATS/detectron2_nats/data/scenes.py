@@ -114,10 +114,9 @@ def _outline(rng, name):
     points = {
         "box": [(0, 0), (1, 0), (1, 1), (0, 1)],
         "triangle": [(0.5, 0), (1, 1), (0, 1)],
-        "cross": [
-            *[(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b)],
-            *[(b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)],
-        ],
+        "cross": list(
+            zip([a, b, b, 1, 1, b, b, a, a, 0, 0, a], [0, 0, a, a, b, b, 1, 1, b, b, a, a])
+        ),
         "hourglass": [(0, 0), (1, 0), (b, 0.5), (1, 1), (0, 1), (a, 0.5)],
     }[name]
     points = np.array(points, dtype=float)

@@ -5,7 +5,6 @@ import atexit
 import errno
 import logging
 import os
-import socket
 import sys
 import traceback
 from datetime import timedelta
@@ -22,6 +21,7 @@ from torch.multiprocessing import (
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine.launch import _find_free_port
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
@@ -101,7 +101,8 @@ def run_script(main: Callable[[argparse.Namespace], object], description: str, e
             _run_under_torchrun(main, args)
         elif args.num_gpus * args.num_machines > 1:
             if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
-                args.dist_url = _free_address()  # two runs on one machine must not meet
+                # two runs on one machine must not meet
+                args.dist_url = f"tcp://127.0.0.1:{_find_free_port()}"
             _launch(main, args)
         else:
             handle_signals("alone")
@@ -186,12 +187,6 @@ def _join_group(device: str, local_rank: int, processes: int, **group) -> None:
     comm.synchronize()  # a rank that is late now must not look like one that hangs later
 
 
-def _free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
-
-
 def _why_no_cuda() -> str:
     try:
         torch.cuda.init()
@@ -218,9 +213,6 @@ def _call(main, args) -> None:
         main(args)
     except SystemExit as stop:
         status = stop.code or 0
-        if not isinstance(status, int):
-            print(status, file=sys.stderr, flush=True)
-            status = 1
     except Exception as error:
         status = _report(error)
     if dist.is_initialized():
@@ -245,21 +237,16 @@ def _report(error: Exception) -> int:
         print(f"error: {error}: make room and go on with --resume", file=sys.stderr, flush=True)
         return 1
     traceback.print_exception(error)
-    if _is_out_of_memory(error):
-        print(f"error: out of memory: {_LESS_MEMORY}", file=sys.stderr, flush=True)
-    return 1
-
-
-_LESS_MEMORY = (
-    "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True or, in a "
-    "search, SEARCH.ALPHA_IMS_PER_BATCH 1 or MODEL.NATS.SHARE_WEIGHTS True, and start anew"
-)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of the GPU's memory, or of this machine's; the types alone do not tell."""
+    # of the GPU's memory, or of this machine's; the types alone do not tell
     words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+        less = (
+            "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True "
+            "or, in a search, SEARCH.ALPHA_IMS_PER_BATCH 1 or MODEL.NATS.SHARE_WEIGHTS True, and "
+            "start anew"
+        )
+        print(f"error: out of memory: {less}", file=sys.stderr, flush=True)
+    return 1
 
 
 def exit_from_group() -> NoReturn:

@@ -123,7 +123,5 @@ def _kill_children() -> None:
 
 def _send_to_children(number: int) -> None:
     for process in multiprocessing.active_children():
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
-        except ProcessLookupError:
-            pass

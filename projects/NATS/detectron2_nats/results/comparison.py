@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from typing import Any, Dict, Mapping, Sequence, Tuple
 
 import numpy as np
@@ -95,7 +96,6 @@ def write_folds(
         test = [i for place, i in enumerate(order) if place % folds == fold]
         rest = [i for place, i in enumerate(order) if place % folds != fold]
         cut = max(1, round(calibration_share * len(rest)))
-        os.makedirs(os.path.join(folder, f"fold_{fold}"), exist_ok=True)
         for name, chosen in {
             "test": test,
             "rest": rest,
@@ -167,14 +167,11 @@ def searched_architecture(folder: str, order: str, margin: float = 0.0) -> Archi
 
 def dilation_shares(architectures: Sequence[Architecture]) -> Dict[Dilation, float]:
     """Share of all channels that have each dilation, most frequent first."""
-    counts: Dict[Dilation, int] = {}
+    counts: Counter = Counter()
     for architecture in architectures:
-        for runs in architecture.layers.values():
-            for channels, *dilation in runs:
-                counts[tuple(dilation)] = counts.get(tuple(dilation), 0) + channels
-    total = sum(counts.values())
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return {dilation: count / total for dilation, count in ordered}
+        for name in architecture.layers:
+            counts.update(architecture.channels_per_dilation(name))
+    return {dilation: n / counts.total() for dilation, n in counts.most_common()}
 
 
 def _per_channel(runs) -> np.ndarray:
@@ -206,7 +203,7 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Tuple[
     values = np.asarray(differences, dtype=float)
     if len(values) < 2:
         return float(values.mean()), math.inf
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
     return float(values.mean()), float(half)
 
 

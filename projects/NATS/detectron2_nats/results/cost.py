@@ -1,6 +1,5 @@
 """What a network costs: parameters, FLOPs, activations, time."""
 
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from typing import Callable, List, Optional, Sequence
@@ -100,8 +99,3 @@ def _seconds_on_cuda(function: Callable[[], object]) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def median_ratio(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Median over the rounds of value / reference."""
-    return statistics.median(a / b for a, b in zip(values, reference))
