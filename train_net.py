@@ -1,28 +1,7 @@
 #!/usr/bin/env python
 """Train or evaluate a detector: a plain one, or one with a searched backbone."""
 
-from detectron2_nats.engine.launch import run_script, setup, train_or_evaluate
-from detectron2_nats.engine.resumable import ResumableTrainer
-
-EPILOG = """
-examples:
-  retrain what a search found:
-    $ python train_net.py --num-gpus 8 --config-file output/search/retrain.yaml
-  the plain detector beside it:
-    $ python train_net.py --num-gpus 8 --config-file configs/retrain/faster_rcnn_R_50_FPN.yaml
-  go on after a kill; evaluate only:
-    $ python train_net.py --config-file ... --resume
-    $ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
-
-Any Detectron2 config works, and the name of a zoo config too. With MODEL.DEVICE cpu, --num-gpus 2
-runs two processes on the CPU.
-exit status: 0 done, 2 bad input, 75 stopped on request (go on with --resume), 1 failed.
-"""
-
-
-def main(args):
-    return train_or_evaluate(ResumableTrainer, setup(args), args)
-
+from detectron2_nats.commands.train import run
 
 if __name__ == "__main__":
-    run_script(main, __doc__, EPILOG)
+    run("python train_net.py")

@@ -1,77 +1,7 @@
 #!/usr/bin/env python
 """Make an architecture file of IC-Conv's pattern or RF-Next's structure (JSON)."""
 
-import argparse
-import os
-
-from detectron2_nats.command import run_tool, tool_parser
-from detectron2_nats.errors import NATSError
-from detectron2_nats.importers import from_ic_conv, from_rf_next, read_json
-
-EPILOG = """
-examples:
-  IC-Conv's pattern for a ResNet-50:
-    $ python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml
-  without res2, which FREEZE_AT 2 would leave as it is:
-    $ python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml \\
-        --stages res3 res4 res5
-  for a network of half the width, each dilation keeping its share:
-    $ python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml --width 32
-  what RF-Next found on mmdet's ResNet:
-    $ python tools/import_architecture.py local_search_config_step11.json --output rf_next.yaml
-then:
-    $ python tools/export.py ic_conv.yaml --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml
-"""
-
-
-def main(args: argparse.Namespace) -> None:
-    content, name = read_json(args.source), os.path.basename(args.source)
-    left_out = []
-    try:
-        if isinstance(content, list):  # the two formats differ in this
-            architecture = from_ic_conv(content, name, args.width)
-        else:
-            architecture, left_out = from_rf_next(content, name, args.width)
-    except NATSError as error:
-        raise NATSError(f"{args.source}: {error}") from None
-    if args.stages:
-        missing = sorted(set(args.stages) - set(architecture.stages))
-        if missing:
-            raise NATSError(
-                f"{args.source}: no {', '.join(missing)}: it touches "
-                f"{', '.join(architecture.stages)}"
-            )
-        architecture = architecture.restrict(args.stages)
-    try:
-        architecture.save(args.output)
-    except OSError as error:
-        raise NATSError(f"{args.output}: cannot be written: {error.strerror or error}") from None
-    if left_out:
-        print(f"left out, not of the residual stages: {', '.join(left_out)}")
-    print(f"wrote {args.output}")
-
-
-def _width(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 4096")
-    return int(text)
-
+from detectron2_nats.commands.import_architecture import run
 
 if __name__ == "__main__":
-    parser = tool_parser(__doc__, EPILOG)
-    parser.add_argument("source", help="IC-Conv's or RF-Next's JSON file")
-    parser.add_argument("--output", required=True, help="architecture file to write")
-    parser.add_argument(
-        "--stages",
-        nargs="+",
-        choices=["res2", "res3", "res4", "res5"],
-        help="keep these only (default: all that the file has)",
-    )
-    parser.add_argument(
-        "--width",
-        type=_width,
-        default=64,
-        help="channels of res2's 3x3 convs, twice as many in each further stage (%(default)s; "
-        "ResNeXt-101-32x4d: 128): RF-Next's files hold none, IC-Conv's are scaled to it",
-    )
-    run_tool(main, parser.parse_args())
+    run("python tools/import_architecture.py")

@@ -1,0 +1,77 @@
+"""Make an architecture file of IC-Conv's pattern or RF-Next's structure (JSON)."""
+
+import argparse
+import os
+from typing import Optional
+
+from ..command import run_tool, tool_parser
+from ..errors import NATSError
+from ..importers import from_ic_conv, from_rf_next, read_json
+
+EPILOG = """
+examples:
+  IC-Conv's pattern for a ResNet-50:
+    $ %(prog)s ic_resnet50_k9.json --output ic_conv.yaml
+  without res2, which FREEZE_AT 2 would leave as it is:
+    $ %(prog)s ic_resnet50_k9.json --output ic_conv.yaml \\
+        --stages res3 res4 res5
+  for a network of half the width, each dilation keeping its share:
+    $ %(prog)s ic_resnet50_k9.json --output ic_conv.yaml --width 32
+  what RF-Next found on mmdet's ResNet:
+    $ %(prog)s local_search_config_step11.json --output rf_next.yaml
+tools/export.py (nats-export) then makes a detector's config of it.
+"""
+
+
+def main(args: argparse.Namespace) -> None:
+    content, name = read_json(args.source), os.path.basename(args.source)
+    left_out = []
+    try:
+        if isinstance(content, list):  # the two formats differ in this
+            architecture = from_ic_conv(content, name, args.width)
+        else:
+            architecture, left_out = from_rf_next(content, name, args.width)
+    except NATSError as error:
+        raise NATSError(f"{args.source}: {error}") from None
+    if args.stages:
+        missing = sorted(set(args.stages) - set(architecture.stages))
+        if missing:
+            raise NATSError(
+                f"{args.source}: no {', '.join(missing)}: it touches "
+                f"{', '.join(architecture.stages)}"
+            )
+        architecture = architecture.restrict(args.stages)
+    try:
+        architecture.save(args.output)
+    except OSError as error:
+        raise NATSError(f"{args.output}: cannot be written: {error.strerror or error}") from None
+    if left_out:
+        print(f"left out, not of the residual stages: {', '.join(left_out)}")
+    print(f"wrote {args.output}")
+
+
+def _width(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 4096")
+    return int(text)
+
+
+def run(prog: Optional[str] = None) -> None:
+    """The command; `prog` is its name in the help."""
+    parser = tool_parser(__doc__, EPILOG, prog)
+    parser.add_argument("source", help="IC-Conv's or RF-Next's JSON file")
+    parser.add_argument("--output", required=True, help="architecture file to write")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=["res2", "res3", "res4", "res5"],
+        help="keep these only (default: all that the file has)",
+    )
+    parser.add_argument(
+        "--width",
+        type=_width,
+        default=64,
+        help="channels of res2's 3x3 convs, twice as many in each further stage (%(default)s; "
+        "ResNeXt-101-32x4d: 128): RF-Next's files hold none, IC-Conv's are scaled to it",
+    )
+    run_tool(main, parser.parse_args())
