@@ -27,7 +27,7 @@ faults: setup  ## break small runs in many ways and print what they survived (an
 bench: setup  ## time plain, frozen and super-networks on the CPU, into output/benchmark.md (hours)
 	@$(PYTHON) -W ignore tools/benchmark.py --output output/benchmark.md
 
-bench-smoke: setup  ## a small part of it, ratios only (two minutes)
+bench-smoke: setup  ## a small part of it (two minutes)
 	@$(PYTHON) -W ignore tools/benchmark.py --smoke
 
 gpu: setup  ## tests and benchmark on a GPU, into output/gpu.md; without one it says what it skips

@@ -88,11 +88,13 @@ def main(args: argparse.Namespace) -> None:
         *("--plain", CONFIG, f"{plain}/model_final.pth"),
         *("--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"),
     )
+    run("tools/report.py", args.output, "--title", "Bars that lie")
     with open(f"{args.output}/results.json") as file:
         results = json.load(file)
     print(f"\n{table(results)}\n\nParameters, FLOPs and time are the backbone's.")
     print(f"\n{sentence(results)}\n\n{time.perf_counter() - start:.0f} s in all")
     print(f"wrote {search}/architecture.yaml, {search}/retrain.yaml")
+    print(f"the page to look at, and to send to others: {args.output}/report.html")
 
 
 if __name__ == "__main__":

@@ -52,12 +52,14 @@ SUBSTITUTIONS = [
     (r"--num-gpus 8 (--config-file output/)", r"\1"),
     (r"'\$SLURM_NODEID'", "0"),
     (r"output/demo/seed_0/", "output/bars/"),
+    (r"(tools/report\.py) output/demo", r"\1 output/bars/search-nats"),
     (r"output/improved/retrain.yaml", "output/search/retrain.yaml"),
     (
         r"(tools/study\.py) \.\.\.",
         r"\1 --config-file configs/quickstart/base.yaml "
         "--search-config configs/quickstart/search.yaml",
     ),
+    (r"mine\.yaml", "architecture.yaml"),
     (r"DETECTRON2_DATASETS=/data", "DETECTRON2_DATASETS=datasets"),
 ]
 
@@ -76,7 +78,7 @@ RULES = [
     (r"^python tests/faults/run_faults\.py", "parsed"),
     (r"^python (search_net|train_net)\.py", "trained"),
     (r"^(DETECTRON2_DATASETS=\S+ )?python tools/make_val35k\.py", "run"),
-    (r"^python tools/(analyze|export|import_architecture|plot)\.py", "run"),
+    (r"^python tools/(analyze|export|import_architecture|plot|report|score)\.py", "run"),
     (r"^python examples/\w+\.py", "run"),
 ]
 
@@ -92,6 +94,7 @@ SMALL = {
     "examples/torchvision_search.py": ["--iterations", "3", "--size", "64", "--images", "2"],
     "tools/plot.py": ["--images", "1", "--field-size", "64"],
     "tools/analyze.py": ["--size", "64", "96"],
+    "tools/score.py": ["--images", "2", "--random", "2"],
     "tools/make_val35k.py": ["--force"],
 }
 RES3_WIDE = Architecture({f"res3.{block}.conv2": [[32, 1, 3]] for block in range(4)})

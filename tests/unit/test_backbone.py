@@ -184,7 +184,7 @@ def test_base_backbone_without_residual_stages():
         (["RESNETS.OUT_FEATURES", ["res4"]], {}, "stage res5 is missing: .*MODEL.NATS.STAGES"),
         (["RESNETS.NUM_GROUPS", 8], {}, "NUM_GROUPS 16 cuts the conv groups of res3.0.conv2"),
         ([], dict(STAGES=["res3", "res7"]), r"STAGES \['res3', 'res7'\]: expected one or more"),
-        ([], dict(ARCHITECTURE=[["res3.0.conv2", [[32, 1, 1]]]]), "unnamed, res3.1.conv2"),
+        ([], dict(ARCHITECTURE=[["res3.0.conv2", [[32, 1, 1]]]]), "does not name res3.1.conv2"),
         ([], dict(ARCHITECTURE=[["res3.0.conv2"]]), r"must be a list of \[layer name, runs\]"),
     ],
 )

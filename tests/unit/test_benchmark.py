@@ -1,89 +1,137 @@
-"""tools/benchmark.py: the other forms of the search conv, the counter of kept bytes, the tables."""
+"""tools/benchmark.py: each part on a tiny network, the counter of kept bytes, the tables."""
 
 import importlib.util
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from runs import run
+from runs import TINY, run
 from torch import nn
 
-from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d
+from detectron2_nats.config import load_config
 from detectron2_nats.results.cost import interleaved_seconds
-from detectron2_nats.search_space import PAPER_SETS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 _spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
 benchmark = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(benchmark)
 
-
-def mixed_conv(stage, groups=1, stride=1):
-    """A double conv with replicas and α that all differ."""
-    torch.manual_seed(3)
-    conv = nn.Conv2d(8, 16, 3, stride=stride, padding=1, groups=groups, bias=False).double()
-    mixed = MixedDilationConv2d(conv, genotypes=PAPER_SETS["C"][stage], num_groups=4)
-    for parameter in mixed.parameters():
-        nn.init.normal_(parameter)
-    return mixed
+FROZEN = ["frozen, paper order", "frozen, voted order"]
 
 
-def value_and_gradients(conv, x):
-    """Output, and a random projection's gradients to the input, α and all weights (G, …)."""
-    x = x.clone().requires_grad_(True)
-    y = conv(x)
-    generator = torch.Generator().manual_seed(5)
-    projection = torch.randn(y.shape, generator=generator, dtype=y.dtype)
-    parameters = dict(conv.named_parameters())
-    found = torch.autograd.grad((y * projection).sum(), [x, *parameters.values()])
-    gradients = dict(zip(["x", *parameters], found))
-    alpha, x_gradient = gradients.pop("alpha"), gradients.pop("x")
-    weights = [g if g.dim() == 5 else g[None] for g in gradients.values()]
-    return y, x_gradient, alpha, torch.cat(weights)
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The networks are tiny ones, and R50's name stands for them."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"VERSION: 2\n{TINY}")
+
+    def load(args, kind, name, dtype="float32"):
+        backbone = {"search": "build_nats_backbone", "retrain": "build_resnet_fpn_backbone"}[kind]
+        amp = ["SOLVER.AMP.ENABLED", dtype != "float32", "SOLVER.AMP.PRECISION", "bfloat16"]
+        return load_config(str(path), ["MODEL.BACKBONE.NAME", backbone, *amp])
+
+    monkeypatch.setattr(benchmark, "load", load)
 
 
-@pytest.mark.parametrize("form", [benchmark.TextbookMixture, benchmark.MergedKernel])
-@pytest.mark.parametrize("stage, groups, stride", [("res3", 1, 1), ("res5", 1, 2), ("res5", 4, 1)])
-def test_rivals_equal_ours(form, stage, groups, stride):
-    ours = mixed_conv(stage, groups, stride)
-    x = torch.randn(2, 8, 13, 12, dtype=torch.float64)
-    expected, actual = value_and_gradients(ours, x), value_and_gradients(form(ours), x)
-    for a, b in zip(actual, expected):
-        torch.testing.assert_close(a, b)
+def rows_of(table: str):
+    """First cells of a Markdown table's rows."""
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    return rows[2:]
 
 
-def test_a_conv_each_equals_the_frozen_conv():
-    conv = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
-    frozen = GroupedDilationConv2d(conv, [(9, 1, 1), (1, 2, 4), (6, 3, 1)])
-    each = benchmark.ConvEach(frozen)
-    x = torch.randn(2, 8, 13, 12)
-    torch.testing.assert_close(each(x), frozen(x))
-    assert sum(p.numel() for p in each.parameters()) == conv.weight.numel()
+def arguments(*more: str):
+    return benchmark.parse(["--size", "64", "96", "--rounds", "1", "--batch", "2", *more])
 
 
-def test_merged_kernel_is_as_large_as_its_largest_dilation():
-    assert benchmark.MergedKernel(mixed_conv("res3")).padding == (3, 3)
-    assert benchmark.MergedKernel(mixed_conv("res5")).padding == (5, 5)
+@pytest.mark.parametrize("more", [(), ("--channels-last",)])
+def test_inference(tiny, more):
+    table = benchmark.run_inference(arguments(*more), "R50", "bfloat16")
+    plain = ["plain", *FROZEN]
+    assert rows_of(table) == [*plain, "super-network", *[f"{row}, fused" for row in plain]]
+    assert table.splitlines()[0].split("|")[2].strip() == "backbone, ms"
+    assert table.splitlines()[0].split("|")[4].strip() == "detector, ms"
 
 
-def test_rf_next_mixes_three_dilations():
-    pytest.importorskip("mmcv.cnn.rfsearch")
-    conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
-    op = benchmark.rf_next_conv(conv)
-    assert op.dilation_rates == [(1, 1), (2, 2), (3, 3)]
-    x = torch.randn(1, 4, 9, 9)
-    each = [nn.functional.conv2d(x, conv.weight, None, 1, d, d) for d in (1, 2, 3)]
-    torch.testing.assert_close(op(x), sum(each) / 3)
-    assert conv.dilation == (1, 1)
+@pytest.mark.parametrize("dtype, more", [("float32", ()), ("bfloat16", ("--channels-last",))])
+def test_train(tiny, dtype, more):
+    table = benchmark.run_train(arguments(*more), "R50", dtype)
+    search = ["plain, search config", "weight step", "α step", "weight + α step"]
+    assert rows_of(table) == ["plain", *FROZEN, *search]
+    smoke = benchmark.run_train(arguments("--smoke", *more), "R50", dtype)
+    assert rows_of(smoke) == search
 
 
-def test_days_of_the_papers_search():
-    """A day of weight steps at 25 epochs of 82,783 images, half a day of α steps at 15."""
-    images = 82_783
-    day = benchmark.search_days(86400 / (25 * images), 0)
-    assert day == pytest.approx(1)
-    assert benchmark.search_days(0, 43200 / (15 * images)) == pytest.approx(0.5)
+def test_convs(tiny):
+    table = benchmark.run_convs(arguments(), "R50", "float32")
+    variants = ["plain", *FROZEN, "weight step", "α step"]
+    assert rows_of(table) == [f"{s} {v}" for s in ("res3", "res4", "res5") for v in variants]
+
+
+def test_each_conv_trains_what_its_step_does(tiny):
+    convs = benchmark.convs_of(arguments(), "R50", "res4")
+    trained = {
+        variant: [name for name, p in conv.named_parameters() if p.requires_grad]
+        for variant, conv in convs.items()
+    }
+    assert trained["plain"] == trained["frozen, paper order"] == ["weight"]
+    assert sorted(trained["weight step"]) == ["replicas", "weight"]
+    assert trained["α step"] == ["alpha"]
+
+
+def test_memory(tiny):
+    """What a training keeps grows with its images; of two steps the larger counts."""
+    args = arguments()
+    variants = ("plain", "weight step", "α step", "weight + α step")
+    kept, peaks = zip(*(benchmark.memory_of(args, "R50", "float32", v) for v in variants))
+    assert kept[3] == pytest.approx(max(kept[1:3]), rel=0.05)
+    assert all(peak > saved > 0 for peak, saved in zip(peaks, kept))
+    args.batch = 4
+    assert benchmark.memory_of(args, "R50", "float32", variants[0])[0] > 1.5 * kept[0]
+
+
+def test_memory_table(tiny, monkeypatch):
+    def memory_of(args, name, dtype, variant):
+        return (3 if variant == "α step" else 2) * 2**20, 2**30
+
+    monkeypatch.setattr(benchmark, "memory_of", memory_of)
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
+    table = benchmark.run_memory(arguments("--smoke"), "R50", "float32")
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
+    assert cells[0] == ["", "kept for backward, MiB", "ratio", "peak, MiB", "ratio"]
+    assert cells[2] == ["plain, search config", "2", "", "1,024", ""]
+    assert cells[4] == ["α step", "3", "1.50", "1,024", "1.00"]
+
+
+def test_steps_change_no_weight(tiny):
+    for variant in ("plain", "weight + α step"):
+        steps = benchmark.training_steps(arguments(), "R50", "float32", variant)
+        model = steps[0].__self__.model
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for step in steps * 2:
+            benchmark.take(step)
+        assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_numbers_that_are_not_finite_are_not_timed(tiny):
+    (step,) = benchmark.training_steps(arguments(), "R50", "float32", "plain")
+    next(step.__self__.model.backbone.parameters()).data.fill_(float("nan"))
+    with pytest.raises(benchmark.NATSError, match="not finite"):
+        benchmark.take(step)
+
+
+def test_channels_last_is_a_layout_only():
+    args, conv = benchmark.parse(["--channels-last"]), nn.Conv2d(4, 6, 3)
+    before = conv.weight.detach().clone()
+    conv.replicas = nn.Parameter(torch.stack([before, before]))
+    benchmark.prepared(args, conv)
+    for weight in (conv.weight, *conv.replicas):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous() and torch.equal(weight, before)
+    benchmark.prepared(benchmark.parse([]), plain := nn.Conv2d(4, 6, 3))
+    assert plain.weight.is_contiguous()
 
 
 class _Steps(nn.Module):
@@ -114,15 +162,15 @@ def test_saved_bytes():
         assert benchmark.saved_bytes(lambda: model(x), model) == 0
 
 
-def test_short_functions_are_repeated():
+def test_variants_are_measured_in_turn():
     calls = []
     args = benchmark.parse(["--rounds", "2"])
-    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    seconds = benchmark.measure(args, functions)
-    assert "".join(calls) == "ab" * 3 and {k: len(v) for k, v in seconds.items()} == dict(a=2, b=2)
+    values = benchmark.measure(args, calls.append, {"first": "a", "second": "b"})
+    assert "".join(calls) == "ab" * 3
+    assert {k: len(v) for k, v in values.items()} == dict(first=2, second=2)
     calls.clear()
-    benchmark.measure(args, functions, least=1e-3)
-    assert calls.count("b") > 3 and (calls.count("a") - 2) == calls.count("b")
+    benchmark.measure(args, calls.append, {"first": "a", "second": "b"}, repeats=3)
+    assert "".join(calls) == "aaabbb" * 3
 
 
 def test_interleaved_on_the_cpu_by_name():
@@ -130,17 +178,14 @@ def test_interleaved_on_the_cpu_by_name():
 
 
 def test_table():
-    args = benchmark.parse(["--batch", "4"])
-    seconds = {"plain": [1.0, 2.0, 4.0], "other": [2.0, 3.0, 4.0]}
-    reference = {"plain": "plain", "other": "plain", "absent": "plain"}
-    table = benchmark.timing_table(args, {"step": seconds}, reference, images=True).splitlines()
+    reference = {"plain": "plain", "other": "plain"}
+    step = {"plain": [1000.0, 2000.0, 4000.0], "other": [2000.0, 3000.0, 4000.0]}
+    peak = {"plain": [1.0], "other": [1.25]}
+    table = benchmark.table({"step, ms": step, "peak, MiB": peak}, reference).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert cells[0] == ["", "step, ms", "images/s", "step, ratio"]
-    assert cells[2] == ["plain", "2,000", "2", ""]
-    assert cells[3] == ["other", "3,000", "1.33", "1.50 (1.00..2.00)"]
-    assert cells[4] == ["absent", "", "", ""]
-    args.smoke = True
-    assert "ms" not in benchmark.timing_table(args, {"step": seconds}, reference)
+    assert cells[0] == ["", "step, ms", "ratio", "peak, MiB", "ratio"]
+    assert cells[2] == ["plain", "2,000", "", "1", ""]
+    assert cells[3] == ["other", "3,000", "1.50 (1.00..2.00)", "1.25", "1.25"]
 
 
 def test_architectures_share_their_votes():
@@ -151,9 +196,13 @@ def test_architectures_share_their_votes():
         assert paper.channels_per_dilation(layer) == voted.channels_per_dilation(layer)
 
 
+def test_sizes_are_whole_strides():
+    assert benchmark.parse(["--size", "800", "1200"]).size == [800, 1216]
+
+
 def test_help_and_errors(tmp_path):
     output = run("tools/benchmark.py", "--help")
-    assert "examples:" in output and "--measure-memory" not in output
+    assert "examples:" in output
     small = ("--networks", "R50", "--size", "64", "64", "--rounds", "1")
     output = run("tools/benchmark.py", "--ic-conv", str(tmp_path / "no.json"), *small, status=2)
     assert re.search(r"^error: .*no\.json", output, re.M) and "Traceback" not in output
@@ -166,41 +215,7 @@ def test_end_to_end(tmp_path):
         *("--rounds", "1", "--output", str(path)),
     )
     text = path.read_text()
-    assert text.strip() in output
-    head, *table = text.strip().splitlines()
-    assert "PyTorch" in head and "--what convs" in head
-    rows = [line.split("|")[1].strip() for line in table if line.startswith("| res")]
-    variants = ("plain", "frozen, paper order", "frozen, voted order")
-    assert rows == [f"{stage} {v}" for stage in ("res3", "res4", "res5") for v in variants]
-
-
-def test_all_reduced_bytes():
-    dist = torch.distributed
-
-    def step():
-        dist.all_reduce(torch.zeros(3))
-        dist.all_reduce(torch.zeros(4))
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = benchmark.DistributedDataParallel(nn.Linear(5, 2))
-        wrapped.register_comm_hook(None, benchmark.allreduce_hook)
-        backward = lambda: wrapped(torch.ones(1, 5)).sum().backward()  # noqa: E731
-        assert benchmark.all_reduced_bytes(backward) == (5 * 2 + 2) * 4
-        plain = dist.all_reduce
-        assert benchmark.all_reduced_bytes(step) == 7 * 4 and dist.all_reduce is plain
-    finally:
-        dist.destroy_process_group()
-
-
-def test_ranks_table(monkeypatch):
-    def on_ranks(args, name, dtype, world):
-        seconds = {variant: [2.0, 2.0 * world, 9.0] for variant in benchmark.SEARCH_VARIANTS[:3]}
-        return {"seconds": seconds, "bytes": dict.fromkeys(seconds, 3 * 2**20)}
-
-    monkeypatch.setattr(benchmark, "_on_ranks", on_ranks)
-    report = benchmark.Report("")
-    benchmark.run_ranks(benchmark.parse(["--batch", "4"]), report, "R50", "float32")
-    row = next(line for line in report.text.splitlines() if line.startswith("| weight step"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["weight step", "2", "2", "50%", "3"]
+    assert set(text.splitlines()) < set(output.splitlines())  # warnings stand between them
+    assert output.endswith(f"wrote {path}\n")
+    assert "PyTorch" in text.splitlines()[0] and "--what convs" in text.splitlines()[0]
+    assert re.findall(r"^## (.*)", text, re.M) == ["convs: R50, float32, 1 x 64 x 64"]

@@ -312,10 +312,10 @@ def test_all_plain_is_bit_identical(kwargs, processor):
 @pytest.mark.parametrize(
     "runs, groups, message",
     [
-        ([(8, 1, 1), (4, 3, 3)], 1, "runs of 12 channels do not fit 16 channels"),
-        ([(32, 1, 1)], 1, "runs of 32 channels do not fit 16 channels"),
-        ([(6, 1, 1), (10, 3, 3)], 4, "runs .* cut conv groups of 4 channels"),
-        ([(2, 1, 1), (12, 3, 3), (2, 1, 1)], 4, "runs .* cut conv groups of 4 channels"),
+        ([(8, 1, 1), (4, 3, 3)], 1, "segments of 12 channels do not fit 16 channels"),
+        ([(32, 1, 1)], 1, "segments of 32 channels do not fit 16 channels"),
+        ([(6, 1, 1), (10, 3, 3)], 4, "segments .* cut conv groups of 4 channels"),
+        ([(2, 1, 1), (12, 3, 3), (2, 1, 1)], 4, "segments .* cut conv groups of 4 channels"),
     ],
 )
 def test_runs_that_do_not_fit(runs, groups, message):

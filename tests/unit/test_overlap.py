@@ -11,6 +11,12 @@ from detectron2_nats.data import overlap
 from detectron2_nats.data.overlap import check_disjoint, shared_images, warn_of_test_images
 
 
+@pytest.fixture
+def messages(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+    return caplog
+
+
 def write(folder, **contents):
     """Files of a folder by name, made of what is given."""
     folder.mkdir(exist_ok=True)
@@ -25,8 +31,29 @@ def test_by_path_also_through_links(tmp_path):
     check_disjoint(train, other)
     link = tmp_path / "link.png"  # the same image under another name
     link.symlink_to(tmp_path / "3.png")
-    with pytest.raises(NATSError, match=rf"CALIBRATION share 2 images, such as {link} \(.*3.png\)"):
+    with pytest.raises(NATSError) as caught:
         check_disjoint(train, [*other, str(link), train[1]])
+    assert str(caught.value) == (
+        f"DATASETS.TRAIN and DATASETS.CALIBRATION share 2 images: {link} ({train[3]}), {train[1]}. "
+        "α must be trained on images that the weights are not trained on. Leave them out of one of "
+        "the two"
+    )
+
+
+def test_of_many_shared_images_ten_stand_in_the_error_and_all_in_the_log(tmp_path, messages):
+    copies = {f"image{i:02d}": bytes([i]) for i in range(11)}
+    train, other = write(tmp_path / "a", **copies), write(tmp_path / "b", **copies)
+    with pytest.raises(NATSError, match="share 10 images: .*. α .* one of the two$"):
+        check_disjoint(train[1:], other)
+    assert not messages.records
+    with pytest.raises(
+        NATSError, match="share 11 images: .*, …. α .*; the log names all$"
+    ) as caught:
+        check_disjoint(train, other)
+    assert "\n" not in str(caught.value) and str(caught.value).count(" (") == 10
+    (record,) = messages.records
+    pairs = [f"{copy} ({image})" for copy, image in zip(other, train)]
+    assert sorted(record.getMessage().splitlines()[1:]) == pairs
 
 
 @pytest.mark.parametrize("few", [0, 5000])
@@ -44,8 +71,8 @@ def test_by_cocos_number(few, monkeypatch):
     with pytest.raises(NATSError) as caught:
         check_disjoint(train2017, val2014)
     assert str(caught.value) == (
-        "DATASETS.TRAIN and DATASETS.CALIBRATION share 1 images, such as "
-        f"{val2014[0]} ({train2017[2]}): α must be trained on images that the weights are not "
+        "DATASETS.TRAIN and DATASETS.CALIBRATION share 1 images: "
+        f"{val2014[0]} ({train2017[2]}). α must be trained on images that the weights are not "
         "trained on. coco_2017_train, which the zoo's configs train on, contains "
         "coco_2014_valminusminival: set DATASETS.TRAIN \"('coco_2014_train',)\""
     )
@@ -98,17 +125,16 @@ def test_only_the_first_rank_looks(monkeypatch):
     warn_of_test_images(["nowhere"], ["a.jpg"], "DATASETS.TRAIN")
 
 
-def test_test_images_among_the_others_are_warned_of(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+def test_test_images_among_the_others_are_warned_of(tmp_path, messages):
     train = write(tmp_path / "a", one=b"111", two=b"222")
     test = write(tmp_path / "b", two=b"222", three=b"333")
     DatasetCatalog.register("nats_test_overlap", lambda: [{"file_name": file} for file in test])
     try:
         warn_of_test_images(["nats_test_overlap"], train[:1], "DATASETS.TRAIN")
-        assert not caplog.records
+        assert not messages.records
         warn_of_test_images(["nats_test_overlap"], train, "DATASETS.TRAIN")
     finally:
         DatasetCatalog.remove("nats_test_overlap")
-    (record,) = caplog.records
-    expected = f"DATASETS.TEST and DATASETS.TRAIN share 1 images, such as {test[0]} ({train[1]}): "
+    (record,) = messages.records
+    expected = f"DATASETS.TEST and DATASETS.TRAIN share 1 images: {test[0]} ({train[1]}). "
     assert record.getMessage().startswith(expected)

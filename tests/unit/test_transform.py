@@ -475,11 +475,11 @@ def test_architecture_of_another_backbone():
         (changed({"res4.0.conv1": [[64, 1, 1]]}), "the backbone lacks res4.0.conv1. It must"),
         (
             changed(remove=["res3.1.conv2", "res5.2.conv2"]),
-            "the backbone has, unnamed, res3.1.conv2, res5.2.conv2. It must name every 3x3 conv",
+            "the architecture does not name res3.1.conv2, res5.2.conv2. It must name every 3x3 conv",
         ),
         (
             changed({"res2.0.conv2": [[16, 1, 1]]}, remove=["res5.0.conv2"]),
-            "the backbone has, unnamed, res2.1.conv2, res2.2.conv2, res5.0.conv2. It must",
+            "the architecture does not name res2.1.conv2, res2.2.conv2, res5.0.conv2. It must",
         ),
         (
             Architecture({f"res4.{i}.conv2": [[64, 1, 1]] for i in range(23)}),
@@ -487,7 +487,7 @@ def test_architecture_of_another_backbone():
         ),
         (
             changed({"res5.2.conv2": [[64, 1, 1], [32, 3, 3]]}),
-            "does not fit res5.2.conv2: runs of 96 channels do not fit 128 channels",
+            "does not fit res5.2.conv2: segments of 96 channels do not fit 128 channels",
         ),
     ):
         fails_untouched(lambda b: apply_architecture(b, architecture), plain, message)
@@ -497,7 +497,7 @@ def test_architecture_that_cuts_a_conv_group():
     plain = build_plain("ResNeXt")
     layers = dict(random_architecture("ResNeXt", plain).layers)
     layers["res5.2.conv2"] = [[2, 1, 1], [254, 3, 3]]
-    message = "does not fit res5.2.conv2: runs .* cut conv groups of 32 channels"
+    message = "does not fit res5.2.conv2: segments .* cut conv groups of 32 channels"
     fails_untouched(lambda b: apply_architecture(b, Architecture(layers)), plain, message)
 
 

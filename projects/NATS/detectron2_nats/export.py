@@ -19,6 +19,7 @@ __all__ = [
     "frozen_weights",
     "load_detector_config",
     "read_search",
+    "settings_of",
     "write_config",
 ]
 
@@ -67,7 +68,7 @@ def export_config(base: CfgNode, architecture: Architecture) -> CfgNode:
 
 def write_config(cfg: CfgNode, path: str) -> None:
     """Write what differs from the defaults; loads after ``get_cfg(); add_nats_config(cfg)``."""
-    difference = _difference(cfg, load_config(""))
+    difference = settings_of(cfg)
     nats = difference.get("MODEL", {}).get("NATS", {})
     if "ARCHITECTURE" in nats:  # one line per layer: it is meant to be read
         nats["ARCHITECTURE"] = [OneLine(layer) for layer in nats["ARCHITECTURE"]]
@@ -76,6 +77,11 @@ def write_config(cfg: CfgNode, path: str) -> None:
         "# cfg = get_cfg(); detectron2_nats.add_nats_config(cfg)\n"
     )
     write_yaml(path, {"VERSION": 2, **difference}, comment)
+
+
+def settings_of(cfg: CfgNode) -> Dict[str, Any]:
+    """What differs from the defaults, as nested plain values."""
+    return _difference(cfg, load_config(""))
 
 
 def _difference(cfg: CfgNode, default: Mapping[str, Any]) -> Dict[str, Any]:

@@ -218,10 +218,10 @@ class GroupedDilationConv2d(_DilationConv2d):
         self.runs = [tuple(run) for run in runs]
         total = sum(channels for channels, _, _ in self.runs)
         if total != self.out_channels:
-            raise NATSError(f"runs of {total} channels do not fit {self.out_channels} channels")
+            raise NATSError(f"segments of {total} channels do not fit {self.out_channels} channels")
         rows_per_group = self.out_channels // self.groups
         if self.groups > 1 and any(channels % rows_per_group for channels, _, _ in self.runs):
-            raise NATSError(f"runs {self.runs} cut conv groups of {rows_per_group} channels")
+            raise NATSError(f"segments {self.runs} cut conv groups of {rows_per_group} channels")
 
         # lists of ints, so that TorchScript can read them
         self._outputs: List[int] = [channels for channels, _, _ in self.runs]

@@ -109,13 +109,16 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     ]
     if unknown or missing:
         problems = []
-        for problem, names in (("lacks", unknown), ("has, unnamed,", missing)):
+        for problem, names in (
+            ("the backbone lacks", unknown),
+            ("the architecture does not name", missing),
+        ):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                problems.append(f"the backbone {problem} {', '.join(names[:5])}{more}")
+                problems.append(f"{problem} {', '.join(names[:5])}{more}")
         raise NATSError(
             f"the architecture does not fit: {'; '.join(problems)}. It must name every 3x3 conv of "
-            "each stage that it touches: take one that was searched on this backbone"
+            "each stage that it changes: take one that was searched on this backbone"
             + "".join(without)
         )
     swaps = []

@@ -16,6 +16,7 @@ __all__ = ["check_disjoint", "shared_images", "warn_of_test_images"]
 
 _FEW = 5000  # so many files of both splits are all compared
 _MOST_READ = 5000  # of larger splits so many names that stand in both, spread evenly
+_MOST_NAMED = 10  # so many shared images are named in a message
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +94,19 @@ def check_disjoint(train: Sequence[str], calibration: Sequence[str]) -> None:
         shared = shared_images(train, calibration)
         if shared:
             message = (
-                f"DATASETS.TRAIN and DATASETS.CALIBRATION share {_summary(shared)}: α must be "
-                "trained on images that the weights are not trained on"
+                f"DATASETS.TRAIN and DATASETS.CALIBRATION share {_summary(shared)}. α must be "
+                "trained on images that the weights are not trained on. "
             )
             if any(_is_coco(file) and not _is_coco(same) for file, same in shared.items()):
                 message += (
-                    ". coco_2017_train, which the zoo's configs train on, contains "
+                    "coco_2017_train, which the zoo's configs train on, contains "
                     "coco_2014_valminusminival: set DATASETS.TRAIN \"('coco_2014_train',)\""
                 )
+            else:
+                message += "Leave them out of one of the two"
+                if len(shared) > _MOST_NAMED:
+                    message += "; the log names all"
+                    logger.error("\n".join(["in both splits:", *_named(shared)]))
     message = comm.all_gather(message)[0]
     if message:
         raise NATSError(message)
@@ -114,11 +120,16 @@ def warn_of_test_images(names: Sequence[str], files: Sequence[str], key: str) ->
         shared = shared_images(files, test)
         if shared:
             logger.warning(
-                f"DATASETS.TEST and {key} share {_summary(shared)}: AP on them does not tell how "
+                f"DATASETS.TEST and {key} share {_summary(shared)}. AP on them does not tell how "
                 "the detector does on new images"
             )
 
 
 def _summary(shared: Dict[str, str]) -> str:
-    file, same = next(iter(shared.items()))
-    return f"{len(shared)} images, such as {file}" + (f" ({same})" if same != file else "")
+    names = _named(shared)
+    more = ", …" if len(names) > _MOST_NAMED else ""
+    return f"{len(names)} images: {', '.join(names[:_MOST_NAMED])}{more}"
+
+
+def _named(shared: Dict[str, str]) -> List[str]:
+    return [file + (f" ({same})" if same != file else "") for file, same in shared.items()]

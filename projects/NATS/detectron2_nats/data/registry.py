@@ -1,16 +1,12 @@
 """Data sets from a config (``DATASETS.REGISTER``), and the checks before a run takes them."""
 
-import contextlib
 import difflib
-import io
 import json
 import logging
 import math
 import os
-from typing import Any, Dict, List, Sequence
-from unittest import mock
-
-from pycocotools.coco import COCO
+import tempfile
+from typing import List, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,6 +16,9 @@ from detectron2.utils.file_io import PathManager
 from ..errors import NATSError, one_line
 
 __all__ = ["check_datasets", "register_datasets"]
+
+# What Detectron2's reader and our checks raise at a file of another format.
+_MALFORMED = (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 logger = logging.getLogger(__name__)
 
@@ -53,48 +52,43 @@ def register_datasets(cfg: CfgNode) -> None:
 def _load(name: str, json_file: str, image_root: str, max_bad_share: float) -> List[dict]:
     """Read a COCO annotation file, without annotations that no detector can learn from."""
     try:
-        with open(json_file) as file:
-            content = json.load(file)
-        images = {image["id"]: image["file_name"] for image in content["images"]}
-        categories = {category["id"] for category in content["categories"]}
-        annotations = content["annotations"]
-        bad = {i: why for i, a in enumerate(annotations) if (why := _fault(a, images, categories))}
-        if bad:
-            _report_bad(json_file, bad, annotations, images, max_bad_share)
-            content["annotations"] = [a for i, a in enumerate(annotations) if i not in bad]
-        parsed = COCO()
-        parsed.dataset = content
-        with contextlib.redirect_stdout(io.StringIO()):
-            parsed.createIndex()
-        # Detectron2's reader takes a path, and would parse a large file for a second time
-        with mock.patch("pycocotools.coco.COCO", lambda path: parsed):
-            return load_coco_json(json_file, image_root, name)
+        with tempfile.TemporaryDirectory() as folder:
+            usable = _without_bad(json_file, max_bad_share, folder)
+            return load_coco_json(usable, image_root, name)
     except NATSError:
         raise
-    except (
-        *(KeyError, TypeError, ValueError, AttributeError, RecursionError),
-        AssertionError,  # Detectron2's, for ids that stand twice
-    ) as error:
+    except _MALFORMED as error:
         raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
 
 
-def _report_bad(
-    json_file: str,
-    bad: Dict[int, str],
-    annotations: List[dict],
-    images: Dict[Any, str],
-    max_bad_share: float,
-) -> None:
-    """Warn of annotations that cannot be used, or raise when they are too many."""
-    first = next(iter(bad))
+def _without_bad(json_file: str, max_bad_share: float, folder: str) -> str:
+    """The file itself, or a copy in `folder` without what cannot be used, with a warning.
+
+    Raises:
+        NATSError: that is too much.
+    """
+    with open(json_file) as file:
+        content = json.load(file)
+    images = {image["id"]: image["file_name"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    annotations = content["annotations"]
+    bad = {i: why for i, a in enumerate(annotations) if (why := _fault(a, images, categories))}
+    if not bad:
+        return json_file
+    first, why = next(iter(bad.items()))
     where = images.get(annotations[first].get("image_id"), "no listed image")
     summary = (
         f"{json_file}: {len(bad)} of {len(annotations)} annotations cannot be used, the first "
-        f"(id {annotations[first].get('id')}, {where}): {bad[first]}"
+        f"(id {annotations[first].get('id')}, {where}): {why}"
     )
     if len(bad) > max_bad_share * len(annotations):
         raise NATSError(f"{summary}. Mend the file, or raise RUN.MAX_BAD_DATA ({max_bad_share})")
     logger.warning(f"{summary}. They are skipped.")
+    content["annotations"] = [a for i, a in enumerate(annotations) if i not in bad]
+    copy = os.path.join(folder, os.path.basename(json_file))  # Detectron2's reader takes a path
+    with open(copy, "w") as file:
+        json.dump(content, file)
+    return copy
 
 
 def _fault(annotation: dict, images, categories) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints that survive kills and full disks, and pretrained weights that are known to fit."""
 
+import glob
 import logging
 import os
 import pickle
@@ -13,7 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..errors import NATSError
+from ..errors import NATSError, one_line
 from ..files import write_atomically
 from ..transform import conv3x3_layers
 
@@ -49,7 +50,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             if isinstance(cause, RuntimeError) and "PytorchStreamWriter" not in str(cause):
                 raise  # not the disk's: a loader process died just now
             raise NATSError(
-                f"checkpoint {path} could not be written ({_first_line(cause)}): make room "
+                f"checkpoint {path} could not be written ({one_line(cause)}): make room "
                 f"and go on with --resume from {self.get_checkpoint_file() or 'the start'}"
             ) from error
 
@@ -64,10 +65,9 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def remove_unfinished(self) -> None:
         """Delete what a killed process had not finished writing; nobody else may be writing."""
-        if self.save_to_disk and os.path.isdir(self.save_dir):
-            for name in os.listdir(self.save_dir):
-                if re.fullmatch(r"\.model_\w+\.pth\..+", name):
-                    os.unlink(os.path.join(self.save_dir, name))
+        if self.save_to_disk:
+            for path in glob.glob(os.path.join(glob.escape(self.save_dir), ".model_*.pth.*")):
+                os.unlink(path)
 
     def _periodic_checkpoints(self) -> List[str]:
         """Paths, newest first: by their numbers, which those past the newest one's come after.
@@ -84,9 +84,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         """The newest checkpoint that is whole, the same on all ranks; "" if there is none."""
         found = ""
         if comm.is_main_process():
-            newest = self.get_checkpoint_file() if self.has_checkpoint() else ""
-            older = [path for path in self._periodic_checkpoints() if path != newest]
-            for path in filter(None, [newest, *older]):
+            candidates = [self.get_checkpoint_file(), *self._periodic_checkpoints()]
+            for path in dict.fromkeys(filter(None, candidates)):
                 fault = _damage(path)
                 if not fault:
                     found = path
@@ -113,7 +112,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         try:
             loaded = super()._load_file(filename)
         except Exception as error:  # readers raise anything at what is no weights file
-            raise NATSError(f"{filename}: not readable as weights: {_first_line(error)}") from None
+            raise NATSError(f"{filename}: not readable as weights: {one_line(error)}") from None
         if "layer1.0.conv1.weight" in loaded["model"]:
             loaded["model"] = _from_torchvision(loaded["model"])
             loaded["matching_heuristics"] = True
@@ -127,9 +126,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         unmatched = set(incompatible.missing_keys)
         unmatched.update(key for key, _, _ in incompatible.incorrect_shapes)
-        backbone = getattr(self.model, "backbone", self.model)
-        prefix = "backbone." if backbone is not self.model else ""
-        wanted = _residual_weights(backbone, prefix)
+        wanted = self._residual_weights()
         matched = [key for key in wanted if key not in unmatched]
         if wanted and not matched:
             raise NATSError(
@@ -144,15 +141,13 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         return incompatible
 
-
-def _residual_weights(backbone: torch.nn.Module, prefix: str) -> List[str]:
-    """State-dict keys of the weights of the residual stages' 3×3 convs."""
-    try:
-        convs = {id(conv) for conv in conv3x3_layers(backbone).values()}
-    except NATSError:  # not a residual network: nothing to say
-        return []
-    names = backbone.named_modules()
-    return [f"{prefix}{name}.weight" for name, module in names if id(module) in convs]
+    def _residual_weights(self) -> List[str]:
+        """State-dict keys of the weights of the residual stages' 3×3 convs."""
+        try:
+            convs = set(conv3x3_layers(getattr(self.model, "backbone", self.model)).values())
+        except NATSError:  # not a residual network: nothing to say
+            return []
+        return [f"{name}.weight" for name, m in self.model.named_modules() if m in convs]
 
 
 def _damage(path: str) -> str:
@@ -165,12 +160,7 @@ def _damage(path: str) -> str:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return ""
     except Exception as error:  # a flipped bit in a header makes zipfile raise anything
-        return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, shortened to a line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        return one_line(error)
 
 
 def _read_pkl(filename: str) -> Dict[str, Any]:
@@ -179,7 +169,7 @@ def _read_pkl(filename: str) -> Dict[str, Any]:
         try:
             content = _ArrayUnpickler(file, encoding="latin1").load()
         except Exception as error:  # unpicklers raise anything at what is no pickle
-            raise NATSError(f"{filename}: not readable as weights: {_first_line(error)}") from None
+            raise NATSError(f"{filename}: not readable as weights: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise NATSError(f"{filename}: not readable as weights: it holds no dict")
     if "model" in content and "__author__" in content:

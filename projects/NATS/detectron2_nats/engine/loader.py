@@ -5,10 +5,11 @@ before anything is read; the random numbers of an image's augmentation are seede
 So the batches are the same with any number of loader workers, and after any resume.
 """
 
+import functools
 import itertools
 import logging
 import sys
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -62,19 +63,23 @@ class _Samples(Dataset):
         unreadable = []
         # A bad image is replaced by its successor: the choice must not depend on the worker.
         for index in range(index, index + self.MAX_TRIES):
-            record = self.records[index % len(self.records)]
             with preserved_random_states((self.seed, position)):
-                try:
-                    sample = self.mapper(record)
-                except Exception as error:
-                    if not _is_bad_image(record, error):
-                        raise
-                    unreadable.append((record["file_name"], one_line(error)))
-                    continue
-            if sample is not None:
+                sample, bad = _mapped(self.mapper, self.records[index % len(self.records)])
+            if not bad:
                 return sample, unreadable
+            unreadable += bad
         files = ", ".join(name for name, _ in unreadable[:3])
         raise NATSError(f"{self.MAX_TRIES} images in a row cannot be used, among them {files}")
+
+
+def _mapped(mapper: Callable[[dict], Any], record: dict):
+    """(mapped sample, []), or (None, [(file name, reason)]) where the file cannot be read."""
+    try:
+        return mapper(record), []
+    except Exception as error:
+        if not _is_bad_image(record, error):
+            raise
+        return None, [(record["file_name"], one_line(error))]
 
 
 def _is_bad_image(record: dict, error: Exception) -> bool:
@@ -94,7 +99,8 @@ class ResumableLoader:
     Args:
         dicts: Detectron2's dataset dicts; with `width` and `height` when grouping. Not kept.
         mapper: dataset dict → sample.
-        make_sampler: seed → endless iterable of this rank's indices, the same for the same seed.
+        make_sampler: takes `seed`; an endless iterable of this rank's indices, the same for the
+            same seed.
         batch_size: samples of this rank's batch.
         aspect_ratio_grouping: a batch holds only wide images or only tall ones.
         num_workers: loader processes; 0 reads in this one.
@@ -106,7 +112,7 @@ class ResumableLoader:
         self,
         dicts: List[dict],
         mapper: Callable[[dict], Any],
-        make_sampler: Callable[[int], Iterator[int]],
+        make_sampler: Callable[..., Iterator[int]],
         *,
         batch_size: int,
         aspect_ratio_grouping: bool,
@@ -138,7 +144,7 @@ class ResumableLoader:
     def _batch_items(self) -> Iterator[List[Tuple[int, int]]]:
         rank, world_size = comm.get_rank(), comm.get_world_size()
         buckets: List[List[Tuple[int, int]]] = [[], []]
-        for step, index in enumerate(self.make_sampler(self.seed)):
+        for step, index in enumerate(self.make_sampler(seed=self.seed)):
             bucket = buckets[1 if self._wide and not self._wide[index] else 0]
             bucket.append((step * world_size + rank, index))
             if len(bucket) == self.batch_size:
@@ -161,15 +167,7 @@ class ResumableLoader:
             iterator = iter(loader)
         for batch in iterator:
             self.batches += 1
-            for _, unreadable in batch:
-                for file_name, reason in unreadable:
-                    _note_bad(
-                        self.bad_files,
-                        file_name,
-                        reason,
-                        total=len(self.files),
-                        max_share=self.max_bad_share,
-                    )
+            _note_bad(batch, self.bad_files, len(self.files), self.max_bad_share)
             yield [sample for sample, _ in batch]
 
     def merge_bad_files(self) -> None:
@@ -178,48 +176,25 @@ class ResumableLoader:
             self.bad_files.update(found)
 
 
-def _note_bad(
-    bad_files: Dict[str, str], file_name: str, reason: str, *, total: int, max_share: float
-) -> None:
-    """Add an unreadable image to `bad_files`; warns once for each.
+def _note_bad(batch: List[tuple], bad_files: Dict[str, str], total: int, max_share: float) -> None:
+    """Add a batch's unreadable images to `bad_files`; warns once for each.
 
     Raises:
         NATSError: they are more than the share of all `total` images.
     """
-    if file_name in bad_files:
-        return
-    bad_files[file_name] = reason
-    logger.warning(
-        f"skipping image {file_name}, the {len(bad_files)}. of {total} that cannot be read: "
-        f"{reason}"
-    )
-    if len(bad_files) > max_share * total:
-        raise NATSError(
-            f"{len(bad_files)} of {total} images cannot be read, the last {file_name} ({reason}): "
-            f"mend the data, or raise RUN.MAX_BAD_DATA ({max_share})"
+    for file_name, reason in itertools.chain(*(unreadable for _, unreadable in batch)):
+        if file_name in bad_files:
+            continue
+        bad_files[file_name] = reason
+        logger.warning(
+            f"skipping image {file_name}, the {len(bad_files)}. of {total} that cannot be read: "
+            f"{reason}"
         )
-
-
-class _Unreadable(NamedTuple):
-    """In the place of a test image that could not be read."""
-
-    file_name: str
-    reason: str
-
-
-class _TestMapper:
-    """Dataset dict → sample, or :class:`_Unreadable`."""
-
-    def __init__(self, mapper: Callable[[dict], Any]):
-        self.mapper = mapper
-
-    def __call__(self, record: dict):
-        try:
-            return self.mapper(record)
-        except Exception as error:
-            if not _is_bad_image(record, error):
-                raise
-            return _Unreadable(record["file_name"], one_line(error))
+        if len(bad_files) > max_share * total:
+            raise NATSError(
+                f"{len(bad_files)} of {total} images cannot be read, the last {file_name} "
+                f"({reason}): mend the data, or raise RUN.MAX_BAD_DATA ({max_share})"
+            )
 
 
 class EvaluationLoader:
@@ -234,7 +209,7 @@ class EvaluationLoader:
     """
 
     def __init__(self, cfg: CfgNode, dataset_name: str):
-        mapper = _TestMapper(DatasetMapper(cfg, is_train=False))
+        mapper = functools.partial(_mapped, DatasetMapper(cfg, is_train=False))
         self.loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         self.loader.worker_init_fn = ignore_signals
         self.loader.multiprocessing_context = _worker_context(self.loader.num_workers)
@@ -250,10 +225,8 @@ class EvaluationLoader:
             iterator = iter(self.loader)
         for batch in iterator:
             _leave_if_asked()
-            for bad in [sample for sample in batch if isinstance(sample, _Unreadable)]:
-                total = len(self.loader.dataset)
-                _note_bad(bad_files, *bad, total=total, max_share=self.max_bad_share)
-            readable = [sample for sample in batch if not isinstance(sample, _Unreadable)]
+            _note_bad(batch, bad_files, len(self.loader.dataset), self.max_bad_share)
+            readable = [sample for sample, unreadable in batch if not unreadable]
             if readable:
                 yield readable
         _leave_if_asked()  # comparing the results can take minutes too
@@ -285,6 +258,10 @@ def dataset_dicts(cfg: CfgNode, names: Sequence[str]) -> List[dict]:
         raise NATSError(f"data sets {', '.join(names)}: {error}") from None
 
 
+def _random_subset(size: int, ratio: float, *, seed: int) -> RandomSubsetTrainingSampler:
+    return RandomSubsetTrainingSampler(size, ratio, seed_shuffle=seed, seed_subset=seed)
+
+
 def build_resumable_loader(
     cfg: CfgNode, dicts: List[dict], *, total_batch_size: int, seed: int
 ) -> ResumableLoader:
@@ -302,24 +279,14 @@ def build_resumable_loader(
         )
     name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dicts)  # the samplers must not keep the list
     if name == "TrainingSampler":
-
-        def make_sampler(seed):
-            return TrainingSampler(size, seed=seed)
-
+        make_sampler = functools.partial(TrainingSampler, size)
     elif name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD
         )
-
-        def make_sampler(seed):
-            return RepeatFactorTrainingSampler(factors, seed=seed)
-
+        make_sampler = functools.partial(RepeatFactorTrainingSampler, factors)
     elif name == "RandomSubsetTrainingSampler":
-
-        def make_sampler(seed):
-            ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-            return RandomSubsetTrainingSampler(size, ratio, seed_shuffle=seed, seed_subset=seed)
-
+        make_sampler = functools.partial(_random_subset, size, cfg.DATALOADER.RANDOM_SUBSET_RATIO)
     else:
         raise NATSError(
             f"DATALOADER.SAMPLER_TRAIN {name!r} cannot be resumed exactly: use TrainingSampler, "

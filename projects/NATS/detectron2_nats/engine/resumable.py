@@ -42,8 +42,6 @@ from .stopping import stop_requested
 
 __all__ = ["ResumableTrainer"]
 
-_MOST_LOSSES = 127  # of one step that fit into a message between ranks
-
 logger = logging.getLogger(__name__)
 
 
@@ -61,13 +59,10 @@ class _LossModule(nn.Module):
 
     def forward(self, data: List[dict]) -> Dict[str, torch.Tensor]:
         reached = [p for p in self.model.parameters() if p.requires_grad]
-
-        def keep(module, inputs, features):
-            if isinstance(features, dict):
-                reached.extend(features.values())
-
         # the backbone is done when Detectron2 looks at the predictions
-        hook = getattr(self.model, "backbone", nn.Identity()).register_forward_hook(keep)
+        hook = getattr(self.model, "backbone", self.model).register_forward_hook(
+            lambda module, inputs, features: reached.extend(features.values())
+        )
         try:
             return self.model(data)
         except FloatingPointError as error:
@@ -269,8 +264,7 @@ class ResumableTrainer(DefaultTrainer):
                 phase.bad_in_row += 1
                 phase.bad_total += 1
                 self._report_bad_step(phase, means)
-        if phase.scaler.is_enabled():
-            phase.scaler.update()
+        phase.scaler.update()
         phase.optimizer.zero_grad(set_to_none=True)  # free the memory for the other phase
 
         prefix = f"{phase.name}/" if phase.name else ""
@@ -330,20 +324,16 @@ class ResumableTrainer(DefaultTrainer):
         """Called between backward and step; data parallelism has averaged the weights' already."""
 
     def _mean_over_ranks(self, losses: Dict[str, torch.Tensor]) -> Dict[str, float]:
-        """Mean losses; in the same message, whether any rank was asked to stop."""
-        known = torch.stack([loss.detach().float() for loss in losses.values()])
-        if len(known) > _MOST_LOSSES:
-            raise NATSError(f"{len(known)} losses in a step: no more than {_MOST_LOSSES} fit in")
-        # Of fixed length: where the forward pass raised, nobody knows how many losses others have.
-        # It has none but NaN, then, and so it has for theirs.
-        values = known.new_zeros(1 + _MOST_LOSSES) + 0 * known.sum()
-        values[0] = float(stop_requested())
-        values[1 : 1 + len(known)] = known
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(values)
-        stop, *means = (values / comm.get_world_size()).tolist()
-        self._stop_now = stop > 0
-        return dict(zip(losses, means))
+        """Mean losses, NaN where a rank's forward pass raised and has none of the name.
+
+        In the same message, whether any rank was asked to stop.
+        """
+        values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
+        ranks = comm.all_gather((stop_requested(), dict(zip(losses, values))))
+        self._stop_now = any(stop for stop, _ in ranks)
+        return {
+            name: sum(own.get(name, math.nan) for _, own in ranks) / len(ranks) for name in losses
+        }
 
     def _report_bad_step(self, phase: Phase, means: Dict[str, float]) -> None:
         name = phase.name or "weight"

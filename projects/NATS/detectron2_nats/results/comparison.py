@@ -136,10 +136,14 @@ def pooled_ap(annotation_file: str, result_files: Sequence[str]) -> float:
 # -- architectures ---------------------------------------------------------------------------------
 
 
-def random_architecture(cfg: CfgNode, seed: int) -> Architecture:
-    """Each channel group of the search space of `cfg` draws its genotype, all with equal chance.
+def random_architecture(cfg: CfgNode, seed: int, uneven: bool = False) -> Architecture:
+    """Each channel group of the search space of `cfg` draws its genotype.
 
     Groups keep their own rows ("voted" order).
+
+    Args:
+        uneven: in each layer the genotypes' chances are drawn first, uniformly among all that add
+            up to 1: such architectures differ more from each other. Else all chances are equal.
     """
     with torch.device("meta"):
         searched = searched_layers(build_backbone(cfg))
@@ -148,7 +152,9 @@ def random_architecture(cfg: CfgNode, seed: int) -> Architecture:
     rng = np.random.default_rng(seed)
     layers = {}
     for name, conv in searched.items():
-        drawn = np.eye(len(conv.genotypes))[rng.integers(len(conv.genotypes), size=conv.num_groups)]
+        count = len(conv.genotypes)
+        chances = rng.dirichlet(np.ones(count)) if uneven else None
+        drawn = np.eye(count)[rng.choice(count, size=conv.num_groups, p=chances)]
         layers[name] = decode_alpha(drawn, conv.genotypes, conv.out_channels, "voted")
     return Architecture(layers, {"method": "random", "seed": seed})
 

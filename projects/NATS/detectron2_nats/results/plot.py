@@ -34,14 +34,9 @@ __all__ = [
     "save",
 ]
 
-_PLAIN = (227, 227, 227)
-# Light to dark within a kind, so that a grey print keeps the order. The hatch tells the kinds
+# Darker is further within a kind, so that a grey print keeps the order. The hatch tells the kinds
 # apart in grey: lines along the width for wide kernels, along the height for tall ones.
-_KINDS = {
-    "square": ((198, 219, 239), (8, 48, 107), ""),
-    "wide": ((253, 208, 162), (140, 45, 4), "---"),
-    "tall": ((199, 233, 192), (0, 68, 27), "|||"),
-}
+_KINDS = {"square": ("Blues", ""), "wide": ("Oranges", "---"), "tall": ("Greens", "|||")}
 
 
 def _kind(dilation: Dilation) -> str:
@@ -56,15 +51,11 @@ def dilation_styles(dilations: Sequence[Dilation]) -> Dict[Dilation, Dict[str, A
     """
     # the paper's are always counted in, so that its dilations look alike in all pictures
     known = sorted({*dilations, *PAPER_SETS["C"]["res5"]}, key=_legend_key)
-    styles: Dict[Dilation, Dict[str, Any]] = {}
-    for kind, (light, dark, hatch) in _KINDS.items():
+    styles = {(1, 1): _style("Greys", 0.2, 0.2, "")}
+    for kind, (colours, hatch) in _KINDS.items():
         members = [d for d in known if _kind(d) == kind and d != (1, 1)]
-        for index, dilation in enumerate(members):
-            share = (index + 0.3) / (len(members) - 0.4)
-            face = [a + (b - a) * share for a, b in zip(light, dark)]
-            lines = light if share > 0.45 else dark
-            styles[dilation] = _style(face, lines, hatch)
-    styles[1, 1] = _style(_PLAIN, _PLAIN, "")
+        for dilation, shade in zip(members, np.linspace(0.3, 0.95, len(members))):
+            styles[dilation] = _style(colours, shade, 0.2 if shade > 0.6 else 1.0, hatch)
     return {dilation: styles[dilation] for dilation in sorted(set(dilations), key=_legend_key)}
 
 
@@ -72,20 +63,37 @@ def _legend_key(dilation: Dilation):
     return list(_KINDS).index(_kind(dilation)), sum(dilation), dilation
 
 
-def _style(face: Sequence[float], lines: Sequence[float], hatch: str) -> Dict[str, Any]:
+def _style(colours: str, face: float, lines: float, hatch: str) -> Dict[str, Any]:
+    ramp = matplotlib.colormaps[colours]
     # without a width the edge is not drawn, and its colour is the hatch's
-    colours = {"facecolor": [c / 255 for c in face], "edgecolor": [c / 255 for c in lines]}
-    return {**colours, "hatch": hatch, "linewidth": 0}
+    return {"facecolor": ramp(face), "edgecolor": ramp(lines), "hatch": hatch, "linewidth": 0}
 
 
-def _label(dilation: Dilation) -> str:
-    return f"{dilation[0]}×{dilation[1]}" + (" (plain)" if dilation == (1, 1) else "")
+def _legend(owner, styles: Mapping[Dilation, Mapping[str, Any]], **place) -> None:
+    """A legend of dilations, in the order in which their pieces lie on each other."""
+    handles = [
+        Patch(label=f"{d_h}×{d_w}" + (" (plain)" if d_h == d_w == 1 else ""), **style)
+        for (d_h, d_w), style in styles.items()
+    ]
+    owner.legend(
+        handles=handles[::-1],
+        title="dilation\nheight × width",
+        title_fontsize=9,
+        frameon=False,
+        fontsize=9,
+        handleheight=1.6,
+        handlelength=2.2,
+        ncols=1 + len(handles) // 13,
+        **place,
+    )
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float, title: str) -> Figure:
     # Not pyplot: it keeps every figure, and picks a screen where there is one.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -93,58 +101,33 @@ def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
     """One stacked bar per layer: the share of its output channels that has each dilation."""
     counts = {name: architecture.channels_per_dilation(name) for name in architecture.layers}
     styles = dilation_styles([d for layer in counts.values() for d in layer])
-    figure = _figure(max(6.5, 2.6 + 0.36 * len(counts)), 4.2)
+    figure = _figure(max(6.5, 2.6 + 0.36 * len(counts)), 4.2, title)
     axes = figure.subplots()
-    positions, stage_spans, x = [], {}, 0.0
-    for index, name in enumerate(counts):
-        stage = name.split(".")[0]
-        if index and stage not in stage_spans:
-            x += 0.6  # a gap between stages
-        first, _ = stage_spans.get(stage, (x, x))
-        stage_spans[stage] = first, x
-        positions.append(x)
-        x += 1
+    stages = np.array([name.split(".")[0] for name in counts])
+    channels = np.array([sum(layer.values()) for layer in counts.values()])
+    gaps = np.cumsum(np.append(False, stages[1:] != stages[:-1]))  # between stages
+    positions = np.arange(len(counts)) + 0.6 * gaps
     bottom = np.zeros(len(counts))
     for dilation, style in styles.items():
-        shares = np.array(
-            [100 * layer.get(dilation, 0) / sum(layer.values()) for layer in counts.values()]
-        )
+        shares = 100 * np.array([layer.get(dilation, 0) for layer in counts.values()]) / channels
         axes.bar(positions, shares, 0.86, bottom, **style)
         bottom += shares
-    for stage, (first, last) in stage_spans.items():
-        widths = sorted({sum(c.values()) for name, c in counts.items() if _stage(name) == stage})
-        text = f"{stage}\n{'/'.join(map(str, widths))} channels"
-        axes.text((first + last) / 2, 102, text, ha="center", va="bottom", fontsize=9)
+    for stage in np.unique(stages):
+        widths = "/".join(map(str, np.unique(channels[stages == stage])))
+        label = f"{stage}\n{widths} channels"
+        centre = positions[stages == stage].mean()
+        axes.text(centre, 102, label, ha="center", va="bottom", fontsize=9)
     basic = any(name.endswith("conv1") for name in counts)
     labels = [name.split(".", 1)[1] if basic else name.split(".")[1] for name in counts]
     axes.set_xticks(positions, labels, rotation=90 if basic else 0, fontsize=8)
     axes.set_xlabel("3×3 conv of block" if not basic else "3×3 conv")
     axes.set_ylabel("output channels, %")
     axes.set_ylim(0, 100)
-    axes.set_xlim(-0.6, x - 0.4)
+    axes.set_xlim(-0.6, positions[-1] + 0.6)
     axes.tick_params(axis="x", length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    handles = [Patch(label=_label(d), **style) for d, style in styles.items()]
-    figure.legend(
-        # the order in which the pieces lie on each other
-        handles=handles[::-1],
-        title="dilation\nheight × width",
-        title_fontsize=9,
-        loc="outside right center",
-        frameon=False,
-        fontsize=9,
-        handleheight=1.6,
-        handlelength=2.2,
-        ncols=1 + len(handles) // 13,
-    )
-    if title:
-        figure.suptitle(title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend(figure, styles, loc="outside right center")
     return figure
-
-
-def _stage(layer: str) -> str:
-    return layer.split(".")[0]
 
 
 # -- α's history -------------------------------------------------------------------------------
@@ -200,23 +183,18 @@ def _overall_intensity(values: Mapping[str, float]) -> Dict[Dilation, float]:
 
 def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
     """α over the iterations: how decided it is, votes changed, intensity of each dilation."""
-    figure = _figure(7.5, 6.6)
+    figure = _figure(7.5, 6.6, title)
     decided, votes, intensity = figure.subplots(3, sharex=True, height_ratios=[1.2, 1, 1.7])
     # iterations count from 0; what is logged at the end of iteration i is the state after i + 1
     x = np.asarray(history["iteration"]) + 1
-    marker = "o" if len(x) < 40 else None
-    for key, label, colour in (
-        ("entropy", "entropy", "#08519c"),
-        ("leading", "groups that lead", "#a63603"),
-    ):
-        line = {"color": colour, "marker": marker, "markersize": 3, "clip_on": False}
-        decided.plot(x, history[key], label=label, **line)
+    line = {"marker": "o" if len(x) < 40 else None, "markersize": 3, "clip_on": False}
+    decided.plot(x, history["entropy"], label="entropy", color="#08519c", **line)
+    decided.plot(x, history["leading"], label="groups that lead", color="#a63603", **line)
     decided.set_ylabel("share", fontsize=9)
     decided.set_ylim(0, 1)
-    decided.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    votes.plot(
-        x, history["votes_changed"], color="#08519c", marker=marker, markersize=3, clip_on=False
-    )
+    beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    decided.legend(frameon=False, fontsize=9, **beside)
+    votes.plot(x, history["votes_changed"], color="#08519c", **line)
     votes.set_ylabel("votes changed since\nthe last log line", fontsize=9)
     votes.set_ylim(bottom=0)
     styles = dilation_styles(list(history["intensity"]))
@@ -224,7 +202,7 @@ def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
     if len(x) == 1:  # an area needs two points
         x, shares = np.array([x[0] - 0.5, x[0] + 0.5]), [np.repeat(share, 2) for share in shares]
     bottom = np.zeros(len(x))
-    for (dilation, style), share in zip(styles.items(), shares):
+    for style, share in zip(styles.values(), shares):
         intensity.fill_between(x, bottom, bottom + share, **style)
         bottom += share
     intensity.set_ylabel("votes over all layers, %", fontsize=9)
@@ -234,21 +212,8 @@ def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
     intensity.set_xlabel("iteration")
     for axes in (decided, votes):
         axes.grid(alpha=0.3)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    intensity.legend(
-        handles=[Patch(label=_label(d), **s) for d, s in styles.items()][::-1],
-        title="dilation\nheight × width",
-        title_fontsize=9,
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        frameon=False,
-        fontsize=8,
-        handleheight=1.4,
-        ncols=1 + len(styles) // 13,
-    )
-    if title:
-        figure.suptitle(title, fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+    _legend(intensity, styles, **beside)
     return figure
 
 
@@ -316,7 +281,7 @@ def plot_receptive_fields(
     """
     networks = list(fields)
     stages = [s for s in fields[networks[0]] if all(s in fields[n] for n in networks)]
-    figure = _figure(1.2 + 2.3 * len(stages), 0.9 + 2.45 * len(networks))
+    figure = _figure(1.2 + 2.3 * len(stages), 0.9 + 2.45 * len(networks), title)
     grid = figure.subplots(len(networks), len(stages), squeeze=False)
     for column, stage in enumerate(stages):
         for row, network in enumerate(networks):
@@ -337,8 +302,6 @@ def plot_receptive_fields(
         "the square around the centre holds 90 % of it; its side is given",
         fontsize=8,
     )
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -359,7 +322,7 @@ def plot_detections(
     """
     palette = matplotlib.colormaps["tab10"].colors
     aspects = [image.shape[0] / image.shape[1] for image in images]
-    figure = _figure(3.6 * len(detections), 0.5 + 3.55 * sum(aspects))
+    figure = _figure(3.6 * len(detections), 0.5 + 3.55 * sum(aspects), title)
     grid = figure.subplots(len(images), len(detections), squeeze=False, height_ratios=aspects)
     for column, (network, per_image) in enumerate(detections.items()):
         for row, image in enumerate(images):
@@ -377,18 +340,11 @@ def plot_detections(
                     Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=1.5)
                 )
                 name = class_names[label] if label < len(class_names) else str(label)
-                axes.text(
-                    # above the box, or inside it where the image ends
-                    *(x0, y0 if y0 > 0.07 * height else y0 + 0.065 * height),
-                    f"{name} {score:.2f}",
-                    fontsize=7,
-                    color="white",
-                    va="bottom",
-                    bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
-                    clip_on=True,
-                )
-    if title:
-        figure.suptitle(title, fontsize=11)
+                # above the box, or inside it where the image ends
+                y = y0 if y0 > 0.07 * height else y0 + 0.065 * height
+                box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+                style = {"fontsize": 7, "color": "white", "va": "bottom", "clip_on": True}
+                axes.text(x0, y, f"{name} {score:.2f}", bbox=box, **style)
     return figure
 
 
@@ -401,7 +357,7 @@ def plot_study(ap: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     Args:
         ap: method → AP of each seed, the same seeds for all.
     """
-    figure = _figure(1.6 + 1.1 * len(ap), 4.2)
+    figure = _figure(1.6 + 1.1 * len(ap), 4.2, title)
     axes = figure.subplots()
     values = np.asarray(list(ap.values()))  # (methods, seeds)
     places = np.arange(len(ap))
@@ -421,10 +377,7 @@ def plot_study(ap: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     axes.set_xlim(-0.5, len(ap) - 0.2)
     axes.set_ylabel("AP (a line joins the runs of one seed)")
     axes.grid(axis="y", alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if title:
-        axes.set_title(title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -1,0 +1,220 @@
+"""One HTML page of a search or a study, to send to others: no script in it, nothing outside."""
+
+import base64
+import glob
+import io
+import json
+import os
+import re
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import jinja2
+import markdown
+import yaml
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from ..architecture import Architecture
+from ..config import load_config
+from ..errors import NATSError
+from ..export import settings_of
+from ..files import write_atomically
+from . import plot
+from .comparison import dilation_shares, paired_interval
+
+__all__ = ["write_report"]
+
+_SEARCHES = ("seed_0/search-nats", "seed_0/search-path")
+_PICTURES = {
+    "receptive_fields": "Effective receptive field of each stage: where the gradient of its middle "
+    "unit comes from.",
+    "detections": "Detections of both networks on the same images.",
+    "study": "AP of each method and seed.",
+}
+_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
+
+
+class _Part(NamedTuple):
+    """One block of a section: an image, HTML, a folded text, or a text with a caption above it."""
+
+    caption: str = ""
+    image: str = ""
+    html: str = ""
+    folded: str = ""
+    text: str = ""
+
+
+def write_report(folder: str, path: str, title: str = "") -> None:
+    """Write what a folder holds as one HTML file.
+
+    Args:
+        folder: the output folder of a search, of a study, or of the demo. Pictures that
+            tools/plot.py left in its folder `pictures` are taken in.
+        path: the file to write.
+
+    Raises:
+        NATSError: the folder holds neither a search nor a study.
+    """
+    results = _json(os.path.join(folder, "results.json"))
+    searches = [folder, *(os.path.join(folder, name) for name in _SEARCHES)]
+    search = next((s for s in searches if os.path.isfile(os.path.join(s, "architecture.yaml"))), "")
+    if not results and not search:
+        raise NATSError(
+            f"{folder} holds neither architecture.yaml nor results.json: name the output folder of "
+            "a search or of a study"
+        )
+    verdict, sure, sections = [], True, {}
+    architecture = None
+    if results:
+        verdict += _gain(results)
+        sections["Accuracy and cost"] = _study(folder)
+        for found in results["searches"].values():
+            architecture = Architecture.from_config(found["architectures"][0])
+    if search:
+        architecture = Architecture.load(os.path.join(search, "architecture.yaml"))
+        decidedness = architecture.search.get("decidedness", {})
+        if "verdict" in decidedness:
+            verdict.append(f"The search is {decidedness['verdict']}. {_numbers(decidedness)}")
+            sure = decidedness["verdict"].startswith("decided")
+    if architecture:
+        of_several = " Of the first seed's search." if results else ""
+        sections["What was found"] = [*_found(architecture, of_several), *_history(search)]
+    sections["What it sees"] = _pictures(folder, ["receptive_fields", "detections"])
+    sections["Where it comes from"] = _provenance(search or folder)
+    with open(os.path.join(os.path.dirname(__file__), "report.html")) as file:
+        template = jinja2.Environment(autoescape=True).from_string(file.read())
+    page = template.render(
+        title=title or f"Dilation search: {os.path.basename(os.path.abspath(folder))}",
+        verdict=verdict or ["No decidedness was recorded."],
+        sure=sure,
+        sections=sections,
+    )
+    write_atomically(path, page)
+
+
+def _json(path: str) -> Optional[Dict[str, Any]]:
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise NATSError(f"{path}: not readable: {error}") from None
+
+
+def _gain(results: Dict[str, Any]) -> List[str]:
+    """What the study says, best searched method first."""
+    methods = {name: result["AP"] for name, result in results["methods"].items()}
+    searched = [name for name in methods if name.startswith("nats")]
+    if not searched:
+        return []
+    best = max(searched, key=lambda name: sum(methods[name]))
+    sentences = []
+    for reference in ("plain", "plain-long", "random"):
+        if reference not in methods:
+            continue
+        mean, half = paired_interval([a - b for a, b in zip(methods[best], methods[reference])])
+        interval = "one seed" if len(methods[best]) == 1 else f"95 % interval ± {half:.1f}"
+        sentences.append(f"{best} − {reference}: {mean:+.1f} AP ({interval}).")
+    return sentences
+
+
+def _numbers(decidedness: Dict[str, Any]) -> str:
+    changed = decidedness.get("changed")
+    return (
+        f"Entropy of α {decidedness['entropy']:.2f} of 1, "
+        f"{decidedness['leading']:.0%} of the channel groups lead"
+        + ("." if changed is None else f", {changed:.0%} of the votes changed in the last tenth.")
+    )
+
+
+def _study(folder: str) -> List[_Part]:
+    path = os.path.join(folder, "study.md")
+    if not os.path.isfile(path):
+        return []
+    with open(path) as file:
+        return [_Part(html=_html(file.read())), *_pictures(folder, ["study"])]
+
+
+def _found(architecture: Architecture, note: str) -> List[_Part]:
+    shares = dilation_shares([architecture]).items()
+    listed = ", ".join(f"{h}×{w} {share:.0%}" for (h, w), share in shares)
+    figure = plot.plot_architecture(architecture)
+    return [
+        _Part(f"Channels per dilation and layer. In all: {listed}.{note}", _svg(figure)),
+        _Part("The same as a table", folded=architecture.summary()),
+    ]
+
+
+def _history(search: str) -> List[_Part]:
+    """How α got there, and the scores of tools/score.py."""
+    parts = []
+    metrics = os.path.join(search, "metrics.json")
+    if os.path.isfile(metrics) and os.path.getsize(metrics):
+        figure = plot.plot_history(plot.read_history(metrics))
+        parts.append(_Part("Shares of the votes, and entropy of α, over the search.", _svg(figure)))
+    scores = _json(os.path.join(search, "scores.json"))
+    if scores:
+        lines = ["| scored on calibration images | loss |", "| --- | ---: |"]
+        lines += [f"| {n} | {v:.4f} |" for n, v in sorted(scores.items(), key=lambda s: s[1])]
+        parts.append(_Part(html=_html("\n".join(lines))))
+    return parts
+
+
+def _html(text: str) -> Markup:
+    """Markdown of our own tools, tables in a box that scrolls sideways on a narrow screen."""
+    html = markdown.markdown(text, extensions=["tables"])
+    return Markup(
+        re.sub("<table>", '<div class="wide"><table>', html).replace("</table>", "</table></div>")
+    )
+
+
+def _svg(figure: Figure) -> str:
+    # as an image: two SVGs inside one page would share their ids
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return _data_url(buffer.getvalue(), "svg")
+
+
+def _data_url(content: bytes, suffix: str) -> str:
+    return f"data:{_TYPES[suffix]};base64,{base64.b64encode(content).decode()}"
+
+
+def _pictures(folder: str, names: List[str]) -> List[_Part]:
+    parts = []
+    for name in names:
+        for path in sorted(
+            glob.glob(os.path.join(folder, "**", f"{name}.[ps][nv]g"), recursive=True)
+        )[:1]:
+            with open(path, "rb") as file:
+                parts.append(_Part(_PICTURES[name], _data_url(file.read(), path[-3:])))
+    return parts
+
+
+def _provenance(folder: str) -> List[_Part]:
+    """How to make it again: commands, config, versions."""
+    parts = []
+    consoles = sorted(glob.glob(os.path.join(folder, "..", "*", "console.txt")))  # a study's
+    commands = [line for line in map(_first_line, consoles) if line.startswith("$ ")]
+    config = os.path.join(folder, "config.yaml")
+    if commands:
+        parts.append(_Part("The runs of seed 0:", text="\n".join(commands)))
+    elif os.path.isfile(config):
+        command = f"$ python search_net.py --config-file {config} OUTPUT_DIR output/again"
+        parts.append(_Part("The search again:", text=command))
+    if os.path.isfile(config):
+        settings = yaml.safe_dump(settings_of(load_config(config)), default_flow_style=None)
+        parts.append(_Part("The search's config", folded=settings))
+    log = os.path.join(folder, "log.txt")
+    if os.path.isfile(log):
+        with open(log, errors="replace") as file:
+            text = file.read()
+        found = re.search(r"Environment info:\n(.*?)\nPyTorch built with", text, re.S)
+        if found:
+            parts.append(_Part("Versions", folded=found[1]))
+    return parts
+
+
+def _first_line(path: str) -> str:
+    with open(path, errors="replace") as file:
+        return file.readline().rstrip()

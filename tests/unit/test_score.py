@@ -1,0 +1,103 @@
+"""The one-shot score against the decoded network that it stands for."""
+
+import numpy as np
+import pytest
+import torch
+from runs import TINY, make_trainer
+
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from detectron2_nats.architecture import Architecture
+from detectron2_nats.errors import NATSError
+from detectron2_nats.export import export_config, frozen_weights, load_detector_config
+from detectron2_nats.results.comparison import random_architecture
+from detectron2_nats.results.score import (
+    knock_out_score,
+    one_hot_alpha,
+    one_shot_score,
+    scoring_batches,
+)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("score")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY)
+    trainer = make_trainer(str(config), folder / "run")
+    torch.manual_seed(0)
+    with torch.no_grad():  # as after a search: no two replicas are alike
+        for conv in trainer.searched.values():
+            conv.replicas += 0.05 * torch.randn_like(conv.replicas)
+            conv.alpha.copy_(torch.randn_like(conv.alpha))
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def batches(trainer):
+    from detectron2_nats.engine.loader import dataset_dicts
+
+    records = dataset_dicts(trainer.cfg, trainer.cfg.DATASETS.CALIBRATION)[:4]
+    return scoring_batches(trainer.cfg, records)
+
+
+def test_score_is_the_loss_of_the_decoded_network(trainer, batches):
+    found = Architecture.decode(trainer.searched, "voted")
+    frozen = build_model(export_config(load_detector_config("", trainer.cfg), found))
+    weights = frozen_weights(trainer.model.state_dict(), trainer.model.backbone, found)
+    frozen.load_state_dict(weights)
+    frozen.train()
+    losses = []
+    with torch.no_grad(), EventStorage(), torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        losses = [float(sum(frozen(batch).values())) for batch in batches]
+    score = one_shot_score(trainer.model, found, batches)
+    assert score == pytest.approx(np.mean(losses), rel=1e-4)
+    plain = Architecture({n: [(c.out_channels, 1, 1)] for n, c in trainer.searched.items()})
+    assert abs(one_shot_score(trainer.model, plain, batches) - score) > 1e-3 * score
+
+
+def test_scores_change_nothing_and_repeat(trainer, batches):
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    found = Architecture.decode(trainer.searched, "voted")
+    state = torch.get_rng_state()
+    for score in (one_shot_score, knock_out_score):
+        assert score(trainer.model, found, batches) == score(trainer.model, found, batches)
+    assert torch.equal(torch.get_rng_state(), state)
+    after = trainer.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_knock_out_of_one_layer_is_its_one_shot_score(trainer, batches):
+    """With all other layers one-hot already, decoding the last one is decoding all."""
+    found = Architecture.decode(trainer.searched, "voted")
+    with torch.no_grad():
+        kept = {name: conv.alpha.clone() for name, conv in trainer.searched.items()}
+        for name, conv in trainer.searched.items():
+            conv.alpha.copy_(one_hot_alpha(found, name, conv))
+        score = knock_out_score(trainer.model, found, batches)
+        for name, conv in trainer.searched.items():
+            conv.alpha.copy_(kept[name])
+    assert score == pytest.approx(one_shot_score(trainer.model, found, batches), rel=1e-6)
+
+
+def test_an_architecture_of_another_space_is_refused(trainer, batches):
+    strange = Architecture({n: [(c.out_channels, 7, 7)] for n, c in trainer.searched.items()})
+    with pytest.raises(NATSError, match=r"res3\.0\.conv2: .* channel group 0 .*\(7, 7\)"):
+        one_shot_score(trainer.model, strange, batches)
+    with pytest.raises(NATSError, match=r"res3\.0\.conv2: 3 channels in the architecture"):
+        one_shot_score(trainer.model, Architecture({"res3.0.conv2": [(3, 1, 1)]}), batches)
+
+
+def test_uneven_architectures_differ_more(trainer):
+    def largest_shares(uneven):
+        drawn = [random_architecture(trainer.cfg, seed, uneven) for seed in range(20)]
+        return np.mean(
+            [
+                max(a.channels_per_dilation(name).values()) / sum(c for c, *_ in runs)
+                for a in drawn
+                for name, runs in a.layers.items()
+            ]
+        )
+
+    assert largest_shares(uneven=True) > largest_shares(uneven=False) + 0.05
