@@ -1,38 +1,7 @@
 #!/usr/bin/env python
 """Search which dilation each channel group of a detector's backbone should use."""
 
-from detectron2_nats import SearchTrainer
-from detectron2_nats.data.registry import check_datasets
-from detectron2_nats.engine.launch import run_script, setup, train_or_evaluate
-from detectron2_nats.errors import NATSError
-
-EPILOG = """
-examples:
-  search on the embedded data set, on one CPU or GPU:
-    $ python search_net.py --config-file configs/quickstart/search.yaml
-  the paper's search, eight GPUs of one machine:
-    $ python search_net.py --num-gpus 8 --config-file configs/search/faster_rcnn_R_50_FPN.yaml
-  resume after a kill:
-    $ python search_net.py --num-gpus 8 --config-file ... --resume
-  the same with torchrun:
-    $ torchrun --nproc-per-node 8 search_net.py --config-file ...
-  change settings:
-    $ python search_net.py --config-file ... MODEL.NATS.NUM_GROUPS 8 SEARCH.ALPHA_LR 0.02
-
-The search writes checkpoints, architecture.yaml (the result) and retrain.yaml (a plain config for
-train_net.py) to OUTPUT_DIR. With MODEL.DEVICE cpu, --num-gpus 2 starts two processes on the CPU.
-exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume), 1 failed.
-"""
-
-
-def main(args):
-    cfg = setup(args)
-    if not args.eval_only:
-        if not cfg.DATASETS.CALIBRATION:
-            raise NATSError("DATASETS.CALIBRATION is empty: set it to the data set that trains α")
-        check_datasets(cfg.DATASETS.CALIBRATION, "DATASETS.CALIBRATION")
-    return train_or_evaluate(SearchTrainer, cfg, args)
-
+from detectron2_nats.commands.search import run
 
 if __name__ == "__main__":
-    run_script(main, __doc__, EPILOG)
+    run("python search_net.py")

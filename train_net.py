@@ -1,28 +1,7 @@
 #!/usr/bin/env python
 """Train or evaluate a detector: a plain one, or one with a searched backbone."""
 
-from detectron2_nats.engine.launch import run_script, setup, train_or_evaluate
-from detectron2_nats.engine.resumable import ResumableTrainer
-
-EPILOG = """
-examples:
-  retrain the result of a search:
-    $ python train_net.py --num-gpus 8 --config-file output/search/retrain.yaml
-  train the plain detector, to compare:
-    $ python train_net.py --num-gpus 8 --config-file configs/retrain/faster_rcnn_R_50_FPN.yaml
-  resume after a kill; evaluate only:
-    $ python train_net.py --config-file ... --resume
-    $ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
-
---config-file takes any Detectron2 config, or the name of one in Detectron2's model zoo. With
-MODEL.DEVICE cpu, --num-gpus 2 starts two processes on the CPU.
-exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume), 1 failed.
-"""
-
-
-def main(args):
-    return train_or_evaluate(ResumableTrainer, setup(args), args)
-
+from detectron2_nats.commands.train import run
 
 if __name__ == "__main__":
-    run_script(main, __doc__, EPILOG)
+    run("python train_net.py")

@@ -88,6 +88,8 @@ SHORT += ["DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SEED"
 SHORT += ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "INPUT.MIN_SIZE_TEST", "64"]
 FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.TEST", "('few',)"]
 SMALL = {
+    "examples/timm_search.py": ["--iterations", "3", "--size", "64"],
+    "examples/torchvision_search.py": ["--iterations", "3", "--size", "64", "--images", "2"],
     "tools/plot.py": ["--images", "1", "--field-size", "64"],
     "tools/analyze.py": ["--size", "64", "96"],
     "tools/score.py": ["--images", "2", "--random", "2"],
@@ -155,10 +157,20 @@ def commands_of_pages() -> List[Text]:
     return found
 
 
+def source_of(script: Path) -> str:
+    """A script's, or that of the command that it runs."""
+    source, name = script.read_text(), script.relative_to(REPOSITORY)
+    command = re.search(r"^from (detectron2_nats\.commands\.\w+) import run$", source, re.M)
+    if not command:
+        return source
+    path = REPOSITORY / "projects/NATS" / (command[1].replace(".", "/") + ".py")
+    return path.read_text().replace("%(prog)s", f"python {name}")
+
+
 def examples(script: Path) -> List[Text]:
     """After `$ ` in the strings of a script; on the last line of make_val35k's help."""
     place, found = str(script.relative_to(REPOSITORY)), []
-    nodes = list(ast.walk(ast.parse(script.read_text())))
+    nodes = list(ast.walk(ast.parse(source_of(script))))
     formatted = {
         id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values
     }
@@ -336,8 +348,9 @@ def started(folder: Path, words: List[str]) -> str:
 
 
 def _skip_without_packages(script: str) -> None:
-    if script == "examples/pointrend_searched.py":
-        pytest.importorskip("cv2")
+    needed = {"examples/pointrend_searched.py": "cv2", "examples/timm_search.py": "timm"}
+    if script in needed:
+        pytest.importorskip(needed[script])
 
 
 def run_here(folder: Path, command: str) -> None:
@@ -404,7 +417,10 @@ def check_torchrun(command: str, here: Path) -> None:
     from torch.distributed.run import get_args_parser
 
     args = get_args_parser().parse_args(shlex.split(command)[1:])
-    check_parsed(shlex.join(["python", args.training_script, *args.training_script_args]), here)
+    script = args.training_script
+    if args.module:
+        script = {"detectron2_nats.commands.search": "search_net.py"}[script]
+    check_parsed(shlex.join(["python", script, *args.training_script_args]), here)
 
 
 def check_parsed(command: str, here: Path) -> None:

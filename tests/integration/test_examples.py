@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 import warnings
 
 import pytest
@@ -119,6 +120,35 @@ def test_lazyconfig(tmp_path):
     assert not convs["res2.0.conv2"].weight.requires_grad
     with torch.no_grad():
         assert "instances" in model([{"image": torch.rand(3, 64, 64) * 255}])[0]
+
+
+def test_torchvision(tmp_path, capsys):
+    """It searches; what it leaves is a plain detector's state dict, and finds what it found."""
+    module = example("torchvision_search")
+    torch.manual_seed(0)
+    arguments = {"output": str(tmp_path), "iterations": 3, "size": 64, "images": 2}
+    module.main(argparse.Namespace(**arguments))
+    assert re.search(r"wrote .*/detector.pth \(AP \d", capsys.readouterr().out)
+    state_dict = torch.load(tmp_path / "detector.pth", weights_only=True)
+    detector = module.plain_detector(64)
+    assert list(state_dict) == list(detector.state_dict())
+    detector.load_state_dict(state_dict)
+    architecture = Architecture.load(str(tmp_path / "architecture.yaml"))
+    assert (
+        architecture.stages == ("res3", "res4", "res5") and architecture.search["order"] == "voted"
+    )
+
+
+def test_timm(tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    module = example("timm_search")
+    torch.manual_seed(0)
+    arguments = {"output": str(tmp_path), "model": "resnet18", "iterations": 3, "size": 64}
+    module.main(argparse.Namespace(**arguments))
+    assert re.search(r"\(\d+% right on 8 images\)", capsys.readouterr().out)
+    state_dict = torch.load(tmp_path / "model.pth", weights_only=True)
+    timm.create_model("resnet18", num_classes=5).load_state_dict(state_dict)
+    assert Architecture.load(str(tmp_path / "architecture.yaml")).stages == ("res3", "res4", "res5")
 
 
 def tiny_detector(tmp_path, meta_architecture="GeneralizedRCNN"):

@@ -19,6 +19,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from detectron2_nats import NATSError
 from detectron2_nats.data import embedded, scenes
+from detectron2_nats.data.embedded_catalog import register_embedded_datasets
 
 ROOT = Path(__file__).parents[2]
 COUNTS = {"train": 12, "calibration": 8, "val": 6}
@@ -30,7 +31,7 @@ def small_set_in_own_folder(tmp_path, monkeypatch):
     """Every test makes a small set of its own, if any."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setattr(embedded, "SETS", dict(SMALL))
-    embedded.register_embedded_datasets()
+    register_embedded_datasets()
 
 
 @pytest.fixture(params=SMALL)

@@ -1,21 +1,20 @@
-"""NATS (NeurIPS 2019): channel-level receptive-field search for Detectron2 backbones.
+"""NATS (NeurIPS 2019): channel-level receptive-field search for detection backbones.
 
-Importing the package registers the backbone ``build_nats_backbone`` and the embedded data set.
+With Detectron2, importing the package registers the backbone ``build_nats_backbone`` and the
+embedded data sets. Without, all but what is made for its configs and trainer is there.
 """
+
+from importlib.util import find_spec
 
 from . import versions  # noqa: F401  (first: says what is too old)
 
 # isort: split
-from . import backbone  # noqa: F401  (registration)
 from .alpha import alpha_parameters, alpha_training
 from .architecture import Architecture
-from .config import add_nats_config
-from .data.embedded import register_embedded_datasets
 from .errors import NATSError
 from .fuse import fuse_for_inference
 from .layers import GroupedDilationConv2d, MixedDilationConv2d
 from .search_space import SearchSpace
-from .trainer import SearchTrainer
 from .transform import apply_architecture, frozen_state_dict, to_supernet
 
 __all__ = [
@@ -24,8 +23,6 @@ __all__ = [
     "MixedDilationConv2d",
     "NATSError",
     "SearchSpace",
-    "SearchTrainer",
-    "add_nats_config",
     "alpha_parameters",
     "alpha_training",
     "apply_architecture",
@@ -34,4 +31,17 @@ __all__ = [
     "to_supernet",
 ]
 
-register_embedded_datasets()
+if find_spec("detectron2"):
+    from . import backbone  # noqa: F401  (registration)
+    from .config import add_nats_config
+    from .data.embedded_catalog import register_embedded_datasets
+    from .trainer import SearchTrainer
+
+    __all__ += ["SearchTrainer", "add_nats_config"]
+    register_embedded_datasets()
+
+
+def __getattr__(name: str):
+    if name in ("SearchTrainer", "add_nats_config"):
+        raise ImportError(f"detectron2_nats.{name} needs Detectron2, which is not installed here")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

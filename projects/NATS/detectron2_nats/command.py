@@ -2,16 +2,19 @@
 
 import argparse
 import sys
-from typing import Callable
+from typing import Callable, Optional
 
 from .errors import NATSError
 
 __all__ = ["run_tool", "tool_parser"]
 
 
-def tool_parser(description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser whose help shows both texts as they are."""
+def tool_parser(
+    description: str, epilog: str, prog: Optional[str] = None
+) -> argparse.ArgumentParser:
+    """A parser whose help shows both texts as they are, but for `%(prog)s`."""
     return argparse.ArgumentParser(
+        prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -79,7 +79,7 @@ class _ChildrenTracer(fx.Tracer):
 
 
 def _pairs(parent: nn.Module) -> Iterator[Tuple[str, str]]:
-    """Names of conv and norm among the children, where the norm alone reads what the conv gives."""
+    """Names of `parent`'s conv and norm wherever the norm alone reads what the conv gives."""
     try:
         nodes = list(_ChildrenTracer().trace(parent).nodes)
     except Exception:  # whatever a forward says to a tensor that is none

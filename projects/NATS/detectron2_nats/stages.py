@@ -48,8 +48,8 @@ def residual_stages(module: nn.Module) -> Dict[str, nn.Sequential]:
             others.append(f"{path}, {what_is_in(child)}")
         elif name in stages:
             raise NATSError(
-                f"found two stages {name}, the second at {path}: pass one residual network, like "
-                f"the module that holds {paths[name]}"
+                f"found two stages {name}, the second at {path}: pass one residual network, such "
+                f"as the module that holds {paths[name]}"
             )
         else:
             stages[name], paths[name] = child, path

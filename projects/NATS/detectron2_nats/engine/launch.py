@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from datetime import timedelta
-from typing import Callable, NoReturn, Type
+from typing import Callable, NoReturn, Optional, Type
 
 import torch
 import torch.distributed as dist
@@ -86,14 +86,19 @@ def train_or_evaluate(
     return trainer.train()
 
 
-def run_script(main: Callable[[argparse.Namespace], object], description: str, epilog: str) -> None:
+def run_script(
+    main: Callable[[argparse.Namespace], object],
+    description: str,
+    epilog: str,
+    prog: Optional[str] = None,
+) -> None:
     """Parse the command line and call ``main(args)`` in each process; never returns.
 
     Exit status: 0 done, 2 bad input (one line on stderr), 75 stopped on request (a training has
     written a checkpoint), 130 interrupted twice, 1 anything else.
     """
     parser = default_argument_parser(epilog=epilog)
-    parser.description = description
+    parser.description, parser.prog = description, prog or parser.prog
     args = parser.parse_args()
     under_torchrun = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     try:

@@ -1,0 +1,19 @@
+"""The commands: nats-search and the others, and the scripts of the repository that do the same."""
+
+import importlib
+import sys
+from pathlib import Path
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command that this process was started as: nats-search is :mod:`.search`."""
+    name = Path(sys.argv[0]).stem
+    module = name.removeprefix("nats-").replace("import", "import_architecture")
+    try:
+        command = importlib.import_module(f".{module}", __name__)
+    except ModuleNotFoundError as error:
+        print(f"error: {name} needs {error.name}, which is not installed here", file=sys.stderr)
+        sys.exit(2)
+    command.run()

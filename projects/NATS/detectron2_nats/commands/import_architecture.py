@@ -1,0 +1,77 @@
+"""Turn IC-Conv's pattern or RF-Next's structure (JSON) into an architecture file."""
+
+import argparse
+import os
+from typing import Optional
+
+from ..command import run_tool, tool_parser
+from ..errors import NATSError
+from ..importers import from_ic_conv, from_rf_next, read_json
+
+EPILOG = """
+examples:
+  IC-Conv's pattern for a ResNet-50:
+    $ %(prog)s ic_resnet50_k9.json --output ic_conv.yaml
+  without res2, whose weights FREEZE_AT 2 does not train:
+    $ %(prog)s ic_resnet50_k9.json --output ic_conv.yaml \\
+        --stages res3 res4 res5
+  for a network of half the width; each dilation keeps its share of the channels:
+    $ %(prog)s ic_resnet50_k9.json --output ic_conv.yaml --width 32
+  the result of RF-Next on mmdet's ResNet:
+    $ %(prog)s local_search_config_step11.json --output rf_next.yaml
+tools/export.py (nats-export) then makes a detector's config from it.
+"""
+
+
+def main(args: argparse.Namespace) -> None:
+    content, name = read_json(args.source), os.path.basename(args.source)
+    left_out = []
+    try:
+        if isinstance(content, list):  # the two formats differ in this
+            architecture = from_ic_conv(content, name, args.width)
+        else:
+            architecture, left_out = from_rf_next(content, name, args.width)
+    except NATSError as error:
+        raise NATSError(f"{args.source}: {error}") from None
+    if args.stages:
+        missing = sorted(set(args.stages) - set(architecture.stages))
+        if missing:
+            raise NATSError(
+                f"{args.source}: has no {', '.join(missing)}, only "
+                f"{', '.join(architecture.stages)}"
+            )
+        architecture = architecture.restrict(args.stages)
+    try:
+        architecture.save(args.output)
+    except OSError as error:
+        raise NATSError(f"{args.output}: cannot be written: {error.strerror or error}") from None
+    if left_out:
+        print(f"left out, because they are outside of the residual stages: {', '.join(left_out)}")
+    print(f"wrote {args.output}")
+
+
+def _width(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 4096")
+    return int(text)
+
+
+def run(prog: Optional[str] = None) -> None:
+    """The command; `prog` is its name in the help."""
+    parser = tool_parser(__doc__, EPILOG, prog)
+    parser.add_argument("source", help="IC-Conv's or RF-Next's JSON file")
+    parser.add_argument("--output", required=True, help="architecture file to write")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=["res2", "res3", "res4", "res5"],
+        help="stages to keep (default: all in the file)",
+    )
+    parser.add_argument(
+        "--width",
+        type=_width,
+        default=64,
+        help="channels of res2's 3x3 convs (%(default)s; ResNeXt-101-32x4d: 128); each further "
+        "stage has twice as many. RF-Next's files contain no widths; IC-Conv's are scaled",
+    )
+    run_tool(main, parser.parse_args())

@@ -1,0 +1,82 @@
+"""Draw an architecture, α's history, effective receptive fields and detections."""
+
+import argparse
+import os
+from typing import Optional
+
+from ..architecture import Architecture
+from ..command import run_tool, tool_parser
+from ..errors import NATSError
+from ..results import plot
+
+EPILOG = """
+examples:
+  architecture.png and history.png of a search:
+    $ %(prog)s output/search --output output/pictures
+  architecture.svg of an architecture file:
+    $ %(prog)s architecture.yaml --output output/pictures --format svg
+  also receptive_fields.png and detections.png, from two trained detectors:
+    $ %(prog)s output/search --output output/pictures --images 4 \\
+        --plain configs/quickstart/base.yaml output/plain/model_final.pth \\
+        --searched output/search/retrain.yaml output/searched/model_final.pth
+"""
+
+
+def main(args: argparse.Namespace) -> None:
+    formats = ["png", "svg"] if args.format == "both" else [args.format]
+    if (args.plain is None) != (args.searched is None):
+        raise NATSError("give both --plain and --searched, or neither")
+    is_folder = os.path.isdir(args.source)
+    folder = args.source if is_folder else os.path.dirname(args.source)
+    architecture = Architecture.load(
+        os.path.join(folder, "architecture.yaml") if is_folder else args.source
+    )
+    figures = {"architecture": plot.plot_architecture(architecture, args.title)}
+    metrics = os.path.join(folder, "metrics.json")
+    if is_folder and os.path.isfile(metrics):
+        verdict = architecture.search.get("decidedness", {}).get("verdict", "")
+        figures["history"] = plot.plot_history(plot.read_history(metrics), args.title or verdict)
+    if args.plain:
+        from ..results.detectors import compared  # the rest needs no Detectron2
+
+        figures.update(compared(args))
+    output = args.output or os.path.join(folder, "pictures")
+    paths = []
+    for name, figure in figures.items():
+        try:
+            paths += plot.save(figure, output, name, formats)
+        except OSError as error:
+            raise NATSError(f"{output}: cannot be written: {error.strerror or error}") from None
+    for path in paths:
+        print(f"wrote {path}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 4096")
+    return int(text)
+
+
+def run(prog: Optional[str] = None) -> None:
+    """The command; `prog` is its name in the help."""
+    parser = tool_parser(__doc__, EPILOG, prog)
+    parser.add_argument("source", help="a search's output folder, or an architecture file")
+    parser.add_argument("--output", default="", help="folder to write (default: SOURCE/pictures)")
+    parser.add_argument("--format", choices=["png", "svg", "both"], default="png", help="(png)")
+    parser.add_argument("--title", default="", help="a line above each picture")
+    pair = {"nargs": 2, "metavar": ("CONFIG", "WEIGHTS")}
+    parser.add_argument("--plain", **pair, help="config and weights of the plain detector")
+    parser.add_argument("--searched", **pair, help="config and weights of the searched detector")
+    parser.add_argument("--dataset", default="", help="source of images (default: DATASETS.TEST)")
+    parser.add_argument(
+        "--images", type=_count, default=4, help="number of images with detections (%(default)s)"
+    )
+    parser.add_argument(
+        "--field-size",
+        type=_count,
+        help="side of the images for receptive fields, in pixels (default: 256 to 512)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="lowest score that is drawn (%(default)s)"
+    )
+    run_tool(main, parser.parse_args())

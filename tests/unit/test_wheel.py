@@ -1,0 +1,139 @@
+"""The wheel, as an environment has it that never saw the repository; with and without Detectron2."""
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMANDS = ["analyze", "export", "import", "plot", "report", "score", "search", "train"]
+
+WITHOUT_DETECTRON2 = """
+import sys
+for name in ("detectron2", "fvcore", "iopath", "pycocotools"):
+    sys.modules[name] = None  # importing it fails
+"""
+
+METHOD = """
+import pytest, torch, torchvision
+import detectron2_nats as nats
+from detectron2_nats.data.embedded import embedded_weights
+
+assert nats.__file__.startswith(sys.argv[1]), nats.__file__
+assert torch.load(embedded_weights())
+space = nats.SearchSpace("A", stages=["res5"], num_groups=2)
+supernet = nats.to_supernet(torchvision.models.resnet18().eval(), space)
+alphas = nats.alpha_parameters(supernet)
+with nats.alpha_training(supernet):
+    supernet(torch.rand(1, 3, 64, 64)).sum().backward()
+assert all(alpha.grad is not None for alpha in alphas)
+architecture = nats.Architecture.decode(supernet, "voted")
+architecture.save("architecture.yaml")
+frozen = nats.apply_architecture(torchvision.models.resnet18(), "architecture.yaml")
+frozen.load_state_dict(nats.frozen_state_dict(supernet, architecture))
+nats.fuse_for_inference(frozen.eval())
+assert set(nats.__all__) == {name for name in nats.__all__ if hasattr(nats, name)}
+with pytest.raises(ImportError, match="SearchTrainer needs Detectron2"):
+    nats.SearchTrainer
+with pytest.raises(ImportError, match="add_nats_config needs Detectron2"):
+    from detectron2_nats import add_nats_config
+with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    nats.nothing
+"""
+
+RUN = """
+import sys
+from detectron2_nats.commands import main
+names, *arguments = sys.argv[1:]
+for name in names.split():
+    sys.argv = [f"/somewhere/bin/nats-{name}", *arguments]
+    try:
+        main()
+    except SystemExit as status:
+        print(f"{name}: {status.code}")
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder that holds what the wheel holds."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    caches = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(REPOSITORY / "projects", source / "projects", ignore=caches)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "."]
+    done = subprocess.run(pip, cwd=source, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = source.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(built)
+    return built
+
+
+def python(site, folder, code, *arguments):
+    """Run code in a process that finds the package in `site`, and the repository nowhere."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, timeout=240, **pipes)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_metadata(site):
+    (info,) = site.glob("*.dist-info")
+    metadata = Parser().parsestr((info / "METADATA").read_text())
+    assert metadata["Name"] == "detectron2-nats" and metadata["Requires-Python"] == ">=3.10"
+    needed = {line.split(">")[0].split("=")[0] for line in metadata.get_all("Requires-Dist")}
+    assert needed == {"torch", "numpy", "matplotlib", "pillow", "PyYAML", "tabulate"}
+    assert metadata.get_payload().startswith("# detectron2-nats")
+    scripts = configparser.ConfigParser()
+    scripts.read(info / "entry_points.txt")
+    names = [f"nats-{name}" for name in COMMANDS]
+    assert dict(scripts["console_scripts"]) == dict.fromkeys(names, "detectron2_nats.commands:main")
+    files = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
+    mine = {
+        str(path.relative_to(REPOSITORY / "projects/NATS"))
+        for kind in ("*.py", "*.pth", "*.html")
+        for path in (REPOSITORY / "projects/NATS/detectron2_nats").rglob(kind)
+    }
+    assert mine == {name for name in files if name.startswith("detectron2_nats/")}
+
+
+def test_the_method_without_detectron2(site, tmp_path):
+    python(site, tmp_path, WITHOUT_DETECTRON2 + METHOD, site)
+
+
+def test_commands_without_detectron2(site, tmp_path):
+    """Files of other methods become architectures, and pictures; the others say what is missing."""
+    pattern = ", ".join(
+        '{"(0, 2)": %d}' % (64 * 2**stage)
+        for stage, blocks in enumerate((3, 4, 6, 3))
+        for _ in range(blocks)
+    )
+    (tmp_path / "pattern.json").write_text(f"[{pattern}]")
+    code = WITHOUT_DETECTRON2 + RUN
+    printed = python(site, tmp_path, code, "import", "pattern.json", "--output", "found.yaml")
+    assert printed == "wrote found.yaml\n"
+    printed = python(site, tmp_path, code, "plot", "found.yaml")
+    assert printed == "wrote pictures/architecture.png\n"
+    printed = python(site, tmp_path, code, "search analyze export", "found.yaml")
+    for name in ("search", "analyze", "export"):
+        message = f"error: nats-{name} needs detectron2, which is not installed here"
+        assert f"{message}\n" in printed and f"{name}: 2\n" in printed
+
+
+def test_commands_with_detectron2(site, tmp_path):
+    pytest.importorskip("detectron2")
+    printed = python(site, tmp_path, RUN, " ".join(COMMANDS), "--help")
+    for name in COMMANDS:
+        assert f"usage: nats-{name} " in printed and f"$ nats-{name} " in printed
+        assert f"{name}: 0\n" in printed
+    printed = python(site, tmp_path, "import detectron2_nats as n; print(n.SearchTrainer.__name__)")
+    assert printed == "SearchTrainer\n"
