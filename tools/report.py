@@ -1,34 +1,7 @@
 #!/usr/bin/env python
-"""Write one HTML page of a search, a study or the demo, to send to others.
+"""Write one HTML page of a search, a study or the demo, to send to others."""
 
-Verdict first, then accuracy and cost, the architecture, how α got there, receptive fields and
-detections (where tools/plot.py has drawn them), and how to make it again. All is inside the file.
-"""
-
-import argparse
-import os
-
-from detectron2_nats.command import run_tool, tool_parser
-from detectron2_nats.results.report import write_report
-
-EPILOG = """
-examples:
-  of a search:
-    $ python tools/report.py output/search
-  of the demo:
-    $ python tools/report.py output/demo --output demo.html --title "Bars that lie"
-"""
-
-
-def main(args: argparse.Namespace) -> None:
-    path = args.output or os.path.join(args.folder, "report.html")
-    write_report(args.folder, path, args.title)
-    print(f"wrote {path}")
-
+from detectron2_nats.commands.report import run
 
 if __name__ == "__main__":
-    parser = tool_parser(__doc__, EPILOG)
-    parser.add_argument("folder", help="output folder of a search, a study or the demo")
-    parser.add_argument("--output", default="", metavar="HTML", help="(FOLDER/report.html)")
-    parser.add_argument("--title", default="", help="heading of the page")
-    run_tool(main, parser.parse_args())
+    run("python tools/report.py")

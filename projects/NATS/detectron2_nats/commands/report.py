@@ -1,0 +1,35 @@
+"""Write one HTML page of a search, a study or the demo, to send to others.
+
+Verdict first, then accuracy and cost, the architecture, how α got there, receptive fields and
+detections (where tools/plot.py has drawn them), and how to make it again. All is inside the file.
+"""
+
+import argparse
+import os
+from typing import Optional
+
+from ..command import run_tool, tool_parser
+from ..results.report import write_report
+
+EPILOG = """
+examples:
+  of a search:
+    $ %(prog)s output/search
+  of the demo:
+    $ %(prog)s output/demo --output demo.html --title "Bars that lie"
+"""
+
+
+def main(args: argparse.Namespace) -> None:
+    path = args.output or os.path.join(args.folder, "report.html")
+    write_report(args.folder, path, args.title)
+    print(f"wrote {path}")
+
+
+def run(prog: Optional[str] = None) -> None:
+    """The command; `prog` is its name in the help."""
+    parser = tool_parser(__doc__, EPILOG, prog)
+    parser.add_argument("folder", help="output folder of a search, a study or the demo")
+    parser.add_argument("--output", default="", metavar="HTML", help="(FOLDER/report.html)")
+    parser.add_argument("--title", default="", help="heading of the page")
+    run_tool(main, parser.parse_args())
