@@ -92,6 +92,11 @@ SMALL = {
     "examples/torchvision_search.py": ["--iterations", "3", "--size", "64", "--images", "2"],
     "tools/plot.py": ["--images", "1", "--field-size", "64"],
     "tools/analyze.py": ["--size", "64", "96"],
+    "examples/lazyconfig_search.py": [
+        *("train.init_checkpoint=", "train.max_iter=5", "dataloader.train.num_workers=0"),
+        *(f"model.backbone.bottom_up.{part}.norm=BN" for part in ("stem", "stages")),
+        "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+    ],
     "tools/score.py": ["--images", "2", "--random", "2"],
     "tools/make_val35k.py": ["--force"],
 }
