@@ -6,7 +6,12 @@ import yaml
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2_nats import Architecture, NATSError, add_nats_config
-from detectron2_nats.architecture import decode_alpha, intensities, votes
+from detectron2_nats.architecture import (
+    decode_alpha,
+    intensities,
+    shipped_architectures,
+    votes,
+)
 from detectron2_nats.search_space import PAPER_SETS
 
 LAYERS = {
@@ -305,3 +310,16 @@ def test_config_round_trip(tmp_path):
 def test_malformed_config_value(value, message):
     with pytest.raises(NATSError, match=message):
         Architecture.from_config(value)
+
+
+def test_shipped_architectures_load_by_name_and_say_where_they_come_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped_architectures()
+    for name in shipped_architectures():
+        search = Architecture.load(name).search
+        assert {"data", "network", "command", "seed", "decidedness", "retrained AP"} <= set(search)
+    (tmp_path / "bars_lying").write_text("a file of that name comes first")
+    with pytest.raises(NATSError, match="bars_lying: not an architecture file"):
+        Architecture.load("bars_lying")
+    with pytest.raises(NATSError, match="bars_leaning: cannot be read: No such file"):
+        Architecture.load("bars_leaning")

@@ -1,5 +1,6 @@
 """The result of a search: the dilation of each output channel of each conv (section 3.3)."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
@@ -14,7 +15,7 @@ from .files import OneLine, read_yaml, write_yaml
 from .search_space import Dilation, check_dilation, shortened
 from .stages import searched_layers
 
-__all__ = ["Architecture", "Run", "decode_alpha", "intensities", "votes"]
+__all__ = ["Architecture", "Run", "decode_alpha", "intensities", "shipped_architectures", "votes"]
 
 FORMAT = "detectron2-nats/1"
 DECODE_ORDERS = ("paper", "voted")
@@ -22,6 +23,8 @@ DECODE_ORDERS = ("paper", "voted")
 # Far above any ResNet (R-152 has 50 convs of at most 2048 channels), and still cheap to read.
 MAX_LAYERS = 1000
 MAX_CHANNELS = 65536
+
+_SHIPPED = os.path.join(os.path.dirname(__file__), "architectures")
 
 Run = Tuple[int, int, int]
 """A segment, (output channels, d_h, d_w): consecutive output channels of one dilation."""
@@ -200,9 +203,14 @@ class Architecture:
     def load(cls, path: str) -> "Architecture":
         """Read an architecture file (YAML, safe loader, at most 8 MiB).
 
+        Args:
+            path: a file, or the name of one that the package ships, such as "bars_lying".
+
         Raises:
             NATSError: missing, too large, not YAML, or malformed; names the file.
         """
+        if path in shipped_architectures() and not os.path.exists(path):
+            path = os.path.join(_SHIPPED, f"{path}.yaml")
         content = read_yaml(path, aliases=False)
         try:
             return cls.from_dict(content)
@@ -268,6 +276,11 @@ class Architecture:
             "mean over the output channels.\nA stage's own dilation (DC5), which multiplies d, is "
             "not included."
         )
+
+
+def shipped_architectures() -> List[str]:
+    """The names that :meth:`Architecture.load` takes beside paths."""
+    return sorted(name.removesuffix(".yaml") for name in os.listdir(_SHIPPED))
 
 
 def _check_name(name: Any) -> str:
