@@ -42,7 +42,7 @@ def _searched_config(source: str, config_file: str) -> CfgNode:
     """The detector with the searched backbone, from any kind of SOURCE."""
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     path = os.path.join(folder, "architecture.yaml") if os.path.isdir(source) else source
-    content = read_yaml(path)
+    content = read_yaml(path) if os.path.exists(path) else None  # else perhaps one that is shipped
     if isinstance(content, dict) and "MODEL" in content:
         exported = load_config(path)
         if not exported.MODEL.NATS.ARCHITECTURE:
