@@ -1,5 +1,6 @@
 """Which evaluator a data set needs, as Detectron2's own training script chooses it."""
 
+import functools
 import os
 
 from detectron2.config import CfgNode
@@ -24,21 +25,12 @@ __all__ = ["build_evaluator"]
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator of a registered data set; results go to ``OUTPUT_DIR/inference``."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-
-    def coco():
-        return COCOEvaluator(dataset_name, output_dir=folder)
-
-    def sem_seg():
-        return SemSegEvaluator(dataset_name, distributed=True, output_dir=folder)
-
+    coco = functools.partial(COCOEvaluator, dataset_name, output_dir=folder)
+    sem_seg = functools.partial(SemSegEvaluator, dataset_name, output_dir=folder)
     builders = {
         "coco": [coco],
         "sem_seg": [sem_seg],
-        "coco_panoptic_seg": [
-            sem_seg,
-            coco,
-            lambda: COCOPanopticEvaluator(dataset_name, folder),
-        ],
+        "coco_panoptic_seg": [sem_seg, coco, lambda: COCOPanopticEvaluator(dataset_name, folder)],
         "lvis": [lambda: LVISEvaluator(dataset_name, output_dir=folder)],
         "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
         "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name)],
@@ -50,5 +42,4 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
             f"no evaluator for data set {dataset_name!r} of type {kind!r}: expected one of "
             f"{', '.join(builders)}"
         )
-    chosen = [build() for build in builders[kind]]
-    return chosen[0] if len(chosen) == 1 else DatasetEvaluators(chosen)
+    return DatasetEvaluators([build() for build in builders[kind]])
