@@ -26,7 +26,7 @@ def add_nats_config(cfg: CfgNode) -> None:
     """Add the project's keys to a Detectron2 config, in place."""
     # -- the backbone: used if MODEL.BACKBONE.NAME is "build_nats_backbone" ---------------------
     cfg.MODEL.NATS = CfgNode()
-    # Any registered builder whose residual stages consist of Detectron2's blocks.
+    # Any registered builder of a network with residual stages (stages.py says what they are).
     cfg.MODEL.NATS.BASE_BACKBONE = "build_resnet_fpn_backbone"
     # List of [layer name, [[output channels, d_h, d_w], ...]], written by tools/export.py. If not
     # empty, this frozen network is built. If empty, the super-network is built.
