@@ -20,7 +20,6 @@ from detectron2_nats import (
     alpha_training,
     apply_architecture,
     frozen_state_dict,
-    fuse_for_inference,
     to_supernet,
 )
 from detectron2_nats.results.plot import effective_receptive_fields
@@ -175,10 +174,6 @@ def test_every_kind(name):
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
 
-    fused = outputs(fuse_for_inference(copy.deepcopy(frozen)), image(batch=2))
-    for key, value in found.items():
-        torch.testing.assert_close(fused[key], value, rtol=1e-4, atol=1e-4)
-
 
 def test_one_architecture_for_detectron2_and_torchvision():
     """layer2.0.conv2 is res3.0.conv2: the same file, in the same order, on both."""
@@ -291,62 +286,6 @@ def test_two_networks():
     message = "two stages res2, the second at teacher.res2: .* that holds student.layer1"
     with pytest.raises(NATSError, match=message):
         to_supernet(two, SPACE)
-
-
-# -- fusing ---------------------------------------------------------------------------------
-
-
-def norms(model):
-    return [m for m in model.modules() if getattr(m, "running_var", None) is not None]
-
-
-@pytest.mark.parametrize(
-    "name", ["torchvision, FPN", "torchvision, basic blocks", "mmdet", "timm, SE"]
-)
-def test_no_batch_norm_is_left(name):
-    network = built(name)
-    assert norms(network) and not norms(fuse_for_inference(network))
-
-
-class Tricky(nn.Module):
-    """Each norm for its own reason not to be folded, but the last."""
-
-    def __init__(self, relu_in_norm):
-        super().__init__()
-        self.before, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)  # the conv is read twice
-        self.conv3, self.bn3 = Standardised(4, 4, 1), nn.BatchNorm2d(4)
-        self.conv4, self.bn4 = nn.Conv2d(4, 4, 1), relu_in_norm(4)
-        self.conv5, self.bn5 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)  # called twice
-        self.conv6, self.bn6 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        x = self.conv1(self.before(x))
-        y = self.conv2(x)
-        x = self.bn2(y) + y
-        x = self.bn4(self.conv4(self.bn3(self.conv3(x))))
-        x = self.bn5(self.conv5(x)) + self.conv5(x)
-        return self.bn6(self.conv6(x))
-
-
-class NormAndReLU(nn.BatchNorm2d):
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
-def test_only_a_norm_that_alone_reads_a_conv_is_folded():
-    network = randomized(Tricky(NormAndReLU)).eval()
-    x = torch.randn(2, 4, 5, 5)
-    with torch.no_grad():
-        expected = network(x)
-        fuse_for_inference(network)
-        torch.testing.assert_close(network(x), expected)
-    left = [
-        name
-        for name, part in network.named_children()
-        if "running_var" in dict(part.named_buffers())
-    ]
-    assert left == ["before", "bn2", "bn3", "bn4", "bn5"]
 
 
 # -- α --------------------------------------------------------------------------------------
