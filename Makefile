@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-optional demo test faults bench bench-smoke gpu lint format clean
+.PHONY: help setup setup-optional demo test test-fast faults bench bench-smoke gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -20,6 +20,9 @@ demo: setup  ## a search whose right answer is known, and what it gains (minutes
 
 test: setup  ## run all tests, one process for each core, at most four
 	@$(PYTHON) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
+
+test-fast: setup  ## only the tests that start no process and train nothing (two minutes)
+	@$(PYTHON) -m pytest tests/unit --numprocesses auto --maxprocesses 4 --dist worksteal
 
 faults: setup  ## break small runs in many ways and print what they survived (an hour)
 	@$(PYTHON) tests/faults/run_faults.py
