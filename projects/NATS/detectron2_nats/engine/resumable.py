@@ -59,10 +59,13 @@ class _LossModule(nn.Module):
 
     def forward(self, data: List[dict]) -> Dict[str, torch.Tensor]:
         reached = [p for p in self.model.parameters() if p.requires_grad]
+
+        def keep(module, inputs, features):
+            if isinstance(features, dict):  # as Detectron2's backbones return; others may not
+                reached.extend(features.values())
+
         # the backbone is done when Detectron2 looks at the predictions
-        hook = getattr(self.model, "backbone", self.model).register_forward_hook(
-            lambda module, inputs, features: reached.extend(features.values())
-        )
+        hook = getattr(self.model, "backbone", self.model).register_forward_hook(keep)
         try:
             return self.model(data)
         except FloatingPointError as error:
