@@ -1,6 +1,8 @@
 """Two gloo processes of one search: that they agree, and what they do when one goes wrong."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -228,3 +230,27 @@ def test_a_raise_on_one_rank_passes_through_sync_bn(bad_rank):
         assert all(map(math.isfinite, good.values()))
     (_, first), (_, second) = (reports[1] for reports in both)
     assert first == second and all(map(math.isfinite, first))
+
+
+DONE = """
+import atexit, builtins, os, sys
+import torch.distributed as dist
+from detectron2_nats.engine import launch
+
+class Torn:
+    def __del__(self, write=os.write):
+        write(1, b"torn down")
+
+builtins.torn = Torn()  # goes with the interpreter
+atexit.register(lambda: print("at exit", dist.is_initialized()))
+atexit.register(lambda: 1 / 0)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+launch._call(print, "done")
+"""
+
+
+def test_leaves_the_group_when_done_and_tears_nothing_down():
+    """A thread of the group that let go of a tensor meanwhile would abort the process."""
+    process = subprocess.run([sys.executable, "-c", DONE], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "done\nat exit True\n")
+    assert "ZeroDivisionError" in process.stderr

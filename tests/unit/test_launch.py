@@ -1,8 +1,6 @@
 """How a process of several leaves: with the exit status that it means."""
 
 import errno
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,30 +23,6 @@ def raising(error):
         raise error
 
     return main
-
-
-DONE = """
-import atexit, builtins, os, sys
-import torch.distributed as dist
-from detectron2_nats.engine import launch
-
-class Torn:
-    def __del__(self, write=os.write):
-        write(1, b"torn down")
-
-builtins.torn = Torn()  # goes with the interpreter
-atexit.register(lambda: print("at exit", dist.is_initialized()))
-atexit.register(lambda: 1 / 0)
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-launch._call(print, "done")
-"""
-
-
-def test_leaves_the_group_when_done_and_tears_nothing_down():
-    """A thread of the group that let go of a tensor meanwhile would abort the process."""
-    process = subprocess.run([sys.executable, "-c", DONE], capture_output=True, text=True)
-    assert (process.returncode, process.stdout) == (0, "done\nat exit True\n")
-    assert "ZeroDivisionError" in process.stderr
 
 
 @pytest.mark.parametrize(
