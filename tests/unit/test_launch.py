@@ -1,6 +1,7 @@
 """How a process of several leaves: with the exit status that it means."""
 
 import errno
+import sys
 
 import pytest
 import torch
