@@ -14,6 +14,7 @@ def main() -> None:
     try:
         command = importlib.import_module(f".{module}", __name__)
     except ModuleNotFoundError as error:
-        print(f"error: {name} needs {error.name}, which is not installed here", file=sys.stderr)
+        package = error.name.split(".")[0]
+        print(f"error: {name} needs {package}, which is not installed here", file=sys.stderr)
         sys.exit(2)
     command.run()
