@@ -1,7 +1,7 @@
 """Training α in any loop: which parameters it is, and a step that changes nothing else."""
 
 import contextlib
-from typing import Iterator, List
+from typing import Iterator, List, Optional
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 from .errors import NATSError
 from .stages import searched_layers
 
-__all__ = ["alpha_parameters", "alpha_training"]
+__all__ = ["ForwardState", "alpha_parameters", "alpha_training"]
 
 
 def alpha_parameters(model: nn.Module) -> List[nn.Parameter]:
@@ -31,9 +31,9 @@ def alpha_parameters(model: nn.Module) -> List[nn.Parameter]:
 def alpha_training(model: nn.Module) -> Iterator[None]:
     """In here a forward and backward pass is for α alone.
 
-    α takes gradients, and the weights do not, so that backward ends at the first α. Batch norms
-    may use the statistics of the batch, but theirs are put back at the end: they are not to learn
-    from the images that α is trained on. Afterwards the weights take gradients as before, and α
+    α takes gradients, and the weights do not, so that backward ends at the first α. What a forward
+    pass changes is put back at the end (:class:`ForwardState`): batch norms are not to learn from
+    the images that α is trained on. Afterwards the weights take gradients as before, and α
     takes none until the next time.
 
     Args:
@@ -43,9 +43,7 @@ def alpha_training(model: nn.Module) -> Iterator[None]:
     alphas = alpha_parameters(model)
     own = {id(alpha) for alpha in alphas}
     weights = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    statistics = [b for norm in norms for b in norm.buffers(recurse=False)]
-    copies = [b.clone() for b in statistics]
+    state = ForwardState(model)
     _take_gradients(weights, False)
     _take_gradients(alphas, True)
     try:
@@ -53,10 +51,46 @@ def alpha_training(model: nn.Module) -> Iterator[None]:
     finally:
         _take_gradients(alphas, False)
         _take_gradients(weights, True)
-        if statistics:
-            torch._foreach_copy_(statistics, copies)
+        state.restore()
 
 
 def _take_gradients(parameters: List[nn.Parameter], on: bool) -> None:
     for parameter in parameters:
         parameter.requires_grad_(on)
+
+
+class ForwardState:
+    """What a forward pass in training changes, to be put back after a step that must not count.
+
+    Batch norms' running statistics, and a dense detector's `loss_normalizer`: a running mean of how
+    many anchors are positive, which Detectron2 keeps as a plain number in no state dict.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.buffers = [b for m in norms for b in m.buffers(recurse=False)]
+        self.copies = [b.clone() for b in self.buffers]
+        self.save()
+
+    @property
+    def normalizer(self) -> Optional[float]:
+        """Of this rank; None before the first step, and where the detector has none."""
+        return getattr(self.model, "loss_normalizer", None)
+
+    @normalizer.setter
+    def normalizer(self, value: Optional[float]) -> None:
+        if value is not None:
+            self.model.loss_normalizer = value
+        elif self.normalizer is not None:
+            del self.model.loss_normalizer
+
+    def save(self) -> None:
+        self._normalizer = self.normalizer
+        if self.buffers:
+            torch._foreach_copy_(self.copies, self.buffers)
+
+    def restore(self) -> None:
+        self.normalizer = self._normalizer
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.copies)

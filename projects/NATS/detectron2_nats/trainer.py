@@ -102,7 +102,6 @@ class SearchTrainer(ResumableTrainer):
         """Adam on α, on a batch of ``DATASETS.CALIBRATION``. Nothing else changes by a bit."""
         with alpha_training(self._supernet):
             self.take_step(self.alpha)
-            self._forward_state.restore()  # a dense detector's running mean too
 
     def rehearse_alpha_step(self) -> None:
         """Compute an α step's gradient and discard it, before the first real one.

@@ -24,6 +24,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
+from ..alpha import ForwardState
 from ..config import config_differences, scaled_to_processes, with_norms_for
 from ..data.overlap import warn_of_test_images
 from ..errors import NATSError
@@ -73,43 +74,6 @@ class _LossModule(nn.Module):
             return {"loss": sum(tensor.sum() for tensor in reached) * math.nan}
         finally:
             hook.remove()
-
-
-class _ForwardState:
-    """What a forward pass in training changes, to be put back after a step that must not count.
-
-    Batch norms' running statistics, and a dense detector's `loss_normalizer`: a running mean of how
-    many anchors are positive, which Detectron2 keeps as a plain number in no state dict.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.buffers = [b for m in norms for b in m.buffers(recurse=False)]
-        self.copies = [b.clone() for b in self.buffers]
-        self.save()
-
-    @property
-    def normalizer(self) -> Optional[float]:
-        """Of this rank; None before the first step, and where the detector has none."""
-        return getattr(self.model, "loss_normalizer", None)
-
-    @normalizer.setter
-    def normalizer(self, value: Optional[float]) -> None:
-        if value is not None:
-            self.model.loss_normalizer = value
-        elif self.normalizer is not None:
-            del self.model.loss_normalizer
-
-    def save(self) -> None:
-        self._normalizer = self.normalizer
-        if self.buffers:
-            torch._foreach_copy_(self.copies, self.buffers)
-
-    def restore(self) -> None:
-        self.normalizer = self._normalizer
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.copies)
 
 
 @dataclass
@@ -204,7 +168,7 @@ class ResumableTrainer(DefaultTrainer):
         warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.TRAIN")
         # Holds model, loader and optimizer for DefaultTrainer's properties; its steps are not used.
         self._trainer = SimpleTrainer(model, loader, optimizer)
-        self._forward_state = _ForwardState(model)
+        self._forward_state = ForwardState(model)
         self._loss_module = _LossModule(model)
         self.weights = self.new_phase("", _distributed(self._loss_module), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
