@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Print an architecture, and what it costs: the backbone's parameters, FLOPs, activations."""
+"""The script of detectron2_nats/commands/analyze.py."""
 
 from detectron2_nats.commands.analyze import run
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the plain config (and the weights) of a searched detector."""
+"""The script of detectron2_nats/commands/export.py."""
 
 from detectron2_nats.commands.export import run
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make an architecture file of IC-Conv's pattern or RF-Next's structure (JSON)."""
+"""The script of detectron2_nats/commands/import_architecture.py."""
 
 from detectron2_nats.commands.import_architecture import run
 

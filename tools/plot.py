@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw an architecture, α's history, effective receptive fields and detections."""
+"""The script of detectron2_nats/commands/plot.py."""
 
 from detectron2_nats.commands.plot import run
 

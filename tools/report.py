@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write one HTML page of a search, a study or the demo, to send to others."""
+"""The script of detectron2_nats/commands/report.py."""
 
 from detectron2_nats.commands.report import run
 

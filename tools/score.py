@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Is it worth retraining? Score what a search found before days go into it."""
+"""The script of detectron2_nats/commands/score.py."""
 
 from detectron2_nats.commands.score import run
 

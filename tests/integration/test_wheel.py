@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ["analyze", "export", "import", "plot", "search", "train"]
+COMMANDS = ["analyze", "export", "import", "plot", "report", "score", "search", "train"]
 
 WITHOUT_DETECTRON2 = """
 import sys
@@ -91,7 +91,8 @@ def test_metadata(site):
     metadata = Parser().parsestr((info / "METADATA").read_text())
     assert metadata["Name"] == "detectron2-nats" and metadata["Requires-Python"] == ">=3.10"
     needed = {line.split(">")[0].split("=")[0] for line in metadata.get_all("Requires-Dist")}
-    assert needed == {"torch", "numpy", "matplotlib", "pillow", "PyYAML", "tabulate"}
+    drawing = {"matplotlib", "pillow", "tabulate", "Jinja2", "Markdown"}
+    assert needed == {"torch", "numpy", "scipy", "PyYAML", *drawing}
     assert metadata.get_payload().startswith("# detectron2-nats")
     scripts = configparser.ConfigParser()
     scripts.read(info / "entry_points.txt")
@@ -100,7 +101,7 @@ def test_metadata(site):
     files = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     mine = {
         str(path.relative_to(REPOSITORY / "projects/NATS"))
-        for kind in ("*.py", "*.pth", "*.html")
+        for kind in ("*.py", "*.pth", "*.html", "*.yaml")
         for path in (REPOSITORY / "projects/NATS/detectron2_nats").rglob(kind)
     }
     assert mine == {name for name in files if name.startswith("detectron2_nats/")}

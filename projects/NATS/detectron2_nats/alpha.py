@@ -70,7 +70,7 @@ class ForwardState:
         self.model = model
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.buffers = [b for m in norms for b in m.buffers(recurse=False)]
-        self.copies = [b.clone() for b in self.buffers]
+        self.copies = [torch.empty_like(b) for b in self.buffers]
         self.save()
 
     @property

@@ -6,7 +6,7 @@ from typing import Callable, Optional
 
 from .errors import NATSError
 
-__all__ = ["run_tool", "tool_parser"]
+__all__ = ["run_tool", "tool_parser", "write"]
 
 
 def tool_parser(
@@ -28,3 +28,16 @@ def run_tool(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     except NATSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def write(path: str, content: Callable[[], None]) -> None:
+    """Call ``content()``, which writes the file `path`, and say so.
+
+    Raises:
+        NATSError: it cannot be written.
+    """
+    try:
+        content()
+    except OSError as error:
+        raise NATSError(f"{path}: cannot be written: {error.strerror or error}") from None
+    print(f"wrote {path}")

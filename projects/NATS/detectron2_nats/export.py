@@ -139,6 +139,6 @@ def frozen_weights(
         backbone: the detector's super-network, with weights.
         architecture: decoded from it in voted order.
     """
-    frozen = {k: v for k, v in state_dict.items() if not k.endswith((".alpha", ".replicas"))}
+    rest = {k: v for k, v in state_dict.items() if not k.startswith("backbone.")}
     own = frozen_state_dict(backbone, architecture)
-    return {**frozen, **{f"backbone.{name}": value for name, value in own.items()}}
+    return {**{f"backbone.{name}": value for name, value in own.items()}, **rest}

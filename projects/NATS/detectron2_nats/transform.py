@@ -50,7 +50,7 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
         if stage_name not in stages:
             raise NATSError(
                 f"stage {stage_name} is missing: this backbone builds {', '.join(stages)}; take "
-                f"{stage_name} out of MODEL.NATS.STAGES"
+                f"{stage_name} out of the stages (MODEL.NATS.STAGES)"
             )
         found = list(named_convs(stage_name, stages[stage_name]))
         if not found:
@@ -152,10 +152,10 @@ def frozen_state_dict(supernet: nn.Module, architecture: Architecture) -> Dict[s
             "the super-network's weights fit only an architecture in voted order (in paper order "
             "a channel's dilation is not the one that its weights were trained under)"
         )
-    frozen = {
-        k: v for k, v in supernet.state_dict().items() if not k.endswith((".alpha", ".replicas"))
-    }
+    frozen = dict(supernet.state_dict())
     paths = {module: path for path, module in supernet.named_modules()}
     for name, conv in searched_layers(supernet).items():
+        for part in ("alpha", "replicas"):
+            frozen.pop(f"{paths[conv]}.{part}", None)
         frozen[f"{paths[conv]}.weight"] = conv.frozen_weight(architecture.layers[name])
     return frozen

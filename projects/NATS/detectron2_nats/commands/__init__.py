@@ -12,9 +12,8 @@ def main() -> None:
     name = Path(sys.argv[0]).stem
     module = name.removeprefix("nats-").replace("import", "import_architecture")
     try:
-        command = importlib.import_module(f".{module}", __name__)
+        importlib.import_module(f".{module}", __name__).run()
     except ModuleNotFoundError as error:
         package = error.name.split(".")[0]
         print(f"error: {name} needs {package}, which is not installed here", file=sys.stderr)
         sys.exit(2)
-    command.run()

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 
 from ..architecture import Architecture
-from ..command import run_tool, tool_parser
+from ..command import run_tool, tool_parser, write
 from ..config import load_config
 from ..errors import NATSError
 from ..export import (
@@ -59,16 +59,10 @@ def main(args: argparse.Namespace) -> None:
         frozen = frozen_weights(checkpoint, backbone, architecture)
         content = {"model": frozen, "__author__": "detectron2-nats"}
         cfg.MODEL.WEIGHTS = args.weights
-        _write(args.weights, lambda p: write_atomically(p, lambda file: torch.save(content, file)))
-    _write(args.output or os.path.join(folder, "retrain.yaml"), lambda p: write_config(cfg, p))
-
-
-def _write(path, write):
-    try:
-        write(path)
-    except OSError as error:
-        raise NATSError(f"{path}: cannot be written: {error.strerror or error}") from None
-    print(f"wrote {path}")
+        save = lambda file: torch.save(content, file)  # noqa: E731
+        write(args.weights, lambda: write_atomically(args.weights, save))
+    path = args.output or os.path.join(folder, "retrain.yaml")
+    write(path, lambda: write_config(cfg, path))
 
 
 def run(prog: Optional[str] = None) -> None:

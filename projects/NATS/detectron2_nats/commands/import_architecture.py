@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Optional
 
-from ..command import run_tool, tool_parser
+from ..command import run_tool, tool_parser, write
 from ..errors import NATSError
 from ..importers import from_ic_conv, from_rf_next, read_json
 
@@ -41,13 +41,9 @@ def main(args: argparse.Namespace) -> None:
                 f"{', '.join(architecture.stages)}"
             )
         architecture = architecture.restrict(args.stages)
-    try:
-        architecture.save(args.output)
-    except OSError as error:
-        raise NATSError(f"{args.output}: cannot be written: {error.strerror or error}") from None
     if left_out:
         print(f"left out, because they are outside of the residual stages: {', '.join(left_out)}")
-    print(f"wrote {args.output}")
+    write(args.output, lambda: architecture.save(args.output))
 
 
 def _width(text: str) -> int:

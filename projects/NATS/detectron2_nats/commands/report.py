@@ -8,7 +8,7 @@ import argparse
 import os
 from typing import Optional
 
-from ..command import run_tool, tool_parser
+from ..command import run_tool, tool_parser, write
 from ..results.report import write_report
 
 EPILOG = """
@@ -22,8 +22,7 @@ examples:
 
 def main(args: argparse.Namespace) -> None:
     path = args.output or os.path.join(args.folder, "report.html")
-    write_report(args.folder, path, args.title)
-    print(f"wrote {path}")
+    write(path, lambda: write_report(args.folder, path, args.title))
 
 
 def run(prog: Optional[str] = None) -> None:

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from detectron2.modeling import build_model
 
 from ..architecture import Architecture
-from ..command import run_tool, tool_parser
+from ..command import run_tool, tool_parser, write
 from ..config import load_config
 from ..data.registry import register_datasets
 from ..engine.checkpoint import SafeCheckpointer
@@ -49,7 +49,10 @@ def main(args: argparse.Namespace) -> None:
     records = records[:: -(-len(records) // args.images)]
     model = build_model(cfg)
     checkpointer = SafeCheckpointer(model, args.search)
-    checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[])
+    checkpoint = checkpointer.find_usable_checkpoint()
+    if not checkpoint:
+        raise NATSError(f"{args.search} holds no checkpoint: search first")
+    checkpointer.load(checkpoint, checkpointables=[])
     searched = searched_layers(model)
     architectures = {
         "found": Architecture.decode(searched, "voted"),
@@ -71,14 +74,14 @@ def main(args: argparse.Namespace) -> None:
         print(f"{name}: {scores[name]:.4f}", flush=True)
     found, drawn = scores["found"], [v for k, v in scores.items() if k.startswith("random ")]
     print("\n" + tabulate(sorted(scores.items(), key=lambda item: item[1]), ["", "loss"], "pipe"))
+    lower = sum(found < value for value in drawn)
     print(
         f"\n{len(records)} images of {', '.join(cfg.DATASETS.CALIBRATION)}. The found architecture "
-        f"has a {'lower' if found < scores['plain'] else 'higher'} loss than the plain one\n"
-        f"and a lower one than {sum(found < value for value in drawn)} of {len(drawn)} random ones."
+        f"minus the plain one: {found - scores['plain']:+.4f}.\nThe found one is lower than "
+        f"{lower} of {len(drawn)} random ones."
     )
     path = args.output or os.path.join(args.search, "scores.json")
-    write_atomically(path, json.dumps(scores, indent=1))
-    print(f"wrote {path}")
+    write(path, lambda: write_atomically(path, json.dumps(scores, indent=1)))
 
 
 def _count(text: str) -> int:

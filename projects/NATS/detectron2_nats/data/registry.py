@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -52,17 +52,22 @@ def register_datasets(cfg: CfgNode) -> None:
 def _load(name: str, json_file: str, image_root: str, max_bad_share: float) -> List[dict]:
     """Read a COCO annotation file, without annotations that no detector can learn from."""
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            usable = _without_bad(json_file, max_bad_share, folder)
-            return load_coco_json(usable, image_root, name)
+        content = _without_bad(json_file, max_bad_share)
+        if content is None:
+            return load_coco_json(json_file, image_root, name)
+        with tempfile.TemporaryDirectory() as folder:  # Detectron2's reader takes a path
+            copy = os.path.join(folder, os.path.basename(json_file))
+            with open(copy, "w") as file:
+                json.dump(content, file)
+            return load_coco_json(copy, image_root, name)
     except NATSError:
         raise
     except _MALFORMED as error:
         raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
 
 
-def _without_bad(json_file: str, max_bad_share: float, folder: str) -> str:
-    """The file itself, or a copy in `folder` without what cannot be used, with a warning.
+def _without_bad(json_file: str, max_bad_share: float) -> Optional[dict]:
+    """The content without what cannot be used, with a warning; None if all can be used.
 
     Raises:
         NATSError: that is too much.
@@ -74,7 +79,7 @@ def _without_bad(json_file: str, max_bad_share: float, folder: str) -> str:
     annotations = content["annotations"]
     bad = {i: why for i, a in enumerate(annotations) if (why := _fault(a, images, categories))}
     if not bad:
-        return json_file
+        return None
     first, why = next(iter(bad.items()))
     where = images.get(annotations[first].get("image_id"), "no listed image")
     summary = (
@@ -85,10 +90,7 @@ def _without_bad(json_file: str, max_bad_share: float, folder: str) -> str:
         raise NATSError(f"{summary}. Mend the file, or raise RUN.MAX_BAD_DATA ({max_bad_share})")
     logger.warning(f"{summary}. They are skipped.")
     content["annotations"] = [a for i, a in enumerate(annotations) if i not in bad]
-    copy = os.path.join(folder, os.path.basename(json_file))  # Detectron2's reader takes a path
-    with open(copy, "w") as file:
-        json.dump(content, file)
-    return copy
+    return content
 
 
 def _fault(annotation: dict, images, categories) -> str:

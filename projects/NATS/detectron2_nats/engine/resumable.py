@@ -298,8 +298,9 @@ class ResumableTrainer(DefaultTrainer):
         values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
         ranks = comm.all_gather((stop_requested(), dict(zip(losses, values))))
         self._stop_now = any(stop for stop, _ in ranks)
+        names = dict.fromkeys(name for _, own in ranks for name in own)  # the same on all ranks
         return {
-            name: sum(own.get(name, math.nan) for _, own in ranks) / len(ranks) for name in losses
+            name: sum(own.get(name, math.nan) for _, own in ranks) / len(ranks) for name in names
         }
 
     def _report_bad_step(self, phase: Phase, means: Dict[str, float]) -> None:

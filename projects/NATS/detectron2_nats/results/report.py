@@ -2,6 +2,7 @@
 
 import base64
 import glob
+import html
 import io
 import json
 import os
@@ -78,7 +79,8 @@ def write_report(folder: str, path: str, title: str = "") -> None:
             sure = decidedness["verdict"].startswith("decided")
     if architecture:
         of_several = " Of the first seed's search." if results else ""
-        sections["What was found"] = [*_found(architecture, of_several), *_history(search)]
+        sections["What was found"] = _found(architecture, of_several)
+        sections["What was found"] += _history(search) if search else []
     sections["What it sees"] = _pictures(folder, ["receptive_fields", "detections"])
     sections["Where it comes from"] = _provenance(search or folder)
     with open(os.path.join(os.path.dirname(__file__), "report.html")) as file:
@@ -156,17 +158,18 @@ def _history(search: str) -> List[_Part]:
     scores = _json(os.path.join(search, "scores.json"))
     if scores:
         lines = ["| scored on calibration images | loss |", "| --- | ---: |"]
-        lines += [f"| {n} | {v:.4f} |" for n, v in sorted(scores.items(), key=lambda s: s[1])]
+        lines += [
+            f"| {html.escape(n)} | {v:.4f} |" for n, v in sorted(scores.items(), key=lambda s: s[1])
+        ]
         parts.append(_Part(html=_html("\n".join(lines))))
     return parts
 
 
 def _html(text: str) -> Markup:
     """Markdown of our own tools, tables in a box that scrolls sideways on a narrow screen."""
-    html = markdown.markdown(text, extensions=["tables"])
-    return Markup(
-        re.sub("<table>", '<div class="wide"><table>', html).replace("</table>", "</table></div>")
-    )
+    text = markdown.markdown(text, extensions=["tables"])
+    text = text.replace("<table>", '<div class="wide"><table>')
+    return Markup(text.replace("</table>", "</table></div>"))
 
 
 def _svg(figure: Figure) -> str:
