@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,3 +255,10 @@ def test_leaves_the_group_when_done_and_tears_nothing_down():
     process = subprocess.run([sys.executable, "-c", DONE], capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (0, "done\nat exit True\n")
     assert "ZeroDivisionError" in process.stderr
+
+
+def test_a_loss_that_one_rank_lacks_is_nan_on_all(monkeypatch):
+    other = {"cls": 3.0, "mask": 1.0}
+    monkeypatch.setattr(comm, "all_gather", lambda message: [message, (False, other)])
+    means = ResumableTrainer._mean_over_ranks(SimpleNamespace(), {"cls": torch.tensor(1.0)})
+    assert means["cls"] == 2.0 and math.isnan(means["mask"])

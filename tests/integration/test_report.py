@@ -55,7 +55,7 @@ def search(tmp_path_factory):
     run(
         "search_net.py", "--config-file", str(folder / "tiny.yaml"), "OUTPUT_DIR", str(folder / "s")
     )
-    (folder / "s/scores.json").write_text(json.dumps({"found": 1.25, "plain": 1.5}))
+    (folder / "s/scores.json").write_text(json.dumps({"found": 1.25, "<b>plain": 1.5}))
     (folder / "s/pictures").mkdir()
     shutil.copy(REPOSITORY / "docs/images/study.png", folder / "s/pictures/detections.png")
     return folder / "s"
@@ -78,7 +78,7 @@ def test_of_a_search(search):
     assert page.headings == ["Bars & <cells>", *later]
     # undecided: six iterations are few
     assert page.text.index("The search is undecided") < page.text.index("What was found")
-    assert "found1.2500" in re.sub(r"\s", "", page.text)
+    assert "found1.2500<b>plain1.5000" in re.sub(r"\s", "", page.text)
     for needed in ("res5.2.conv2", "SEED: 7", "PyTorch  ", "search_net.py --config-file"):
         assert needed in page.text, needed
     assert len(page.loads) == 3 and all(load.startswith("data:image/") for load in page.loads)
@@ -95,6 +95,21 @@ def test_of_a_study(study):
         assert name in page.text and f"{method['AP'][0]:.1f}" in page.text
     assert page.text.index("nats-warm − plain: +49.5 AP") < page.text.index("Accuracy and cost")
     assert path.read_text().count('class="verdict"') == 1
+
+
+def test_takes_nothing_from_the_folder_that_it_is_called_in(study, tmp_path, monkeypatch):
+    (tmp_path / "scores.json").write_text(json.dumps({"a stranger": 1.25}))
+    monkeypatch.chdir(tmp_path)
+    write_report(str(study), "page.html")
+    assert "a stranger" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_that_cannot_be_written(study, tmp_path):
+    (tmp_path / "file").write_text("")
+    printed = run(
+        "tools/report.py", str(study), "--output", str(tmp_path / "file/page.html"), status=2
+    )
+    assert "cannot be written" in printed and "Traceback" not in printed
 
 
 def test_of_nothing(tmp_path):

@@ -8,6 +8,7 @@ from runs import TINY, make_trainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats.architecture import Architecture
+from detectron2_nats.commands import score
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import export_config, frozen_weights, load_detector_config
 from detectron2_nats.results.comparison import random_architecture
@@ -51,18 +52,18 @@ def test_score_is_the_loss_of_the_decoded_network(trainer, batches):
     with torch.no_grad(), EventStorage(), torch.random.fork_rng([]):
         torch.manual_seed(0)
         losses = [float(sum(frozen(batch).values())) for batch in batches]
-    score = one_shot_score(trainer.model, found, batches)
-    assert score == pytest.approx(np.mean(losses), rel=1e-4)
+    value = one_shot_score(trainer.model, found, batches)
+    assert value == pytest.approx(np.mean(losses), rel=1e-4)
     plain = Architecture({n: [(c.out_channels, 1, 1)] for n, c in trainer.searched.items()})
-    assert abs(one_shot_score(trainer.model, plain, batches) - score) > 1e-3 * score
+    assert abs(one_shot_score(trainer.model, plain, batches) - value) > 1e-3 * value
 
 
 def test_scores_change_nothing_and_repeat(trainer, batches):
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     found = Architecture.decode(trainer.searched, "voted")
     state = torch.get_rng_state()
-    for score in (one_shot_score, knock_out_score):
-        assert score(trainer.model, found, batches) == score(trainer.model, found, batches)
+    for scored in (one_shot_score, knock_out_score):
+        assert scored(trainer.model, found, batches) == scored(trainer.model, found, batches)
     assert torch.equal(torch.get_rng_state(), state)
     after = trainer.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -75,10 +76,10 @@ def test_knock_out_of_one_layer_is_its_one_shot_score(trainer, batches):
         kept = {name: conv.alpha.clone() for name, conv in trainer.searched.items()}
         for name, conv in trainer.searched.items():
             conv.alpha.copy_(one_hot_alpha(found, name, conv))
-        score = knock_out_score(trainer.model, found, batches)
+        value = knock_out_score(trainer.model, found, batches)
         for name, conv in trainer.searched.items():
             conv.alpha.copy_(kept[name])
-    assert score == pytest.approx(one_shot_score(trainer.model, found, batches), rel=1e-6)
+    assert value == pytest.approx(one_shot_score(trainer.model, found, batches), rel=1e-6)
 
 
 def test_an_architecture_of_another_space_is_refused(trainer, batches):
@@ -101,3 +102,12 @@ def test_uneven_architectures_differ_more(trainer):
         )
 
     assert largest_shares(uneven=True) > largest_shares(uneven=False) + 0.05
+
+
+def test_a_folder_without_a_checkpoint_is_no_search(trainer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.yaml").write_text(trainer.cfg.dump())
+    monkeypatch.setattr("sys.argv", ["score.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        score.run()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} holds no checkpoint: search first\n"

@@ -332,3 +332,12 @@ def test_frozen_state_dict_wants_the_voted_order():
     model = to_supernet(resnet(BasicBlock), SPACE)
     with pytest.raises(NATSError, match="only an architecture in voted order"):
         frozen_state_dict(model, Architecture.decode(model))
+
+
+def test_frozen_state_dict_keeps_what_others_call_alpha():
+    model = resnet(BasicBlock)
+    model.fc.alpha = nn.Parameter(torch.ones(1))
+    to_supernet(model, SPACE)
+    frozen = frozen_state_dict(model, Architecture.decode(model, "voted"))
+    assert "fc.alpha" in frozen
+    assert [name for name in frozen if name.endswith((".alpha", ".replicas"))] == ["fc.alpha"]
