@@ -16,7 +16,7 @@ from detectron2.layers import Conv2d
 from detectron2.utils.events import EventStorage
 from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d
 from detectron2_nats.data.embedded import ensure_embedded_dataset
-from detectron2_nats.engine.launch import _is_out_of_memory
+from detectron2_nats.engine import launch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no usable CUDA")
 
@@ -144,7 +144,8 @@ def test_ranks_die_with_their_launcher_and_leave_the_gpu(config, tmp_path):
     assert "Search done" in finish(script("search_net.py", *arguments, launcher=launcher))
 
 
-def test_its_memory_is_told_from_other_errors():
+def test_its_memory_is_told_from_other_errors(capfd):
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**50, device=DEVICE)
-    assert _is_out_of_memory(error.value)
+    launch._report(error.value)
+    assert "error: out of memory: lower SOLVER.IMS_PER_BATCH" in capfd.readouterr().err
