@@ -60,6 +60,7 @@ SUBSTITUTIONS = [
         "--search-config configs/quickstart/search.yaml",
     ),
     (r"mine\.yaml", "architecture.yaml"),
+    (r"output/bars_lying/seed_0/search-nats", "output/search"),
     (r"DETECTRON2_DATASETS=/data", "DETECTRON2_DATASETS=datasets"),
 ]
 
