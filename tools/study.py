@@ -146,6 +146,8 @@ class Task:
 
     def poll(self) -> Optional[int]:
         """The exit status when it has just ended; what it cost is then written down."""
+        if self.process.returncode is not None:  # send_signal() has looked first
+            return self.process.returncode
         pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
         if not pid:
             return None

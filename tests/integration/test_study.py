@@ -1,6 +1,8 @@
 """tools/study.py: a study goes on after a kill, and shares out the GPUs that it was given."""
 
+import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -65,3 +67,13 @@ def test_study_goes_on_after_a_kill(tmp_path):
     assert rows.count("nats-voted") == 2 and "1 seeds" in table  # in both tables
     assert (output / "study.png").stat().st_size > 1000
     assert "3 of 3 runs are done" in finish(script("tools/study.py", *arguments))
+
+
+def test_a_run_that_had_ended_when_it_was_told_to_stop(tmp_path):
+    """Sending a signal takes its exit status first; that must not hide what went wrong."""
+    task_class = runpy.run_path(str(REPOSITORY / "tools/study.py"))["Task"]
+    task = task_class("retraining", str(tmp_path), lambda: ["-c", "raise SystemExit(3)"])
+    task.start({})
+    os.waitid(os.P_PID, task.process.pid, os.WEXITED | os.WNOWAIT)
+    task.process.send_signal(signal.SIGTERM)
+    assert task.poll() == 3
