@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from functools import partial
 from typing import Optional
 
 import torch
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         frozen = frozen_weights(checkpoint, backbone, architecture)
         content = {"model": frozen, "__author__": "detectron2-nats"}
         cfg.MODEL.WEIGHTS = args.weights
-        save = lambda file: torch.save(content, file)  # noqa: E731
+        save = partial(torch.save, content)
         write(args.weights, lambda: write_atomically(args.weights, save))
     path = args.output or os.path.join(folder, "retrain.yaml")
     write(path, lambda: write_config(cfg, path))
