@@ -8,6 +8,7 @@ architectures) in the output folder.
 
 import argparse
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 from tabulate import tabulate
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
 from detectron2_nats.architecture import Architecture
@@ -34,7 +36,7 @@ from detectron2_nats.errors import NATSError, one_line
 from detectron2_nats.export import export_config, frozen_weights, read_search, write_config
 from detectron2_nats.files import write_atomically
 from detectron2_nats.results import comparison, plot
-from detectron2_nats.results.cost import backbone_cost, interleaved_seconds
+from detectron2_nats.results.cost import backbone_cost, detector_flops, interleaved_seconds
 
 EPILOG = """
 methods:
@@ -68,6 +70,8 @@ examples:
     $ python tools/study.py ... --report
   tables and picture again, from nothing but a results.json:
     $ python tools/study.py --again docs/results/bars_lying.json --output output/again
+  AP against multiply-adds and time of several studies' detectors, as one picture:
+    $ python tools/study.py --again full.json cut.json --methods plain nats-warm
 
 The same command goes on after a kill. KEY VALUE pairs go into both configs.
 exit status: 0 done, 2 bad input, 75 stopped on request, 1 a run failed (its console is named).
@@ -387,8 +391,8 @@ class Study:
         seeds = [s for s in self.seeds if all(self._done(m, s) for m in self.methods)]
         if not seeds:
             raise NATSError(f"{self.args.output}: no seed has a result of every method yet")
-        costs, seconds = self._network_costs(seeds[0])
-        reference = seconds[self.methods[0]]
+        costs, flops, seconds = self._network_costs(seeds[0])
+        reference = [backbone for backbone, _ in seconds[self.methods[0]]]
         methods = {}
         for method in self.methods:
             folders = [self.folder(method, seed) for seed in seeds]
@@ -400,10 +404,14 @@ class Study:
                 "pooled": self._pooled(method, seeds),
                 "parameters": costs[method].parameters,
                 "flops": costs[method].flops,
-                "milliseconds": 1e3 * statistics.median(seconds[method]),
+                "milliseconds": 1e3 * statistics.median(own for own, _ in seconds[method]),
                 "time_ratio": statistics.median(
-                    own / plain for own, plain in zip(seconds[method], reference)
+                    own / plain for (own, _), plain in zip(seconds[method], reference)
                 ),
+                "detector": {
+                    "flops": flops[method],
+                    "milliseconds": 1e3 * statistics.median(whole for _, whole in seconds[method]),
+                },
                 "cpu_seconds": [self._task(folder).cost()["cpu_seconds"] for folder in folders],
                 "architectures": [a.to_config() if a else None for a in architectures],
             }
@@ -443,8 +451,9 @@ class Study:
         )
 
     def _network_costs(self, seed: int):
-        """Of each method's backbone of one seed: counts, and seconds per image in turn."""
-        costs, models, images = {}, {}, None
+        """Of each method's networks of one seed: the backbone's counts, the detector's
+        multiply-adds, and the seconds per image of both in each round, taken in turn."""
+        costs, flops, functions, images = {}, {}, [], None
         for method in self.methods:
             folder = self.folder(method, seed)
             cfg = load_config(os.path.join(folder, "config.yaml"))
@@ -453,18 +462,28 @@ class Study:
                 loader = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])
                 images = list(itertools.islice(loader, 4))
             model = build_model(cfg).eval()
-            models[method] = model
+            # Trained: what it finds goes through the suppression of overlaps, which takes time.
+            DetectionCheckpointer(model).load(os.path.join(folder, "model_final.pth"))
             height, width = (-(-side // 32) * 32 for side in images[0][0]["image"].shape[-2:])
             costs[method] = backbone_cost(model.backbone, height, width)
+            flops[method] = statistics.mean(detector_flops(model, batch) for batch in images)
+            functions += [functools.partial(_backbones, model, images)]
+            functions += [functools.partial(_detections, model, images)]
+        rounds = [[v / len(images) for v in s] for s in interleaved_seconds(functions, rounds=9)]
+        pairs = [list(zip(rounds[i], rounds[i + 1])) for i in range(0, len(rounds), 2)]
+        return costs, flops, dict(zip(self.methods, pairs))
 
-        def backbone(model):
-            with torch.no_grad():
-                for batch in images:
-                    model.backbone(model.preprocess_image(batch).tensor)
 
-        functions = [lambda m=m: backbone(m) for m in models.values()]
-        seconds = interleaved_seconds(functions, rounds=9)
-        return costs, {m: [v / len(images) for v in s] for m, s in zip(models, seconds)}
+@torch.no_grad()
+def _backbones(model: torch.nn.Module, images: list) -> None:
+    for batch in images:
+        model.backbone(model.preprocess_image(batch).tensor)
+
+
+@torch.no_grad()
+def _detections(model: torch.nn.Module, images: list) -> None:
+    for batch in images:
+        model(batch)
 
 
 def kind(method: str) -> str:
@@ -488,6 +507,21 @@ def read_results(path: str) -> Dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise NATSError(f"{path}: no results of a study: {one_line(error)}") from None
     return results
+
+
+def costs(paths: List[str], methods: List[str]) -> Dict[str, Dict[str, Any]]:
+    """`FILE: METHOD` → {"AP", "flops", "milliseconds"} of the detectors of several studies."""
+    points = {}
+    for path in paths:
+        results = read_results(path)["methods"]
+        for method in (m for m in methods if m in results):
+            if "detector" not in results[method]:
+                raise NATSError(f"{path}: an older version wrote no cost of the detector into it")
+            name = f"{os.path.splitext(os.path.basename(path))[0]}: {method}"
+            points[name] = {"AP": results[method]["AP"], **results[method]["detector"]}
+    if not points:
+        raise NATSError(f"{', '.join(paths)}: no results of {', '.join(methods)}")
+    return points
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -649,7 +683,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (%(default)s)")
     parser.add_argument("--num-gpus", type=_count, default=1, help="GPUs of each run (%(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables")
-    parser.add_argument("--again", metavar="JSON", help="only write the tables of a results.json")
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        metavar="JSON",
+        help="only write the tables of a results.json; of several, AP against cost of --methods",
+    )
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for both configs"
     )
@@ -664,8 +703,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.again and len(args.again) > 1:
+        points = costs(args.again, args.methods)
+        plot.save(plot.plot_cost(points), args.output, "cost", ["png"])
+        print(f"wrote {os.path.join(args.output, 'cost.png')}")
+        return
     if args.again:
-        results = read_results(args.again)
+        results = read_results(args.again[0])
     else:
         study = Study(args)
         if not args.report:

@@ -53,6 +53,7 @@ def results(dilation, methods=("plain", "random", "nats-voted", "nats-warm")) ->
     numbers = {"parameters": 97632, "flops": 56_700_000, "milliseconds": 1.5, "time_ratio": 1.1}
     method = {"AP": [31.5], "AP50": [42.0], "AP75": [33.0], "cpu_seconds": [60.0], **numbers}
     method |= {"pooled": None, "architectures": [architecture]}
+    method |= {"detector": {"flops": 90_000_000, "milliseconds": 4.0}}
     search = {"entropy": [0.4], "leading": [1.0], "cpu_seconds": [70.0]}
     searches = {"nats": {**search, "architectures": [architecture]}}
     return {"seeds": [0], "methods": {name: method for name in methods}, "searches": searches}
@@ -135,6 +136,11 @@ def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     assert (folder / "again/study.md").read_text() in shown
     assert (folder / "again/study.png").stat().st_size > 1000
     assert json.loads((folder / "again/results.json").read_text()) == results((1, 3))
+    arguments = ["--again", "results.json", "again/results.json", "--output", "again"]
+    arguments += ["--methods", "plain", "nats-warm", "path"]
+    assert tool_here(monkeypatch, folder, "tools/study.py", *arguments) is None
+    assert capsys.readouterr().out == "wrote again/cost.png\n"
+    assert (folder / "again/cost.png").stat().st_size > 1000
     (folder / "odd.json").write_text('{"methods": 3}')
     left = tool_here(monkeypatch, folder, "tools/study.py", "--again", "odd.json")
     assert left == 2 and "odd.json: no results of a study" in capsys.readouterr().err

@@ -10,8 +10,9 @@ from tabulate import tabulate
 from torch import nn
 
 from detectron2.export import TracingAdapter
+from detectron2.utils import analysis
 
-__all__ = ["Cost", "backbone_cost", "cost_table", "interleaved_seconds"]
+__all__ = ["Cost", "backbone_cost", "cost_table", "detector_flops", "interleaved_seconds"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,21 @@ def backbone_cost(backbone: nn.Module, height: int, width: int) -> Cost:
     adapter = TracingAdapter(backbone.eval(), image, allow_non_tensor=True)
     counts = []
     with torch.no_grad():
-        for analysis in (FlopCountAnalysis, ActivationCountAnalysis):
-            counter = analysis(adapter, adapter.flattened_inputs)
+        for count in (FlopCountAnalysis, ActivationCountAnalysis):
+            counter = count(adapter, adapter.flattened_inputs)
             counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             counts.append(int(counter.total()))
     backbone.train(was_training)
     return Cost(sum(p.numel() for p in backbone.parameters()), *counts)
+
+
+def detector_flops(model: nn.Module, inputs: List[dict]) -> int:
+    """Multiply-adds of a detector in eval mode for one batch in Detectron2's format.
+
+    Heads that look at proposals cost what the proposals of these images need.
+    """
+    counter = analysis.FlopCountAnalysis(model, [{"image": image["image"]} for image in inputs])
+    return int(counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
 
 
 def cost_table(plain: Cost, searched: Cost) -> str:
