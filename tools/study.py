@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -42,6 +43,8 @@ EPILOG = """
 methods:
   plain        the detector as it is
   plain-long   the same, for as many iterations as search and retraining together: equal cost
+  plain-1.5x   the same, for 1.5 times as many iterations; any factor. An iteration of a search takes
+               longer than one of training: equal time needs more than plain-long
   random       each channel group draws its dilation; another one for each seed
   path         path-level search: one choice per conv
   transposed   what nats-voted found, with height and width of each dilation swapped
@@ -284,8 +287,8 @@ class Study:
                 content = {"model": frozen, "__author__": "detectron2-nats"}
                 write_atomically(weights, lambda file: torch.save(content, file))
                 opts += ["MODEL.WEIGHTS", weights]
-            if method == "plain-long":
-                opts += self._longer()
+            if method != "plain" and kind(method) == "plain":
+                opts += self._schedule(self._iterations(method))
             return ["train_net.py", *self._common(config), *opts]
 
         return Task("retraining", folder, prepare, [search] if search else [])
@@ -293,13 +296,19 @@ class Study:
     def _common(self, config: str) -> List[str]:
         return ["--config-file", config, "--resume", "--num-gpus", str(self.args.num_gpus)]
 
-    def _longer(self) -> List[str]:
-        """The retraining's schedule, stretched by the iterations of the search."""
+    def _iterations(self, method: str) -> int:
+        """Of plain-long or plain-1.5x."""
+        iterations = load_config(self.args.config_file, self.args.opts).SOLVER.MAX_ITER
+        if method == "plain-long":
+            search = load_config(self.args.search_config, self.args.opts)
+            return iterations + search.SOLVER.MAX_ITER
+        return round(iterations * length(method))
+
+    def _schedule(self, iterations: int) -> List[str]:
+        """The retraining's schedule, stretched."""
         solver = load_config(self.args.config_file, self.args.opts).SOLVER
-        search = load_config(self.args.search_config, self.args.opts).SOLVER
-        total = solver.MAX_ITER + search.MAX_ITER
-        steps = tuple(round(step * total / solver.MAX_ITER) for step in solver.STEPS)
-        return ["SOLVER.MAX_ITER", str(total), "SOLVER.STEPS", repr(steps)]
+        steps = tuple(round(step * iterations / solver.MAX_ITER) for step in solver.STEPS)
+        return ["SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", repr(steps)]
 
     def _architecture(self, method: str, seed: int) -> Optional[Architecture]:
         """What a method makes of a seed; None for the plain detector."""
@@ -487,8 +496,16 @@ def _detections(model: torch.nn.Module, images: list) -> None:
 
 
 def kind(method: str) -> str:
-    """A method without its margin."""
+    """A method without its margin or length."""
+    if method == "plain-long" or length(method) is not None:
+        return "plain"
     return method.partition("@")[0]
+
+
+def length(method: str) -> Optional[float]:
+    """1.5 for plain-1.5x, None for others."""
+    match = re.fullmatch(r"plain-(\d{1,3}(?:\.\d{1,3})?)x", method)
+    return float(match[1]) if match else None
 
 
 def margin(method: str) -> float:
@@ -532,7 +549,8 @@ def report(results: Dict[str, Any], folder: str) -> str:
     methods, seeds = results["methods"], results["seeds"]
     ap = {name: result["AP"] for name, result in methods.items()}
     first = next(iter(ap))
-    references = dict.fromkeys([first, *(m for m in ap if m in ("plain-long", "random"))])
+    baselines = (m for m in ap if kind(m) in ("plain", "random") and m != "plain")
+    references = dict.fromkeys([first, *baselines])
     differences = {
         r: {m: [a - b for a, b in zip(ap[m], ap[r])] for m in ap if m != r} for r in references
     }
@@ -629,7 +647,7 @@ def _mean_and_deviation(values: List[float], digits: int = 1) -> str:
 
 def _named_file(text: str):
     name, separator, path = text.partition("=")
-    if not separator or not name or not path or name in METHODS or "/" in name:
+    if not separator or not name or not path or kind(name) in METHODS or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE with a name of its own")
     return name, path
 
@@ -637,12 +655,13 @@ def _named_file(text: str):
 def _method(text: str) -> str:
     allowed = METHODS[kind(text)] == "nats" if kind(text) in METHODS and "@" in text else True
     try:
-        known = kind(text) in METHODS and allowed and 0 <= margin(text) < 1
+        known = kind(text) in METHODS and allowed and 0 <= margin(text) < 1 and length(text) != 0
     except ValueError:
         known = False
     if not known:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected one of {', '.join(METHODS)}; a search's may end in @MARGIN"
+            f"{text!r}: expected one of {', '.join(METHODS)}, plain-1.5x; a search's may end in "
+            "@MARGIN. KEY VALUE pairs come after another option than --methods"
         )
     return text
 

@@ -1,5 +1,7 @@
 """tools/study.py: a study goes on after a kill, and shares out the GPUs that it was given."""
 
+import argparse
+import json
 import os
 import runpy
 import signal
@@ -11,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import REPOSITORY, TINY, finish, script, wait_until
+
+from detectron2_nats.config import load_config
 
 
 def children_of(process):
@@ -40,13 +44,36 @@ def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == shares
 
 
+@pytest.mark.parametrize(
+    "method, kind, known",
+    [
+        ("plain-1.5x", "plain", True),
+        ("plain-long", "plain", True),
+        ("plain-0x", "plain", False),
+        ("plain-x", "plain-x", False),
+        ("nats-warm@0.1", "nats-warm", True),
+        ("nats-warm@1", "nats-warm", False),
+        ("plain@0.1", "plain", False),
+        ("SOLVER.MAX_ITER", "SOLVER.MAX_ITER", False),
+    ],
+)
+def test_methods(method, kind, known):
+    script = runpy.run_path(str(REPOSITORY / "tools/study.py"))
+    assert script["kind"](method) == kind
+    if known:
+        assert script["_method"](method) == method
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match="KEY VALUE pairs come after"):
+            script["_method"](method)
+
+
 def test_study_goes_on_after_a_kill(tmp_path):
     (tmp_path / "search.yaml").write_text(f"VERSION: 2\n{TINY}")
     (tmp_path / "plain.yaml").write_text(
         "_BASE_: search.yaml\nMODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone}}\n"
     )
     output = tmp_path / "study"
-    arguments = ["--methods", "plain", "nats-voted", "--seeds", "1", "--output", str(output)]
+    arguments = ["--methods", "plain", "plain-1.5x", "nats-voted", "--seeds", "1", "--output", str(output)]
     arguments += ["--config-file", str(tmp_path / "plain.yaml")]
     arguments += ["--search-config", str(tmp_path / "search.yaml")]
     arguments += ["SOLVER.MAX_ITER", "4", "DATASETS.TEST", "('nats_embedded_val',)"]
@@ -61,12 +88,15 @@ def test_study_goes_on_after_a_kill(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     printed = finish(script("tools/study.py", *arguments))
-    assert "0 of 3 runs are done" in printed and "[3/3]" in printed
+    assert "0 of 4 runs are done" in printed and "[4/4]" in printed
     table = (output / "study.md").read_text()
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
     assert rows.count("nats-voted") == 2 and "1 seeds" in table  # in both tables
     assert (output / "study.png").stat().st_size > 1000
-    assert "3 of 3 runs are done" in finish(script("tools/study.py", *arguments))
+    assert load_config(str(output / "seed_0/plain-1.5x/config.yaml")).SOLVER.MAX_ITER == 6
+    measured = json.loads((output / "results.json").read_text())["methods"]
+    assert measured["plain"]["detector"]["flops"] > measured["plain"]["flops"]
+    assert "4 of 4 runs are done" in finish(script("tools/study.py", *arguments))
 
 
 def test_a_run_that_had_ended_when_it_was_told_to_stop(tmp_path):
