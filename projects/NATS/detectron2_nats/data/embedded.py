@@ -11,7 +11,6 @@ All in COCO format. Nothing is downloaded.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -24,13 +23,12 @@ from typing import Callable, Mapping, Tuple
 import numpy as np
 from PIL import Image
 
-from ..errors import NATSError
 from .scenes import BAR_CLASSES, SHAPE_CLASSES, render_bars, render_shapes
 
 __all__ = [
     "EmbeddedSet",
     "SETS",
-    "embedded_weights",
+    "WEIGHTS",
     "ensure_embedded_dataset",
     "write_embedded_dataset",
 ]
@@ -71,10 +69,12 @@ SETS = {
     "nats_bars_short": _bars(3, lengths=(20, 40)),
 }
 
-WEIGHTS_NAME = "embedded_r50.pth"
+WEIGHTS = Path(__file__).with_name("embedded_r50.pth")
+"""Backbone weights of a tiny ResNet-50 that tells the embedded shapes apart, in half precision.
 
-# Made by: python tools/pretrain_embedded.py
-WEIGHTS_SHA256 = "869169e2ba686e4cd3a91d69ea0377fd457f55d1dbb73cd05e651089c6310805"
+A Detectron2 checkpoint, made by ``tools/pretrain_embedded.py``. In a config it is
+``MODEL.WEIGHTS: nats://embedded_r50.pth``.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -182,29 +182,3 @@ def _is_current(folder: str, dataset: EmbeddedSet) -> bool:
             return json.load(f) == _maker(dataset)
     except (OSError, ValueError):
         return False
-
-
-# ------------------------------------------------------------------------------------------ weights
-
-
-def embedded_weights():
-    """
-    Path of the tiny ResNet-50 (stem 32, width per group 16) that tells the embedded shapes apart.
-
-    Returns:
-        str: a Detectron2 checkpoint with the backbone's weights in half precision. In a config it
-        is ``MODEL.WEIGHTS: nats://embedded_r50.pth``.
-
-    Raises:
-        NATSError: the file is missing or is not the one that this version was made with.
-    """
-    path = Path(__file__).with_name(WEIGHTS_NAME)
-    if not path.is_file():
-        raise NATSError(f"{path} is missing. Get the whole repository again and reinstall.")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != WEIGHTS_SHA256:
-        raise NATSError(
-            f"{path} is damaged: its SHA-256 is {digest}, expected {WEIGHTS_SHA256}. "
-            "Restore the file from the repository."
-        )
-    return str(path)

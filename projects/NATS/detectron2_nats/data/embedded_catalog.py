@@ -8,17 +8,16 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathHandler, PathManager
 
 from ..errors import NATSError
-from .embedded import SETS, WEIGHTS_NAME, embedded_weights, ensure_embedded_dataset
+from .embedded import SETS, WEIGHTS, ensure_embedded_dataset
 
 __all__ = ["register_embedded_datasets"]
 
 
 class NATSPathHandler(PathHandler):
-    """
-    Files of this package under ``nats://`` names, for Detectron2's PathManager (reading only).
+    """Files of this package under ``nats://`` names, for Detectron2's PathManager (reading only).
 
-    ``nats://embedded_r50.pth`` is :func:`embedded_weights`; ``nats://NAME/...`` lies in the folder
-    of the data set NAME, which is made when a name in it is first resolved.
+    ``nats://embedded_r50.pth`` is :data:`WEIGHTS`. ``nats://NAME/...`` is a file in the folder of
+    the data set NAME, which is drawn when such a name is first resolved.
     """
 
     PREFIX = "nats://"
@@ -28,13 +27,13 @@ class NATSPathHandler(PathHandler):
 
     def _get_local_path(self, path, force=False, **kwargs):
         name = path[len(self.PREFIX) :]
-        if name == WEIGHTS_NAME:
-            return embedded_weights()
+        if name == WEIGHTS.name:
+            return str(WEIGHTS)
         top, _, rest = name.partition("/")
         if top in SETS:
             return os.path.join(ensure_embedded_dataset(top), rest)
         known = ", ".join(f"{self.PREFIX}{name}/..." for name in SETS)
-        raise NATSError(f"Unknown name {path}. There are {self.PREFIX}{WEIGHTS_NAME}, {known}")
+        raise NATSError(f"Unknown name {path}. There are {self.PREFIX}{WEIGHTS.name}, {known}")
 
     def _open(self, path, mode="r", buffering=-1, **kwargs):
         return PathManager.open(self._get_local_path(path), mode, buffering, **kwargs)
