@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import errno
 import logging
 import os
 import sys
@@ -238,9 +237,6 @@ def _report(error: Exception) -> int:
     if isinstance(error, RuntimeError) and dist.is_initialized() and stop_requested():
         # Another rank stopped first, in the middle of an evaluation, and cut the connection
         return STOPPED_EXIT_CODE
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        print(f"error: {error}: make room and go on with --resume", file=sys.stderr, flush=True)
-        return 1
     traceback.print_exception(error)
     # of the GPU's memory, or of this machine's; the types alone do not tell
     words = ("out of memory", "can't allocate memory")
