@@ -47,20 +47,16 @@ class SearchTrainer(ResumableTrainer):
                 f"SEARCH.ALPHA_START {cfg.SEARCH.ALPHA_START}: expected a fraction of the search, "
                 "at least 0 and below 1"
             )
-        if not 0 <= cfg.SEARCH.DECODE_MARGIN < 1:
-            raise NATSError(
-                f"SEARCH.DECODE_MARGIN {cfg.SEARCH.DECODE_MARGIN}: expected a share of softmax(α), "
-                "at least 0 and below 1"
-            )
         if cfg.SEARCH.RETRAIN_WEIGHTS not in ("base", "supernet"):
             raise NATSError(
                 f"SEARCH.RETRAIN_WEIGHTS {cfg.SEARCH.RETRAIN_WEIGHTS!r}: expected base or supernet"
             )
-        # Fail on a wrong path now, not after days
+        # Fail on a wrong path now, not days later
         self.retrain_base = load_detector_config(cfg.SEARCH.RETRAIN_CONFIG, cfg)
         super().__init__(cfg)
         cfg = self.cfg  # scaled to the number of processes
-        export_config(self.retrain_base, self.architecture())  # also if the result cannot fit
+        # The same for settings that cannot be decoded, and for a result that cannot fit
+        export_config(self.retrain_base, self.architecture())
         self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.max_iter)
         loader = build_resumable_loader(
             cfg,
