@@ -49,10 +49,10 @@ class NATSPathHandler(PathHandler):
 
 
 def register_embedded_datasets() -> None:
-    """Register ``NAME_SPLIT`` of each set in :data:`SETS` and the ``nats://`` names, once.
+    """Register ``NAME_SPLIT`` of each set in :data:`SETS`, and the ``nats://`` names. Repeatable.
 
-    Nothing is made yet. The metadata names files by ``nats://``, which Detectron2 resolves wherever
-    it reads them: an evaluator works too when it is built before any data is loaded.
+    Nothing is drawn yet. The metadata uses ``nats://`` names, which Detectron2 resolves wherever it
+    reads a file. So an evaluator may be built before any data is loaded.
     """
     PathManager.register_handler(NATSPathHandler(), allow_override=True)
     for folder, dataset in SETS.items():
@@ -73,5 +73,5 @@ def register_embedded_datasets() -> None:
 
 
 def _load(name, json_file, image_root):
-    # Real paths for the images: a data loader's worker then needs no handler to read them.
+    # Real paths for the images: loader processes can then read them without this handler.
     return load_coco_json(json_file, PathManager.get_local_path(image_root), name)
