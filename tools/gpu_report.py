@@ -22,7 +22,9 @@ example:
 Without a GPU everything is skipped, and the report says so.
 exit status: 0 nothing failed, 1 otherwise.
 """
-BENCHMARK = "--device cuda --dtype float32 bfloat16 --what train memory --networks R50"
+BENCHMARK = (
+    "--device cuda --dtype float32 bfloat16 --what train memory --networks R50 --size 800 1216"
+)
 
 
 def run_tests(folder: str) -> Tuple[bool, str]:
@@ -40,16 +42,7 @@ def run_tests(folder: str) -> Tuple[bool, str]:
 
 def run_benchmark(folder: str) -> Tuple[bool, str]:
     path = os.path.join(folder, "benchmark.md")
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "tools/benchmark.py",
-        *BENCHMARK.split(),
-        "--size",
-        "800",
-        "1216",
-    ]
+    command = [sys.executable, "-W", "ignore", "tools/benchmark.py", *BENCHMARK.split()]
     if subprocess.run([*command, "--output", path], cwd=ROOT).returncode:
         return False, "The benchmark failed: see its output."
     with open(path) as file:

@@ -174,7 +174,7 @@ def source_of(script: Path) -> str:
 
 
 def examples(script: Path) -> List[Text]:
-    """After `$ ` in the strings of a script; on the last line of make_val35k's help."""
+    """After `$ ` in the strings of a script."""
     place, found = str(script.relative_to(REPOSITORY)), []
     nodes = list(ast.walk(ast.parse(source_of(script))))
     formatted = {
@@ -187,7 +187,7 @@ def examples(script: Path) -> List[Text]:
             and id(node) not in formatted
         ):
             text = re.sub(r"\s*\\\n\s*", " ", node.value)
-            found += re.findall(r"^(?:  +\$|example:) +(.+)$", text, re.M)
+            found += re.findall(r"^  +\$ +(.+)$", text, re.M)
     return [Text(place, command) for command in found]
 
 
@@ -536,7 +536,7 @@ def test_help_has_an_example_of_itself(script):
     name = str(script.relative_to(REPOSITORY))
     shown = parser_of(name).format_help()
     assert any(name in e.text for e in examples(script)), f"{name}: no example in its help"
-    assert re.search(rf"(\$|example:) .*{re.escape(name)}", shown)
+    assert re.search(rf"\$ .*{re.escape(name)}", shown)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -1,6 +1,5 @@
 """The embedded data set and its weights, made by processes of their own."""
 
-import hashlib
 import subprocess
 import sys
 
@@ -35,8 +34,7 @@ def test_pretraining_writes_a_loadable_file(tmp_path):
     path = tmp_path / "weights.pth"
     command = [sys.executable, "-W", "ignore", str(REPOSITORY / "tools/pretrain_embedded.py")]
     command += ["--steps", "1", "--output", str(path)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert hashlib.sha256(path.read_bytes()).hexdigest() in output
-    shipped = torch.load(embedded.embedded_weights())["model"]
+    subprocess.run(command, check=True, capture_output=True)
+    shipped = torch.load(embedded.WEIGHTS)["model"]
     fresh = torch.load(path)["model"]
     assert {k: v.shape for k, v in fresh.items()} == {k: v.shape for k, v in shipped.items()}

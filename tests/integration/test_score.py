@@ -110,4 +110,4 @@ def test_a_folder_without_a_checkpoint_is_no_search(trainer, tmp_path, monkeypat
     with pytest.raises(SystemExit) as left:
         score.run()
     assert left.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path} holds no checkpoint: search first\n"
+    assert capsys.readouterr().err == f"error: {tmp_path} contains no checkpoint: search first\n"

@@ -323,7 +323,7 @@ def test_no_process_computes_on_the_cpu_unasked(tiny_config, tmp_path):
         output = run("search_net.py", *more, *arguments, **options)
         assert "error: processes on this machine: 2, GPUs that PyTorch can use here: 0 (" in output
     output = run("search_net.py", *arguments, "SOLVER.MAX_ITER", "1", env=env)
-    words = "computing on the CPU, for PyTorch can use no GPU here: (Runtime|Assertion)Error: "
+    words = "computing on the CPU, because PyTorch finds no GPU: (Runtime|Assertion)Error: "
     assert re.search(words, output)
 
 

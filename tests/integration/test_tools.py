@@ -172,7 +172,7 @@ def test_analyze(folder):
         ("plot", "nowhere", "nowhere: cannot be read: No such file or directory"),
         ("plot", "search --output a_file", "a_file: cannot be written"),
         ("plot", "search --plain tiny.yaml a_file", "give both --plain and --searched"),
-        ("analyze", "tiny.yaml", "has no MODEL.NATS.ARCHITECTURE"),
+        ("analyze", "ic_conv.json", "not an architecture file"),
         ("analyze", "search --config-file none.yaml", "config none.yaml not found"),
         ("import_architecture", "a_file --output x.yaml", "a_file: not readable as JSON"),
         ("import_architecture", "ic_conv.json --output a_file/x", "a_file/x: cannot be written"),

@@ -23,10 +23,10 @@ for name in ("detectron2", "fvcore", "iopath", "pycocotools"):
 METHOD = """
 import pytest, torch, torchvision
 import detectron2_nats as nats
-from detectron2_nats.data.embedded import embedded_weights
+from detectron2_nats.data.embedded import WEIGHTS
 
 assert nats.__file__.startswith(sys.argv[1]), nats.__file__
-assert torch.load(embedded_weights())
+assert torch.load(WEIGHTS)
 space = nats.SearchSpace("A", stages=["res5"], num_groups=2)
 supernet = nats.to_supernet(torchvision.models.resnet18().eval(), space)
 alphas = nats.alpha_parameters(supernet)

@@ -95,7 +95,7 @@ def test_a_failed_write_leaves_the_last_one(checkpointer, tmp_path, monkeypatch,
     fail_half_way(monkeypatch, error)
     with pytest.raises(NATSError, match=f"model_0000003.pth could not be written .*{words}") as e:
         save(checkpointer, 3)
-    assert "go on with --resume from" in str(e.value) and "model_0000001.pth" in str(e.value)
+    assert "continue with --resume from" in str(e.value) and "model_0000001.pth" in str(e.value)
     assert "\n" not in str(e.value)
     assert names(tmp_path) == ["last_checkpoint", "model_0000001.pth"]
     monkeypatch.undo()
@@ -205,7 +205,7 @@ def test_all_damaged(checkpointer, tmp_path):
     save(checkpointer, 1, 3)
     for path in tmp_path.glob("*.pth"):
         truncate(path)
-    with pytest.raises(NATSError, match="no checkpoint in .* is whole: start anew elsewhere"):
+    with pytest.raises(NATSError, match="no checkpoint in .* is intact: start again in another"):
         checkpointer.resume_or_load("")
 
 

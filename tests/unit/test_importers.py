@@ -117,11 +117,11 @@ def test_rf_next_fits_a_resnet101():
         assert backbone.eval()(image())["res5"].shape == (1, 2048, 2, 2)
 
 
-def test_rf_next_basic_blocks_width_and_first_format():
+def test_rf_next_basic_blocks_and_width():
     structure = {
         f"backbone.layer4.{block}.conv{conv}": block + conv for block in (0, 1) for conv in (1, 2)
     }
-    architecture, _ = from_rf_next({"model": structure}, width=32)
+    architecture, _ = from_rf_next({"structure": structure}, width=32)
     assert architecture.layers["res5.1.conv2"] == ((256, 3, 3),)
     assert len(architecture.layers) == 4
 
@@ -143,10 +143,17 @@ def test_rf_next_refuses_other_backbones(name):
         from_rf_next(content)
 
 
-def without(key):
+def test_incomplete_stages_and_odd_widths_do_not_fit_a_network():
+    """Applying an architecture checks both; the importers need not know how deep a network is."""
     content = rf_next()
-    del content["structure"][key]
-    return content
+    del content["structure"]["module.backbone.layer3.2.conv2"]
+    architecture, _ = from_rf_next(content)
+    with pytest.raises(NATSError, match="does not name res4.2.conv2"):
+        apply_architecture(full_width(), architecture)
+    pattern = ic_conv()
+    pattern[1] = {"(0, 0)": 65}
+    with pytest.raises(NATSError, match="res2.1.conv2: segments of 65 channels do not fit 64"):
+        apply_architecture(full_width(), from_ic_conv(pattern))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +165,6 @@ def without(key):
         ({"structure": {"backbone.layer2.0.conv2": 0}}, r"layer2.0.conv2.*malformed dilation"),
         ({"structure": {"backbone.layer2.0.conv2": True}}, "malformed dilation"),
         ({"structure": {"backbone.layer2.0.conv2": [1, 2, 3]}}, "malformed dilation"),
-        (without("module.backbone.layer3.2.conv2"), "res4.2.conv2 is missing"),
     ],
 )
 def test_rf_next_refuses_what_is_malformed(content, message):
@@ -177,10 +183,6 @@ def test_rf_next_refuses_what_is_malformed(content, message):
         (lambda p: [{"(0, 0)": -1}] + p[1:], "-1 is not a number of channels"),
         (lambda p: [{"(0, 0)": 0}] + p[1:], "res2.0.conv2 has no channels"),
         (lambda p: [{"(0, 900)": 64}] + p[1:], "malformed dilation"),
-        (
-            lambda p: p[:1] + [{"(0, 0)": 65}] + p[2:],
-            "res2.1.conv2 has 65 channels, res2.0.conv2 has 64",
-        ),
     ],
 )
 def test_ic_conv_refuses_what_is_malformed(change, message):
@@ -194,7 +196,6 @@ def test_ic_conv_refuses_what_is_malformed(change, message):
         (b"[", "not readable as JSON"),
         (b"\xff\xfe\x00", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
-        (b'{"a": 1, "a": 2}', "duplicate key"),
         (b" " * (8 * 2**20 + 1), "more than the 8388608 bytes that are read"),
     ],
 )

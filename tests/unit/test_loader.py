@@ -224,7 +224,7 @@ def test_a_bad_image_is_replaced_with_one_warning(dicts, tmp_path, warnings, dam
     assert list(loader.bad_files) == [str(tmp_path / "5.png")]
     (line,) = lines(warnings)
     assert line.startswith(
-        f"skipping image {tmp_path / '5.png'}, the 1. of 12 that cannot be read: "
+        f"skipping image {tmp_path / '5.png'}, which cannot be read (1 of 12 so far): "
     )
     # whatever the number of workers, and without a second warning after a resume
     parallel = build(dicts, workers=2)
@@ -299,7 +299,7 @@ def test_unreadable_test_images_are_left_out(dicts, warnings, workers):
         seen = [sample["image_id"] for batch in loader for sample in batch]
         assert seen == [i for i in range(COUNT) if i != 3] and len(loader) == COUNT
         (line,) = lines(warnings)
-        assert dicts[3]["file_name"] in line and "1. of 12" in line
+        assert dicts[3]["file_name"] in line and "1 of 12" in line
         os.unlink(dicts[7]["file_name"])
         with pytest.raises(NATSError, match="2 of 12 images cannot be read.*RUN.MAX_BAD_DATA"):
             list(EvaluationLoader(cfg, name))

@@ -8,6 +8,7 @@ import pytest
 
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
+from detectron2_nats.command import run_tool
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "make_val35k.py"
 _spec = importlib.util.spec_from_file_location("make_val35k", SCRIPT)
@@ -55,7 +56,13 @@ def write(folder, split, content):
 
 
 def run(folder, *more):
-    return make_val35k.main(["--annotations", str(folder), *more])
+    """Returns the exit status."""
+    args = make_val35k.parse_args(["--annotations", str(folder), *more])
+    try:
+        run_tool(make_val35k.main, args)
+    except SystemExit as left:
+        return left.code
+    return 0
 
 
 def assert_refused(folder, capsys, *words):
@@ -107,7 +114,8 @@ def test_what_it_prints(folder, capsys):
     lines = result.out.splitlines()
     assert lines[0] == "instances_minival2014.json: 2 images, 1 annotations"
     assert lines[1] == "instances_valminusminival2014.json: 3 images, 2 annotations"
-    assert lines[2:] == [str(folder / make_val35k.MINIVAL), str(folder / make_val35k.VAL35K)]
+    files = [make_val35k.MINIVAL, make_val35k.VAL35K]
+    assert lines[2:] == [f"wrote {folder / name}" for name in files]
     # The counts are not COCO's.
     assert "has 2 images, in COCO it has 5000" in result.err
     assert "has 3 images, in COCO it has 35504" in result.err
@@ -122,8 +130,8 @@ def test_default_folder_is_detectron2s(monkeypatch):
 
 def test_help_shows_an_example(capsys):
     with pytest.raises(SystemExit, match="0"):
-        make_val35k.main(["--help"])
-    assert "example: DETECTRON2_DATASETS=" in capsys.readouterr().out
+        make_val35k.parse_args(["--help"])
+    assert "$ DETECTRON2_DATASETS=" in capsys.readouterr().out
 
 
 def test_existing_files_are_replaced_only_by_force(folder, capsys):
@@ -155,7 +163,7 @@ def test_empty_part(folder, capsys, ids, name):
 
 def test_not_json(folder, capsys):
     (folder / "instances_val2014.json").write_text('{"images": [')
-    assert_refused(folder, capsys, "instances_val2014.json is not JSON")
+    assert_refused(folder, capsys, "instances_val2014.json is not a COCO instances file")
 
 
 @pytest.mark.parametrize("content", [[], {"images": {}}, {"images": [], "categories": []}])
@@ -164,21 +172,16 @@ def test_not_coco(folder, capsys, content):
     assert_refused(folder, capsys, "instances_val2014.json is not a COCO instances file")
 
 
-def test_image_listed_twice(folder, capsys):
-    write(folder, "val2014", coco([1, 9, 4, 1], "{}.jpg"))
-    assert_refused(folder, capsys, "lists 1 image ids twice")
-
-
-def test_annotation_of_an_unknown_image(folder, capsys):
-    content = coco(VAL2014_IDS, "{}.jpg")
-    content["annotations"][0]["image_id"] = 99
-    write(folder, "val2014", content)
-    assert_refused(folder, capsys, "annotates 1 images that it does not list", "id 99")
-
-
 def test_failed_write_leaves_nothing(folder, capsys, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(make_val35k.os, "replace", fail)
-    assert_refused(folder, capsys, "disk full")
+    assert run(folder) == 2
+    path = folder / make_val35k.MINIVAL
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: {path}: cannot be written: disk full"
+    assert {p.name for p in folder.iterdir()} == {
+        "instances_val2014.json",
+        "instances_val2017.json",
+    }

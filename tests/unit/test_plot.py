@@ -109,16 +109,6 @@ def test_receptive_fields_grow_with_dilation():
     assert not any(m._forward_hooks for m in plain.modules())
 
 
-def test_save_twice_gives_the_same_files(tmp_path):
-    architecture = Architecture({"res3.0.conv2": [[3, 1, 1], [1, 1, 3]]})
-    contents = []
-    for folder in ("a", "b"):
-        figure = plot.plot_architecture(architecture, "title")
-        paths = plot.save(figure, str(tmp_path / folder), "architecture", ["png", "svg"])
-        contents.append([open(path, "rb").read() for path in paths])
-    assert contents[0] == contents[1]
-
-
 def test_detections():
     pictures = [np.zeros((20, 30, 3), np.uint8), np.zeros((30, 20, 3), np.uint8)]
     found = [[([1, 2, 10, 12], 0, 0.9), ([5, 5, 9, 9], 7, 0.5)], []]

@@ -1,18 +1,19 @@
-"""What each tool's command line has in common."""
+"""What the tools' command lines have in common."""
 
 import argparse
+import os
 import sys
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 from .errors import NATSError
 
-__all__ = ["run_tool", "tool_parser", "write"]
+__all__ = ["paths_of", "run_tool", "tool_parser", "whole_number", "write"]
 
 
 def tool_parser(
     description: str, epilog: str, prog: Optional[str] = None
 ) -> argparse.ArgumentParser:
-    """A parser whose help shows both texts as they are, but for `%(prog)s`."""
+    """A parser whose help shows both texts unchanged, except that it fills in `%(prog)s`."""
     return argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -21,8 +22,26 @@ def tool_parser(
     )
 
 
+def whole_number(most: int) -> Callable[[str], int]:
+    """A `type` for :mod:`argparse`: a whole number from 1 to `most`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to {most}")
+        return int(text)
+
+    return parse
+
+
+def paths_of(source: str) -> Tuple[str, str]:
+    """The folder and the architecture file of a search's output folder or an architecture file."""
+    if os.path.isdir(source):
+        return source, os.path.join(source, "architecture.yaml")
+    return os.path.dirname(source), source
+
+
 def run_tool(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call ``main(args)``; bad input is one line on stderr and exit status 2."""
+    """Call ``main(args)``. Bad input prints one line to stderr and exits with status 2."""
     try:
         main(args)
     except NATSError as error:
@@ -31,10 +50,10 @@ def run_tool(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
 
 
 def write(path: str, content: Callable[[], None]) -> None:
-    """Call ``content()``, which writes the file `path`, and say so.
+    """Call ``content()``, which writes the file `path`, and print that it was written.
 
     Raises:
-        NATSError: it cannot be written.
+        NATSError: the file cannot be written.
     """
     try:
         content()

@@ -1,7 +1,7 @@
 """Turn an architecture into a plain config, and a super-network's weights into frozen ones."""
 
 import os
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Tuple
 
 import torch
 
@@ -15,6 +15,7 @@ from .files import OneLine, write_yaml
 from .transform import apply_architecture, conv3x3_layers, frozen_state_dict
 
 __all__ = [
+    "detector_of",
     "export_config",
     "frozen_weights",
     "load_detector_config",
@@ -24,12 +25,24 @@ __all__ = [
 ]
 
 
-def load_detector_config(path: str, searched: Optional[CfgNode] = None) -> CfgNode:
+def detector_of(folder: str, path: str) -> CfgNode:
+    """The config of the detector to export: a file, a zoo name, or "" for what `folder` searched.
+
+    Raises:
+        NATSError: it cannot be read, or `folder` is not a search's output folder.
+    """
+    if path:
+        return load_config(path)
+    config = os.path.join(folder, "config.yaml")
+    if not os.path.isfile(config):
+        raise NATSError(f"{folder or '.'} has no config.yaml: name the detector with --config-file")
+    return load_detector_config("", load_config(config))
+
+
+def load_detector_config(path: str, searched: CfgNode) -> CfgNode:
     """The config of the detector to export: a file, a zoo name, or "" for the searched one."""
     if path:
         return load_config(path)
-    if searched is None:
-        raise NATSError("no detector config given")
     cfg = searched.clone()
     cfg.defrost()
     defaults = load_config("")

@@ -1,11 +1,13 @@
 """Read the architectures of other methods: IC-Conv's patterns and RF-Next's structures.
 
-Both list the dilations of a ResNet's 3×3 convs as JSON, each in its own format.
+Both list the dilations of a ResNet's 3×3 convs as JSON, each in its own format. Whether all convs
+of a stage are there, with the right number of channels, is checked where the architecture is
+applied to a network.
 """
 
 import json
 import re
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 from .architecture import MAX_CHANNELS, Architecture
 from .errors import NATSError
@@ -25,33 +27,27 @@ def read_json(path: str) -> Any:
     """Read a JSON file of at most :data:`files.MAX_FILE_BYTES`.
 
     Raises:
-        NATSError: missing, too large, not JSON, or a duplicate key; names the file.
+        NATSError: missing, too large, or not JSON; names the file.
     """
     data = read_bounded(path)
     try:
-        return json.loads(data, object_pairs_hook=_no_key_twice)
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise NATSError(f"{path}: not readable as JSON: {shortened(str(error))}") from None
 
 
-def _no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("duplicate key")
-    return content
-
-
 def from_ic_conv(content: Any, source: str = "", width: int = _WIDTH) -> Architecture:
-    """IC-Conv's pattern file: a list of one dict per 3×3 conv, from res2 on, in block order.
+    """Read IC-Conv's pattern: a list of one dict per 3×3 conv, from res2 on, in block order.
 
-    Each dict maps "(d_h - 1, d_w - 1)" to output channels. Only counts are published. They become
-    segments in the file's own order; IC-Conv builds its conv in the same way.
+    Each dict maps "(d_h - 1, d_w - 1)" to a number of output channels. Only these counts are
+    published. They become segments in the file's own order; IC-Conv builds its conv in the same
+    way.
 
     Args:
         content: the parsed file.
         source: the file's name, recorded in the architecture.
-        width: channels of the target network's 3×3 convs in res2. The files are for 64. For another
-            width, each dilation keeps its share of the channels, rounded to whole channels.
+        width: channels of the target network's 3×3 convs in res2. The published files are for 64.
+            For another width, each dilation keeps its share of the channels, rounded.
 
     Raises:
         NATSError: malformed, or not for a ResNet-50 or -101.
@@ -64,20 +60,12 @@ def from_ic_conv(content: Any, source: str = "", width: int = _WIDTH) -> Archite
         )
     depths = _BLOCKS[len(content)]
     names = [f"res{s}.{b}.conv2" for s, blocks in enumerate(depths, 2) for b in range(blocks)]
-    layers, widths = {}, {}
-    for name, pattern in zip(names, content):
-        layers[name] = _scaled(_ic_conv_runs(name, pattern), width)
-        total = sum(channels for channels, _, _ in layers[name])
-        stage = name.split(".")[0]
-        if widths.setdefault(stage, total) != total:
-            raise NATSError(
-                f"IC-Conv pattern: {name} has {total} channels, {stage}.0.conv2 has {widths[stage]}"
-            )
+    layers = {n: _scaled(_ic_conv_segments(n, p), width) for n, p in zip(names, content)}
     return Architecture(layers, {"method": "IC-Conv", **({"source": source} if source else {})})
 
 
-def _ic_conv_runs(name: str, pattern: Mapping[str, Any]) -> List[Tuple[int, int, int]]:
-    runs = []
+def _ic_conv_segments(name: str, pattern: Mapping[str, Any]) -> List[Tuple[int, int, int]]:
+    segments = []
     for key, channels in pattern.items():
         match = re.fullmatch(r"\s*[(\[]\s*(\d{1,4})\s*,\s*(\d{1,4})\s*[)\]]\s*", key, re.ASCII)
         if not match:
@@ -89,16 +77,16 @@ def _ic_conv_runs(name: str, pattern: Mapping[str, Any]) -> List[Tuple[int, int,
                 f"IC-Conv pattern: {name}: {shortened(channels)} is not a number of channels"
             )
         if channels:
-            runs.append((channels, *(int(less_one) + 1 for less_one in match.groups())))
-    if not runs:
+            segments.append((channels, *(int(less_one) + 1 for less_one in match.groups())))
+    if not segments:
         raise NATSError(f"IC-Conv pattern: {name} has no channels")
-    return runs
+    return segments
 
 
-def _scaled(runs: List[Tuple[int, int, int]], width: int) -> List[Tuple[int, int, int]]:
+def _scaled(segments: List[Tuple[int, int, int]], width: int) -> List[Tuple[int, int, int]]:
     """The segments for a ResNet of another width: each segment's end is scaled and rounded."""
     scaled, end, scaled_end = [], 0, 0
-    for channels, *dilation in runs:
+    for channels, *dilation in segments:
         end += channels
         start, scaled_end = scaled_end, (2 * end * width + _WIDTH) // (2 * _WIDTH)
         if scaled_end > start:
@@ -109,7 +97,7 @@ def _scaled(runs: List[Tuple[int, int, int]], width: int) -> List[Tuple[int, int
 def from_rf_next(
     content: Any, source: str = "", width: int = _WIDTH
 ) -> Tuple[Architecture, List[str]]:
-    """RF-Next's structure file (mmcv's ``RFSearchHook``): one dilation per layer.
+    """Read RF-Next's structure (written by mmcv's ``RFSearchHook``): one dilation per layer.
 
     mmdet's ``module.backbone.layer2.0.conv2`` is our ``res3.0.conv2``. The file has no channel
     counts, so the counts are those of a ResNet of `width`.
@@ -126,10 +114,7 @@ def from_rf_next(
     Raises:
         NATSError: malformed, or the backbone is not a ResNet.
     """
-    # the first version of the format calls it "model"
-    structure = (
-        content.get("structure", content.get("model")) if isinstance(content, dict) else None
-    )
+    structure = content.get("structure") if isinstance(content, dict) else None
     if not isinstance(structure, dict) or not structure:
         raise NATSError("not an RF-Next structure: expected {'structure': {layer name: dilation}}")
     layers: Dict[str, List[Tuple[int, int, int]]] = {}
@@ -157,7 +142,6 @@ def from_rf_next(
         )
     if not layers:
         raise NATSError("RF-Next structure: no 3x3 conv of a backbone in it")
-    _check_whole_stages(layers)
     note = {"method": "RF-Next", **({"source": source} if source else {})}
     return Architecture(dict(sorted(layers.items(), key=_block_order)), note), left_out
 
@@ -165,18 +149,3 @@ def from_rf_next(
 def _block_order(item) -> Tuple[str, int, str]:
     stage, block, conv = item[0].split(".")
     return stage, int(block), conv
-
-
-def _check_whole_stages(layers: Mapping[str, Sequence]) -> None:
-    """Each stage must name the same convs in blocks 0, 1, 2, … (their number is checked later)."""
-    for stage in sorted({name.split(".")[0] for name in layers}):
-        named = [name.split(".")[1:] for name in layers if name.split(".")[0] == stage]
-        convs = {conv for _, conv in named}
-        blocks = {int(block) for block, _ in named}
-        for block in range(max(blocks) + 1):
-            for conv in sorted(convs):
-                if f"{stage}.{block}.{conv}" not in layers:
-                    raise NATSError(
-                        f"RF-Next structure: {stage}.{block}.{conv} is missing: a stage must "
-                        "be complete"
-                    )

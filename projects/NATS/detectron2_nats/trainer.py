@@ -38,7 +38,12 @@ class SearchTrainer(ResumableTrainer):
     count as constants (the paper does not say).
 
     Args:
-        cfg: has the keys of :func:`add_nats_config`, and an empty ``MODEL.NATS.ARCHITECTURE``.
+        cfg: a config with the keys of :func:`add_nats_config` and an empty
+            ``MODEL.NATS.ARCHITECTURE``.
+
+    Raises:
+        NATSError: bad input, or calibration images that are also training images; raised before
+            training starts.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -47,20 +52,16 @@ class SearchTrainer(ResumableTrainer):
                 f"SEARCH.ALPHA_START {cfg.SEARCH.ALPHA_START}: expected a fraction of the search, "
                 "at least 0 and below 1"
             )
-        if not 0 <= cfg.SEARCH.DECODE_MARGIN < 1:
-            raise NATSError(
-                f"SEARCH.DECODE_MARGIN {cfg.SEARCH.DECODE_MARGIN}: expected a share of softmax(α), "
-                "at least 0 and below 1"
-            )
         if cfg.SEARCH.RETRAIN_WEIGHTS not in ("base", "supernet"):
             raise NATSError(
                 f"SEARCH.RETRAIN_WEIGHTS {cfg.SEARCH.RETRAIN_WEIGHTS!r}: expected base or supernet"
             )
-        # Fail on a wrong path now, not after days
+        # Fail on a wrong path now, not days later
         self.retrain_base = load_detector_config(cfg.SEARCH.RETRAIN_CONFIG, cfg)
         super().__init__(cfg)
         cfg = self.cfg  # scaled to the number of processes
-        export_config(self.retrain_base, self.architecture())  # also if the result cannot fit
+        # The same for settings that cannot be decoded, and for a result that cannot fit
+        export_config(self.retrain_base, self.architecture())
         self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.max_iter)
         loader = build_resumable_loader(
             cfg,
@@ -99,16 +100,20 @@ class SearchTrainer(ResumableTrainer):
             self.alpha_step()
 
     def alpha_step(self) -> None:
-        """Adam on α, on a batch of ``DATASETS.CALIBRATION``. Nothing else changes by a bit."""
+        """Take an Adam step on α, on a batch of ``DATASETS.CALIBRATION``.
+
+        Every weight, momentum and batch norm statistic stays the same, bit for bit.
+        """
         with alpha_training(self._supernet):
             self.take_step(self.alpha)
 
     def rehearse_alpha_step(self) -> None:
-        """Compute an α step's gradient and discard it, before the first real one.
+        """Compute the gradient of an α step and discard it.
 
-        Too little memory or unreadable calibration data then stop the search now, not after a day.
+        Too little memory or unreadable calibration data then stop the search at its start, not when
+        the first α step comes.
         """
-        momentum = []  # memory that weight steps will have taken by then
+        momentum = []  # as much memory as SGD's momentum will take by then
         if not self.weights.optimizer.state:
             momentum = [torch.empty_like(weight) for weight in self._trained_weights]
         with alpha_training(self._supernet):
@@ -117,7 +122,7 @@ class SearchTrainer(ResumableTrainer):
         logger.info(f"α steps start at iteration {self.alpha_start}. One α step takes {needed}")
 
     def _alpha_losses(self, batch: List[dict]) -> Dict[str, torch.Tensor]:
-        # The scope separates the heads' log entries from those of the weight step.
+        # The scope separates what the heads log from what they log in the weight step.
         with get_event_storage().name_scope("alpha"):
             return self._loss_module(batch)
 
@@ -135,10 +140,10 @@ class SearchTrainer(ResumableTrainer):
     # -- results --------------------------------------------------------------------------------
 
     def architecture(self) -> Architecture:
-        """The architecture that α decodes to now."""
+        """The architecture that the current α decodes to."""
         nats, search = self.cfg.MODEL.NATS, self.cfg.SEARCH
         space = "C" if nats.SPACE is None else nats.SPACE
-        # the super-network's weights fit only this order
+        # the super-network's weights fit only voted order
         order = "voted" if search.RETRAIN_WEIGHTS == "supernet" else search.DECODE_ORDER
         return Architecture.decode(
             self._supernet,
@@ -161,7 +166,7 @@ class SearchTrainer(ResumableTrainer):
         return {name: conv.alpha.detach().cpu().numpy() for name, conv in self.searched.items()}
 
     def decidedness(self) -> Decidedness:
-        """How decided α is now."""
+        """How decided the current α is."""
         return Decidedness.of(self.alphas(), self._alpha_hook.tenth_votes)
 
     def after_checkpoint(self) -> None:
@@ -173,7 +178,7 @@ class SearchTrainer(ResumableTrainer):
         self._put_pictures(architecture)
 
     def train(self):
-        """Train to the end, then write the plain config, also if only that is left to do."""
+        """Train to the end, then write the plain config; a finished search writes it again."""
         if self.start_iter < self.alpha_start:
             self.rehearse_alpha_step()
         results = super().train()
@@ -201,16 +206,16 @@ class SearchTrainer(ResumableTrainer):
     def _put_pictures(self, architecture: Architecture) -> None:
         """The architecture and α's history, for TensorBoard."""
         try:
-            from .results import plot  # matplotlib is slow to import, and only needed here
+            from .results import plot  # only needed here, and matplotlib is slow to import
 
             done = f"after iteration {self.iter + 1} of {self.max_iter}"
             figures = {"architecture": plot.plot_architecture(architecture, done)}
             metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
-            if os.path.isfile(metrics) and os.path.getsize(metrics):  # has a line of the log
+            if os.path.isfile(metrics) and os.path.getsize(metrics):  # empty before the first line
                 figures["history"] = plot.plot_history(plot.read_history(metrics), done)
             for name, figure in figures.items():
                 get_event_storage().put_image(f"alpha/{name}", plot.as_image(figure))
-        except Exception as error:  # a search must not fail because of a picture
+        except Exception as error:  # a picture must not end a search
             logger.warning(f"no pictures for TensorBoard: {error}")
 
     def check_same_run(self, saved_config: str) -> None:
@@ -222,9 +227,9 @@ class SearchTrainer(ResumableTrainer):
             )
 
     def build_hooks(self) -> List[HookBase]:
-        # before the writer
         built = super().build_hooks()
         self._alpha_hook = _AlphaHook(self.cfg.RUN.LOG_PERIOD, self.cfg.RUN.RANK_CHECK_PERIOD)
+        # early in the list: what it logs must be there when the writer writes
         return [built[0], self._alpha_hook, *built[1:]]
 
     def state_dict(self):
@@ -235,15 +240,15 @@ class SearchTrainer(ResumableTrainer):
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)
         self._alpha_hook.last_votes = state["last_votes"]
-        self._alpha_hook.tenth_votes = state.get("tenth_votes", {})
+        self._alpha_hook.tenth_votes = state["tenth_votes"]
 
 
 class _AlphaHook(HookBase):
-    """Logs the state of α, and checks that it is equal on all ranks.
+    """Logs the state of α, and checks that α is equal on all ranks.
 
     Attributes:
-        last_votes: the votes at the last line of the log.
-        tenth_votes: the votes when the last tenth of the search began; empty before.
+        last_votes: layer → votes at the last line of the log.
+        tenth_votes: layer → votes when the last tenth of the search began; empty before that.
     """
 
     def __init__(self, log_period: int, check_period: int):
@@ -286,7 +291,11 @@ class _AlphaHook(HookBase):
 
 
 def check_ranks_agree(searched: Dict[str, nn.Module]) -> None:
-    """Raise on all ranks if any rank's α differs from rank 0's by a bit; names the layers."""
+    """Compare α on all ranks with rank 0's, bit for bit.
+
+    Raises:
+        NATSError: on all ranks, if α differs on any; names the layers.
+    """
     if comm.get_world_size() == 1:
         return
     flat = torch.cat([conv.alpha.detach().flatten() for conv in searched.values()])

@@ -8,16 +8,8 @@ from typing import Optional
 import torch
 
 from ..architecture import Architecture
-from ..command import run_tool, tool_parser, write
-from ..config import load_config
-from ..errors import NATSError
-from ..export import (
-    export_config,
-    frozen_weights,
-    load_detector_config,
-    read_search,
-    write_config,
-)
+from ..command import paths_of, run_tool, tool_parser, write
+from ..export import detector_of, export_config, frozen_weights, read_search, write_config
 from ..files import write_atomically
 from ..transform import searched_layers
 
@@ -28,7 +20,7 @@ examples:
   another detector with the searched backbone; --config-file takes a path or a zoo name:
     $ %(prog)s output/search --output mask.yaml \\
         --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml
-  an undecided search: only groups with a clear preference for another dilation leave (1, 1):
+  of an undecided search: only groups that clearly prefer another dilation leave (1, 1):
     $ %(prog)s output/search --margin 0.1 --output output/search/margin.yaml
   with the super-network's own weights, to start from instead of ImageNet's (voted order):
     $ %(prog)s output/search --order voted --weights output/search/frozen.pth
@@ -36,12 +28,8 @@ examples:
 
 
 def main(args: argparse.Namespace) -> None:
-    folder = args.source if os.path.isdir(args.source) else os.path.dirname(args.source)
-    architecture = Architecture.load(
-        os.path.join(folder, "architecture.yaml") if os.path.isdir(args.source) else args.source
-    )
-    search_config = os.path.join(folder, "config.yaml")
-    searched = load_config(search_config) if os.path.isfile(search_config) else None
+    folder, path = paths_of(args.source)
+    architecture = Architecture.load(path)
     if args.order or args.weights or args.margin is not None:
         checkpoint, backbone = read_search(folder)
     if args.order or args.margin is not None:
@@ -53,9 +41,7 @@ def main(args: argparse.Namespace) -> None:
             margin if args.margin is None else args.margin,
             **search,
         )
-    if not args.config_file and searched is None:
-        raise NATSError(f"{folder or '.'} has no config.yaml: name the detector with --config-file")
-    cfg = export_config(load_detector_config(args.config_file, searched), architecture)
+    cfg = export_config(detector_of(folder, args.config_file), architecture)
     if args.weights:
         frozen = frozen_weights(checkpoint, backbone, architecture)
         content = {"model": frozen, "__author__": "detectron2-nats"}

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Optional
 
-from ..command import run_tool, tool_parser, write
+from ..command import run_tool, tool_parser, whole_number, write
 from ..errors import NATSError
 from ..importers import from_ic_conv, from_rf_next, read_json
 
@@ -19,7 +19,8 @@ examples:
     $ %(prog)s ic_resnet50_k9.json --output ic_conv.yaml --width 32
   the result of RF-Next on mmdet's ResNet:
     $ %(prog)s local_search_config_step11.json --output rf_next.yaml
-tools/export.py (nats-export) then makes a detector's config from it.
+
+tools/export.py (nats-export) turns the architecture file into a detector's config.
 """
 
 
@@ -27,7 +28,7 @@ def main(args: argparse.Namespace) -> None:
     content, name = read_json(args.source), os.path.basename(args.source)
     left_out = []
     try:
-        if isinstance(content, list):  # the two formats differ in this
+        if isinstance(content, list):  # IC-Conv's file is a list, RF-Next's a mapping
             architecture = from_ic_conv(content, name, args.width)
         else:
             architecture, left_out = from_rf_next(content, name, args.width)
@@ -42,14 +43,8 @@ def main(args: argparse.Namespace) -> None:
             )
         architecture = architecture.restrict(args.stages)
     if left_out:
-        print(f"left out, because they are outside of the residual stages: {', '.join(left_out)}")
+        print(f"left out, because they are outside the residual stages: {', '.join(left_out)}")
     write(args.output, lambda: architecture.save(args.output))
-
-
-def _width(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 4096")
-    return int(text)
 
 
 def run(prog: Optional[str] = None) -> None:
@@ -65,7 +60,7 @@ def run(prog: Optional[str] = None) -> None:
     )
     parser.add_argument(
         "--width",
-        type=_width,
+        type=whole_number(4096),
         default=64,
         help="channels of res2's 3x3 convs (%(default)s; ResNeXt-101-32x4d: 128); each further "
         "stage has twice as many. RF-Next's files contain no widths; IC-Conv's are scaled",

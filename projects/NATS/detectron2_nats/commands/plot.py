@@ -5,7 +5,7 @@ import os
 from typing import Optional
 
 from ..architecture import Architecture
-from ..command import run_tool, tool_parser
+from ..command import paths_of, run_tool, tool_parser, whole_number
 from ..errors import NATSError
 from ..results import plot
 
@@ -26,14 +26,11 @@ def main(args: argparse.Namespace) -> None:
     formats = ["png", "svg"] if args.format == "both" else [args.format]
     if (args.plain is None) != (args.searched is None):
         raise NATSError("give both --plain and --searched, or neither")
-    is_folder = os.path.isdir(args.source)
-    folder = args.source if is_folder else os.path.dirname(args.source)
-    architecture = Architecture.load(
-        os.path.join(folder, "architecture.yaml") if is_folder else args.source
-    )
+    folder, path = paths_of(args.source)
+    architecture = Architecture.load(path)
     figures = {"architecture": plot.plot_architecture(architecture, args.title)}
     metrics = os.path.join(folder, "metrics.json")
-    if is_folder and os.path.isfile(metrics):
+    if os.path.isdir(args.source) and os.path.isfile(metrics):
         verdict = architecture.search.get("decidedness", {}).get("verdict", "")
         figures["history"] = plot.plot_history(plot.read_history(metrics), args.title or verdict)
     if args.plain:
@@ -51,12 +48,6 @@ def main(args: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 4096")
-    return int(text)
-
-
 def run(prog: Optional[str] = None) -> None:
     """The command; `prog` is its name in the help."""
     parser = tool_parser(__doc__, EPILOG, prog)
@@ -69,11 +60,14 @@ def run(prog: Optional[str] = None) -> None:
     parser.add_argument("--searched", **pair, help="config and weights of the searched detector")
     parser.add_argument("--dataset", default="", help="source of images (default: DATASETS.TEST)")
     parser.add_argument(
-        "--images", type=_count, default=4, help="number of images with detections (%(default)s)"
+        "--images",
+        type=whole_number(4096),
+        default=4,
+        help="number of images with detections (%(default)s)",
     )
     parser.add_argument(
         "--field-size",
-        type=_count,
+        type=whole_number(4096),
         help="side of the images for receptive fields, in pixels (default: 256 to 512)",
     )
     parser.add_argument(

@@ -1,8 +1,8 @@
-"""Is it worth retraining? Score what a search found before days go into it.
+"""Is it worth retraining? Score what a search found before you spend days on it.
 
-The super-network's own weights compute the found architecture, the plain one and random ones of the
-same space on the calibration split. A lower loss is better. docs/study.md says how far that
-predicts what retraining gives.
+The score is an architecture's loss on calibration images, computed with the super-network's own
+weights. Lower is better. The found architecture is compared with the plain one and with random ones
+of the same space. docs/study.md says how well the score predicts the AP after retraining.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tabulate import tabulate
 from detectron2.modeling import build_model
 
 from ..architecture import Architecture
-from ..command import run_tool, tool_parser, write
+from ..command import run_tool, tool_parser, whole_number, write
 from ..config import load_config
 from ..data.registry import register_datasets
 from ..engine.checkpoint import SafeCheckpointer
@@ -29,9 +29,9 @@ from ..transform import searched_layers
 
 EPILOG = """
 examples:
-  what a search found, beside the plain architecture and 16 random ones:
+  what a search found, the plain architecture and 16 random ones:
     $ %(prog)s output/search
-  own architecture files too (voted order, of the same space), on more images:
+  also an architecture file of your own (voted order, same space), on more images:
     $ %(prog)s output/search --architecture mine.yaml --images 1000
 """
 SCORES = {"one-shot": one_shot_score, "knock-out": knock_out_score}
@@ -40,7 +40,7 @@ SCORES = {"one-shot": one_shot_score, "knock-out": knock_out_score}
 def main(args: argparse.Namespace) -> None:
     config = os.path.join(args.search, "config.yaml")
     if not os.path.isfile(config):
-        raise NATSError(f"{args.search} is no search's output folder: it lacks config.yaml")
+        raise NATSError(f"{args.search} is not a search's output folder: it has no config.yaml")
     cfg = load_config(config)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     checkpointer = SafeCheckpointer(model, args.search)
     checkpoint = checkpointer.find_usable_checkpoint()
     if not checkpoint:
-        raise NATSError(f"{args.search} holds no checkpoint: search first")
+        raise NATSError(f"{args.search} contains no checkpoint: search first")
     checkpointer.load(checkpoint, checkpointables=[])
     searched = searched_layers(model)
     architectures = {
@@ -76,33 +76,38 @@ def main(args: argparse.Namespace) -> None:
     print("\n" + tabulate(sorted(scores.items(), key=lambda item: item[1]), ["", "loss"], "pipe"))
     lower = sum(found < value for value in drawn)
     print(
-        f"\n{len(records)} images of {', '.join(cfg.DATASETS.CALIBRATION)}. The found architecture "
-        f"minus the plain one: {found - scores['plain']:+.4f}.\nThe found one is lower than "
-        f"{lower} of {len(drawn)} random ones."
+        f"\n{len(records)} images of {', '.join(cfg.DATASETS.CALIBRATION)}. Loss of the found "
+        f"architecture minus that of the plain one: {found - scores['plain']:+.4f}.\nThe found "
+        f"one has a lower loss than {lower} of {len(drawn)} random ones."
     )
     path = args.output or os.path.join(args.search, "scores.json")
     write(path, lambda: write_atomically(path, json.dumps(scores, indent=1)))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
-    return int(text)
 
 
 def run(prog: Optional[str] = None) -> None:
     """The command; `prog` is its name in the help."""
     parser = tool_parser(__doc__, EPILOG, prog)
     parser.add_argument("search", help="a search's output folder")
-    parser.add_argument("--random", type=_count, default=16, help="how many (%(default)s)")
+    number = whole_number(1_000_000)
     parser.add_argument(
-        "--uneven", action="store_true", help="random ones in which some dilations are rare"
+        "--random", type=number, default=16, help="number of random architectures (%(default)s)"
     )
-    parser.add_argument("--write", metavar="FOLDER", help="the architectures, as files")
-    parser.add_argument("--images", type=_count, default=200, help="at most (%(default)s)")
     parser.add_argument(
-        "--architecture", action="append", default=[], metavar="FILE", help="may be repeated"
+        "--uneven", action="store_true", help="make some dilations rare in the random architectures"
     )
-    parser.add_argument("--score", choices=SCORES, default="one-shot", help="(%(default)s)")
-    parser.add_argument("--output", metavar="JSON", help="(SEARCH/scores.json)")
+    parser.add_argument("--write", metavar="FOLDER", help="also write the architectures there")
+    parser.add_argument(
+        "--images", type=number, default=200, help="calibration images, at most (%(default)s)"
+    )
+    parser.add_argument(
+        "--architecture",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also score this architecture file; may be repeated",
+    )
+    parser.add_argument(
+        "--score", choices=SCORES, default="one-shot", help="what to compute (%(default)s)"
+    )
+    parser.add_argument("--output", metavar="JSON", help="file to write (SEARCH/scores.json)")
     run_tool(main, parser.parse_args())

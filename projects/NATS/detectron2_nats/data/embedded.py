@@ -1,17 +1,16 @@
-"""Data sets that are drawn on first use, and the tiny pretrained classifier that goes with them.
+"""Data sets that are drawn on first use, and the weights of a tiny classifier for one of them.
 
-- ``nats_embedded``: coloured shapes of five classes on a grey textured background. Colour and
-  texture of an object say nothing about its class; only its outline does. For tests.
+- ``nats_embedded``: coloured shapes of five classes on a grey textured background. Only the outline
+  of an object tells its class, not its colour or texture. For tests.
 - ``nats_bars_lying``, ``nats_bars_standing``, ``nats_bars_short``: bars whose class is the ordered
-  pair of the colours of their ends. They are constructed so that the right answer of a search is
-  known: lying bars want to see far along the width, standing ones along the height, and of short
-  ones a plain network sees both ends.
+  pair of the colours of their two ends. They are made so that the right answer of a search is
+  known. For lying bars a network must see far along the width, for standing bars along the height.
+  Of short bars a plain network sees both ends.
 
-All in COCO format. Nothing is downloaded.
+All are in COCO format. Nothing is downloaded.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -24,13 +23,12 @@ from typing import Callable, Mapping, Tuple
 import numpy as np
 from PIL import Image
 
-from ..errors import NATSError
 from .scenes import BAR_CLASSES, SHAPE_CLASSES, render_bars, render_shapes
 
 __all__ = [
     "EmbeddedSet",
     "SETS",
-    "embedded_weights",
+    "WEIGHTS",
     "ensure_embedded_dataset",
     "write_embedded_dataset",
 ]
@@ -43,11 +41,11 @@ class EmbeddedSet:
     """A data set that is drawn.
 
     Attributes:
-        classes: names, in the order of their indices.
-        splits: name of a split → number of its images. The data set's names are ``NAME_SPLIT``.
+        classes: their names, in the order of their indices.
+        splits: name of a split → its number of images. It is registered as ``NAME_SPLIT``.
         render: draws a scene, see :func:`.scenes.render_scene`.
-        seed: what all its random generators begin with.
-        version: raise it with every change that alters the scenes: older ones are made anew.
+        seed: the first numbers in the seed of each image.
+        version: raise it with every change that alters the scenes. Older files are then replaced.
     """
 
     classes: Tuple[str, ...]
@@ -71,22 +69,21 @@ SETS = {
     "nats_bars_short": _bars(3, lengths=(20, 40)),
 }
 
-WEIGHTS_NAME = "embedded_r50.pth"
+WEIGHTS = Path(__file__).with_name("embedded_r50.pth")
+"""Backbone weights of a tiny ResNet-50 that tells the embedded shapes apart, in half precision.
 
-# Made by: python tools/pretrain_embedded.py
-WEIGHTS_SHA256 = "869169e2ba686e4cd3a91d69ea0377fd457f55d1dbb73cd05e651089c6310805"
+A Detectron2 checkpoint, made by ``tools/pretrain_embedded.py``. In a config it is
+``MODEL.WEIGHTS: nats://embedded_r50.pth``.
+"""
 
 logger = logging.getLogger(__name__)
 
 
-# --------------------------------------------------------------------------------------- COCO files
-
-
 def write_embedded_dataset(folder: str, dataset: EmbeddedSet) -> None:
-    """Write all splits: ``<folder>/<split>/<number>.png`` and ``<folder>/instances_<split>.json``.
+    """Write all splits: ``<folder>/<split>/<id>.png`` and ``<folder>/instances_<split>.json``.
 
-    An image depends on the set's seed, on its split's place and on its own number, so no image is
-    drawn twice and a longer split begins like a shorter one.
+    An image depends only on the set's seed, on its split's place among the splits, and on its
+    number in the split. So no image is drawn twice, and a longer split begins like a shorter one.
 
     Args:
         folder: an existing folder.
@@ -98,7 +95,7 @@ def write_embedded_dataset(folder: str, dataset: EmbeddedSet) -> None:
             rng = np.random.default_rng([*dataset.seed, split_index, number])
             image, objects = dataset.render(rng)
             height, width = image.shape[:2]
-            # Ids differ between the splits too, so that splits can be told apart by their ids.
+            # Ids are unique over all splits, so that an id tells the split.
             image_id = 100_000 * (split_index + 1) + number
             file_name = f"{image_id}.png"
             Image.fromarray(image).save(os.path.join(folder, split, file_name))
@@ -124,7 +121,7 @@ def write_embedded_dataset(folder: str, dataset: EmbeddedSet) -> None:
 
 
 def _geometry(outline):
-    """COCO's fields for an outline: bbox [x, y, w, h], area, segmentation; px and px²."""
+    """COCO's fields for an outline, (points, 2) in pixels: bbox [x, y, w, h], area, segmentation."""
     points = outline.round(2)
     x, y = points.T
     (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
@@ -137,17 +134,16 @@ def _geometry(outline):
 
 
 def ensure_embedded_dataset(name: str = "nats_embedded") -> str:
-    """Make an embedded data set unless it is there, which takes a few seconds.
+    """Draw an embedded data set if it is not there yet, which takes a few seconds.
 
-    It lies in ``$DETECTRON2_DATASETS/NAME`` (``datasets/NAME`` by default). It is written aside and
-    renamed at the end under a lock: a killed run leaves nothing half-made, and of several processes
-    that start together one makes it while the others wait.
+    It is drawn under another name and then renamed, under a lock. A killed process leaves no
+    incomplete data set. If several processes start together, one draws while the others wait.
 
     Args:
-        name: of :data:`SETS`.
+        name: a key of :data:`SETS`.
 
     Returns:
-        The folder.
+        The folder, ``$DETECTRON2_DATASETS/NAME`` (by default ``datasets/NAME``).
     """
     root = os.getenv("DETECTRON2_DATASETS", "datasets")
     folder = os.path.join(root, name)
@@ -155,7 +151,7 @@ def ensure_embedded_dataset(name: str = "nats_embedded") -> str:
         return folder
     os.makedirs(root, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         if _is_current(folder, SETS[name]):
             return folder
         logger.info(f"Making the embedded data set in {folder} (a few seconds) ...")
@@ -171,7 +167,7 @@ def ensure_embedded_dataset(name: str = "nats_embedded") -> str:
 
 
 def _maker(dataset: EmbeddedSet) -> dict:
-    """What decides the content of the data set, as kept beside it."""
+    """What determines the content of the data set, as stored in its folder."""
     decides = {"version": dataset.version, "seed": list(dataset.seed), "counts": dataset.splits}
     return {"generator": "detectron2-nats", **decides}
 
@@ -182,29 +178,3 @@ def _is_current(folder: str, dataset: EmbeddedSet) -> bool:
             return json.load(f) == _maker(dataset)
     except (OSError, ValueError):
         return False
-
-
-# ------------------------------------------------------------------------------------------ weights
-
-
-def embedded_weights():
-    """
-    Path of the tiny ResNet-50 (stem 32, width per group 16) that tells the embedded shapes apart.
-
-    Returns:
-        str: a Detectron2 checkpoint with the backbone's weights in half precision. In a config it
-        is ``MODEL.WEIGHTS: nats://embedded_r50.pth``.
-
-    Raises:
-        NATSError: the file is missing or is not the one that this version was made with.
-    """
-    path = Path(__file__).with_name(WEIGHTS_NAME)
-    if not path.is_file():
-        raise NATSError(f"{path} is missing. Get the whole repository again and reinstall.")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != WEIGHTS_SHA256:
-        raise NATSError(
-            f"{path} is damaged: its SHA-256 is {digest}, expected {WEIGHTS_SHA256}. "
-            "Restore the file from the repository."
-        )
-    return str(path)

@@ -8,17 +8,16 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathHandler, PathManager
 
 from ..errors import NATSError
-from .embedded import SETS, WEIGHTS_NAME, embedded_weights, ensure_embedded_dataset
+from .embedded import SETS, WEIGHTS, ensure_embedded_dataset
 
 __all__ = ["register_embedded_datasets"]
 
 
 class NATSPathHandler(PathHandler):
-    """
-    Files of this package under ``nats://`` names, for Detectron2's PathManager (reading only).
+    """Files of this package under ``nats://`` names, for Detectron2's PathManager (reading only).
 
-    ``nats://embedded_r50.pth`` is :func:`embedded_weights`; ``nats://NAME/...`` lies in the folder
-    of the data set NAME, which is made when a name in it is first resolved.
+    ``nats://embedded_r50.pth`` is :data:`WEIGHTS`. ``nats://NAME/...`` is a file in the folder of
+    the data set NAME, which is drawn when such a name is first resolved.
     """
 
     PREFIX = "nats://"
@@ -28,13 +27,13 @@ class NATSPathHandler(PathHandler):
 
     def _get_local_path(self, path, force=False, **kwargs):
         name = path[len(self.PREFIX) :]
-        if name == WEIGHTS_NAME:
-            return embedded_weights()
+        if name == WEIGHTS.name:
+            return str(WEIGHTS)
         top, _, rest = name.partition("/")
         if top in SETS:
             return os.path.join(ensure_embedded_dataset(top), rest)
         known = ", ".join(f"{self.PREFIX}{name}/..." for name in SETS)
-        raise NATSError(f"Unknown name {path}. There are {self.PREFIX}{WEIGHTS_NAME}, {known}")
+        raise NATSError(f"Unknown name {path}. There are {self.PREFIX}{WEIGHTS.name}, {known}")
 
     def _open(self, path, mode="r", buffering=-1, **kwargs):
         return PathManager.open(self._get_local_path(path), mode, buffering, **kwargs)
@@ -50,10 +49,10 @@ class NATSPathHandler(PathHandler):
 
 
 def register_embedded_datasets() -> None:
-    """Register ``NAME_SPLIT`` of each set in :data:`SETS` and the ``nats://`` names, once.
+    """Register ``NAME_SPLIT`` of each set in :data:`SETS`, and the ``nats://`` names. Repeatable.
 
-    Nothing is made yet. The metadata names files by ``nats://``, which Detectron2 resolves wherever
-    it reads them: an evaluator works too when it is built before any data is loaded.
+    Nothing is drawn yet. The metadata uses ``nats://`` names, which Detectron2 resolves wherever it
+    reads a file. So an evaluator may be built before any data is loaded.
     """
     PathManager.register_handler(NATSPathHandler(), allow_override=True)
     for folder, dataset in SETS.items():
@@ -74,5 +73,5 @@ def register_embedded_datasets() -> None:
 
 
 def _load(name, json_file, image_root):
-    # Real paths for the images: a data loader's worker then needs no handler to read them.
+    # Real paths for the images: loader processes can then read them without this handler.
     return load_coco_json(json_file, PathManager.get_local_path(image_root), name)

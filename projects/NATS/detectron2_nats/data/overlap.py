@@ -1,4 +1,4 @@
-"""Whether two splits hold the same image: by its file, by COCO's number, by content."""
+"""Find images that two splits share: by file, by COCO image number, by content."""
 
 import contextlib
 import hashlib
@@ -14,20 +14,26 @@ from ..errors import NATSError
 
 __all__ = ["check_disjoint", "shared_images", "warn_of_test_images"]
 
-_FEW = 5000  # so many files of both splits are all compared
-_MOST_READ = 5000  # of larger splits so many names that stand in both, spread evenly
-_MOST_NAMED = 10  # so many shared images are named in a message
+_FEW = 5000  # up to this many files of both splits together, all are compared by content
+_MOST_READ = 5000  # in larger splits: up to this many names that both contain, spread evenly
+_MOST_NAMED = 10  # shared images that a message names
 
 logger = logging.getLogger(__name__)
 
 
 def shared_images(one: Sequence[str], other: Sequence[str]) -> Dict[str, str]:
-    """File of `other` → file of `one` that is the same image.
+    """Find the images of `other` that are also in `one`.
 
-    - The same file, also by way of links.
-    - The same number of COCO's, whose releases name an image ``COCO_val2014_000000000042.jpg`` and
-      ``000000000042.jpg``. Two names of the short form can be of other data: these are read.
-    - The same content: of all files where they are few, else of those with the same name.
+    Two files are the same image if they are
+
+    - the same file, also through links;
+    - the same COCO image number: COCO's releases call an image ``COCO_val2014_000000000042.jpg`` or
+      ``000000000042.jpg``. Two names of the short form can belong to other data, so their content
+      is compared instead;
+    - equal in content. All files are compared if they are few, else those of the same name.
+
+    Returns:
+        file of `other` → file of `one`.
     """
     shared: Dict[str, str] = {}
     by_path = {os.path.realpath(file): file for file in one}
@@ -60,7 +66,7 @@ def _is_coco(file: str) -> bool:
 
 
 def _same_content(one: Sequence[str], other: Sequence[str]) -> Iterator[Tuple[str, str]]:
-    """(file of `other`, file of `one`); reads only files of a size that stands in both."""
+    """(file of `other`, file of `one`). Reads only files whose size occurs in both splits."""
     sizes, other_sizes = _by_size(one), _by_size(other)
     for size in sizes.keys() & other_sizes.keys():
         contents = {_digest(file): file for file in sizes[size]}
@@ -73,9 +79,9 @@ def _same_content(one: Sequence[str], other: Sequence[str]) -> Iterator[Tuple[st
 def _by_size(files: Iterable[str]) -> Dict[int, List[str]]:
     found: Dict[int, List[str]] = {}
     for file in files:
-        with contextlib.suppress(OSError):  # one that is missing is the loader's to report
+        with contextlib.suppress(OSError):  # the loader reports missing files
             found.setdefault(os.path.getsize(file), []).append(file)
-    found.pop(0, None)  # empty ones are no images
+    found.pop(0, None)  # empty files are not images
     return found
 
 
@@ -84,11 +90,15 @@ def _digest(file: str) -> bytes:
         with open(file, "rb") as opened:
             return hashlib.blake2b(opened.read()).digest()
     except OSError:
-        return file.encode()  # equal to no other
+        return file.encode()  # differs from every other file's
 
 
 def check_disjoint(train: Sequence[str], calibration: Sequence[str]) -> None:
-    """Raise on all ranks if an image stands in both: α is judged on images not trained on."""
+    """Check that no image is in both splits: α needs images that the weights are not trained on.
+
+    Raises:
+        NATSError: on all ranks; names up to ten shared images. If there are more, the log names all.
+    """
     message = ""
     if comm.is_main_process():
         shared = shared_images(train, calibration)
@@ -113,7 +123,7 @@ def check_disjoint(train: Sequence[str], calibration: Sequence[str]) -> None:
 
 
 def warn_of_test_images(names: Sequence[str], files: Sequence[str], key: str) -> None:
-    """Warn of images of the data sets `names` that are among `files`, those of `key`."""
+    """Warn if the test data sets `names` contain images that are in `files`, the files of `key`."""
     if names and comm.is_main_process():
         records = (record for name in names for record in DatasetCatalog.get(name))
         test = [record["file_name"] for record in records if "file_name" in record]
@@ -121,7 +131,7 @@ def warn_of_test_images(names: Sequence[str], files: Sequence[str], key: str) ->
         if shared:
             logger.warning(
                 f"DATASETS.TEST and {key} share {_summary(shared)}. AP on them does not tell how "
-                "the detector does on new images"
+                "well the detector works on new images"
             )
 
 

@@ -1,4 +1,4 @@
-"""Data sets from a config (``DATASETS.REGISTER``), and the checks before a run takes them."""
+"""Register data sets from a config (``DATASETS.REGISTER``), and check them before a run."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ from ..errors import NATSError, one_line
 
 __all__ = ["check_datasets", "register_datasets"]
 
-# What Detectron2's reader and our checks raise at a file of another format.
+# What Detectron2's reader and our checks raise for a file of another format.
 _MALFORMED = (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 def register_datasets(cfg: CfgNode) -> None:
     """Register every [name, annotation json, image folder] of ``DATASETS.REGISTER``.
 
-    Naming the same data set again is fine; giving a taken name to other files is an error.
+    The same entry may be registered again.
+
+    Raises:
+        NATSError: an entry is malformed, or its name is taken by other files.
     """
     for entry in cfg.DATASETS.REGISTER:
         is_list = isinstance(entry, (list, tuple)) and len(entry) == 3
@@ -50,7 +53,7 @@ def register_datasets(cfg: CfgNode) -> None:
 
 
 def _load(name: str, json_file: str, image_root: str, max_bad_share: float) -> List[dict]:
-    """Read a COCO annotation file, without annotations that no detector can learn from."""
+    """Read a COCO annotation file, without the annotations that cannot be used."""
     try:
         content = _without_bad(json_file, max_bad_share)
         if content is None:
@@ -67,10 +70,10 @@ def _load(name: str, json_file: str, image_root: str, max_bad_share: float) -> L
 
 
 def _without_bad(json_file: str, max_bad_share: float) -> Optional[dict]:
-    """The content without what cannot be used, with a warning; None if all can be used.
+    """The file's content without bad annotations, with one warning; None if all are good.
 
     Raises:
-        NATSError: that is too much.
+        NATSError: more than `max_bad_share` of the annotations are bad.
     """
     with open(json_file) as file:
         content = json.load(file)
@@ -87,14 +90,14 @@ def _without_bad(json_file: str, max_bad_share: float) -> Optional[dict]:
         f"(id {annotations[first].get('id')}, {where}): {why}"
     )
     if len(bad) > max_bad_share * len(annotations):
-        raise NATSError(f"{summary}. Mend the file, or raise RUN.MAX_BAD_DATA ({max_bad_share})")
+        raise NATSError(f"{summary}. Repair the file, or raise RUN.MAX_BAD_DATA ({max_bad_share})")
     logger.warning(f"{summary}. They are skipped.")
     content["annotations"] = [a for i, a in enumerate(annotations) if i not in bad]
     return content
 
 
 def _fault(annotation: dict, images, categories) -> str:
-    """Why an annotation cannot be used; empty if it can."""
+    """Why an annotation cannot be used; "" if it can."""
     if annotation["image_id"] not in images:
         return f"image id {annotation['image_id']} is not listed"
     if annotation["category_id"] not in categories:
@@ -108,7 +111,14 @@ def _fault(annotation: dict, images, categories) -> str:
 
 
 def check_datasets(names: Sequence[str], key: str) -> None:
-    """Raise unless each data set is registered and its files are where it looks for them."""
+    """Check that each data set is registered, and that its files exist.
+
+    Args:
+        key: the config key or option that names them, for the message.
+
+    Raises:
+        NATSError: says where the files were looked for, and how to get them.
+    """
     for name in names:
         known = DatasetCatalog.list()
         if name not in known:
@@ -116,7 +126,7 @@ def check_datasets(names: Sequence[str], key: str) -> None:
             raise NATSError(
                 f"{key}: no data set {name!r} is registered"
                 + (f", did you mean {' or '.join(close)}" if close else "")
-                + "? Own data is registered with DATASETS.REGISTER"
+                + "? Register your own data with DATASETS.REGISTER"
             )
         meta = MetadataCatalog.get(name)
         for what, path in (
@@ -134,5 +144,5 @@ def _how_to_get(name: str) -> str:
     if name in ("coco_2014_valminusminival", "coco_2014_minival"):
         return "Make it from COCO's own downloads with tools/make_val35k.py"
     if name.startswith("coco_"):
-        return "Download COCO and set DETECTRON2_DATASETS to the folder that holds coco/"
+        return "Download COCO and set DETECTRON2_DATASETS to the folder that contains coco/"
     return "Correct the path in DATASETS.REGISTER"

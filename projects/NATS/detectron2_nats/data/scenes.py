@@ -1,10 +1,12 @@
-"""Drawn scenes: shapes that are told apart by their outline, and bars by their two ends.
+"""Draw scenes: shapes that differ in their outline, and bars that differ in their two ends.
 
-Each function is a pure one of its random generator. Outlines are (points, 2) with (x, y) in pixels.
+Each function depends on nothing but its arguments: the random generator is the only source of
+chance. Outlines are float arrays of shape (points, 2) with (x, y) in pixels.
 """
 
 import colorsys
 import math
+from typing import List, Tuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,41 +16,43 @@ __all__ = ["BAR_CLASSES", "SHAPE_CLASSES", "render_bars", "render_scene", "rende
 SHAPE_CLASSES = ("disc", "box", "triangle", "cross", "hourglass")
 
 IMAGE_SIZES = ((128, 128), (112, 128), (128, 112))
-"""(height, width) of the scenes; all three shapes, so that aspect-ratio grouping has work to do."""
+"""(height, width) of the scenes: square, wide and tall, so that aspect-ratio grouping matters."""
 
 OBJECT_SIZES = (28, 80)
-"""Smallest and largest square root of width times height of a shape, in pixels."""
+"""Range of the square root of a shape's width times height, in pixels."""
 
 _MARKERS = {"red": (215, 40, 40), "green": (40, 175, 60), "blue": (45, 80, 220)}
 
 BAR_CLASSES = tuple(f"{a}-{b}" for a in _MARKERS for b in _MARKERS)
 """The colours of a bar's two ends, from left to right or from top to bottom."""
 
+Scene = Tuple[np.ndarray, List[Tuple[int, np.ndarray]]]
+"""The image, (height, width, 3) uint8 in RGB; and (class index, outline) of each object."""
+
 
 # -- shapes --------------------------------------------------------------------------------------
 
 
-def render_shapes(rng):
+def render_shapes(rng: np.random.Generator) -> Scene:
     """A scene of one of the :data:`IMAGE_SIZES`, see :func:`render_scene`."""
     return render_scene(rng, *IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))])
 
 
-def render_scene(rng, height, width, max_objects=3, sizes=OBJECT_SIZES):
-    """
-    Draw one scene.
+def render_scene(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    max_objects: int = 3,
+    sizes: Tuple[float, float] = OBJECT_SIZES,
+) -> Scene:
+    """Draw a scene of one to `max_objects` shapes. Classes are indices in :data:`SHAPE_CLASSES`.
+
+    Outlines are inside the image. An object may cover a little of an earlier one.
 
     Args:
-        rng (np.random.Generator): the only source of chance.
-        height, width (int): size of the image in pixels, at least 32.
-        max_objects (int): the scene holds one to this many objects.
-        sizes (tuple[float, float]): range of the objects' sizes, as :data:`OBJECT_SIZES`. An object
-            that would be wider or higher than the image is cut down to it.
-
-    Returns:
-        (ndarray, list[tuple[int, ndarray]]): the image, uint8 of shape (height, width, 3) in RGB;
-        and for each object its index in :data:`SHAPE_CLASSES` and its outline, float of shape
-        (points, 2) with (x, y) in pixels. Outlines lie inside the image; an object may cover a
-        little of an earlier one.
+        height, width: of the image, in pixels; at least 32.
+        sizes: range of the objects' sizes, as :data:`OBJECT_SIZES`. An object that would be wider
+            or higher than the image is cut down to it.
     """
     image = _background(rng, height, width)
     objects = []
@@ -84,7 +88,7 @@ def _stripes(rng, height, width):
 
 
 def _place(rng, height, width, sizes, boxes):
-    """A box (x0, y0, x1, y1) that overlaps none of ``boxes`` by much; None if there is no room."""
+    """A box (x0, y0, x1, y1) that overlaps none of `boxes` by much; None if there is no room."""
     for _ in range(20):
         size = math.exp(rng.uniform(*np.log(sizes)))
         stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(3))
@@ -97,7 +101,7 @@ def _place(rng, height, width, sizes, boxes):
 
 
 def _overlap(a, b):
-    """Area that two boxes share, as a fraction of the smaller one's."""
+    """The area that two boxes share, as a fraction of the smaller box."""
     w = min(a[2], b[2]) - max(a[0], b[0])
     h = min(a[3], b[3]) - max(a[1], b[1])
     if w <= 0 or h <= 0:
@@ -106,7 +110,7 @@ def _overlap(a, b):
 
 
 def _outline(rng, name):
-    """The outline of a class in the unit square, randomly turned where that makes a difference."""
+    """The outline of a class in the unit square, in a random orientation."""
     if name == "disc":
         angle = np.linspace(0, 2 * math.pi, 32, endpoint=False)
         return 0.5 + 0.5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -128,7 +132,7 @@ def _outline(rng, name):
 
 
 def _paint(rng, image, outline):
-    """Fill an outline, in place, with a strong colour that carries a faint pattern."""
+    """Fill an outline with a strong colour and a faint pattern, in place."""
     height, width = image.shape[:2]
     mask = Image.new("1", (width, height))
     ImageDraw.Draw(mask).polygon([tuple(point) for point in outline.tolist()], fill=1)
@@ -141,21 +145,18 @@ def _paint(rng, image, outline):
 # -- bars ----------------------------------------------------------------------------------------
 
 
-def render_bars(rng, lengths, standing=False, side=128):
-    """
-    Draw two to five bars whose class is the ordered pair of the colours of their two ends.
+def render_bars(
+    rng: np.random.Generator, lengths: Tuple[int, int], standing: bool = False, side: int = 128
+) -> Scene:
+    """Draw two to five bars whose class is the ordered pair of the colours of their two ends.
 
-    Nothing else tells the class, so a network must see both ends of a bar to name it: how far it
-    has to see, and in which direction, is known. See :data:`BAR_CLASSES`.
+    Nothing else tells the class, so a network must see both ends of a bar. How far it has to see,
+    and in which direction, is therefore known. Classes are indices in :data:`BAR_CLASSES`.
 
     Args:
-        rng (np.random.Generator): the only source of chance.
-        lengths (tuple[int, int]): shortest and longest bar, in pixels.
-        standing (bool): bars stand; else they lie.
-        side (int): of the image, in pixels.
-
-    Returns:
-        as :func:`render_scene`.
+        lengths: shortest and longest bar, in pixels.
+        standing: vertical bars; else horizontal ones.
+        side: width and height of the image, in pixels.
     """
     image = _background(rng, side, side)
     objects, boxes = [], []
@@ -178,7 +179,7 @@ def render_bars(rng, lengths, standing=False, side=128):
 
 
 def _paint_bar(rng, image, box, standing, markers):
-    """A light bar with a square of colour at each end, in place."""
+    """Draw a light bar with a coloured square at each end, in place."""
     x0, y0, x1, y1 = (round(value) for value in box)
     part = image[y0:y1, x0:x1]  # a view
     part[:] = (rng.uniform(180, 225) + 15 * _stripes(rng, *part.shape[:2]))[:, :, None]

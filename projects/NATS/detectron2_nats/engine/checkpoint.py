@@ -1,4 +1,4 @@
-"""Checkpoints that survive kills and full disks, and pretrained weights that are known to fit."""
+"""Checkpoints that survive kills and full disks; pretrained weights that must fit the backbone."""
 
 import glob
 import logging
@@ -26,14 +26,18 @@ logger = logging.getLogger(__name__)
 class SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, with three differences.
 
-    - Files are written aside and renamed; old ones are deleted. When the newest is damaged, a
-      warning names it and the one before it is taken.
+    - A file is written under another name and then renamed. If the newest checkpoint is damaged, a
+      warning names it and the one before it is used.
     - Files are read as tensors and plain types only, `.pkl` as NumPy arrays and plain types.
     - Pretrained weights that match nothing in the backbone are an error, not a warning.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``name.pth`` and make it the one to resume from."""
+        """Write ``name.pth`` and make it the newest checkpoint.
+
+        Raises:
+            NATSError: the disk is full, or the file cannot be written; the old ones stay.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
@@ -45,13 +49,13 @@ class SafeCheckpointer(DetectionCheckpointer):
             write_atomically(path, lambda file: torch.save(data, file))
             self.tag_last_checkpoint(f"{name}.pth")
         except (OSError, RuntimeError) as error:
-            # torch's zip writer raises a RuntimeError of its own while it handles the OSError
+            # while handling the OSError, torch's zip writer raises its own RuntimeError
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             if isinstance(cause, RuntimeError) and "PytorchStreamWriter" not in str(cause):
-                raise  # not the disk's: a loader process died just now
+                raise  # not about the disk: a loader process has died
             raise NATSError(
-                f"checkpoint {path} could not be written ({one_line(cause)}): make room "
-                f"and go on with --resume from {self.get_checkpoint_file() or 'the start'}"
+                f"checkpoint {path} could not be written ({one_line(cause)}): make room and "
+                f"continue with --resume from {self.get_checkpoint_file() or 'the start'}"
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -64,15 +68,16 @@ class SafeCheckpointer(DetectionCheckpointer):
                 os.unlink(path)
 
     def remove_unfinished(self) -> None:
-        """Delete what a killed process had not finished writing; nobody else may be writing."""
+        """Delete files that a killed process has left incomplete. No other process may write."""
         if self.save_to_disk:
             for path in glob.glob(os.path.join(glob.escape(self.save_dir), ".model_*.pth.*")):
                 os.unlink(path)
 
     def _periodic_checkpoints(self) -> List[str]:
-        """Paths, newest first: by their numbers, which those past the newest one's come after.
+        """Paths, newest first.
 
-        Such a number was counted by fewer processes, in more and smaller steps.
+        They are sorted by number, but numbers above that of the newest checkpoint come last: those
+        were written by fewer processes, which count more and smaller steps.
         """
         newest = os.path.basename(self.get_checkpoint_file())
         names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
@@ -81,7 +86,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         return [os.path.join(self.save_dir, name) for name in names]
 
     def find_usable_checkpoint(self) -> str:
-        """The newest checkpoint that is whole, the same on all ranks; "" if there is none."""
+        """The newest intact checkpoint, the same on all ranks; "" if there is no checkpoint.
+
+        Raises:
+            NATSError: there are checkpoints, but all are damaged.
+        """
         found = ""
         if comm.is_main_process():
             candidates = [self.get_checkpoint_file(), *self._periodic_checkpoints()]
@@ -93,11 +102,13 @@ class SafeCheckpointer(DetectionCheckpointer):
                 logger.warning(f"checkpoint {path} is damaged ({fault}): trying the one before it")
         found, any_exists = comm.all_gather((found, self.has_checkpoint()))[0]
         if any_exists and not found:
-            raise NATSError(f"no checkpoint in {self.save_dir} is whole: start anew elsewhere")
+            raise NATSError(
+                f"no checkpoint in {self.save_dir} is intact: start again in another OUTPUT_DIR"
+            )
         return found
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """Load the newest whole checkpoint if `resume` and there is one, else the file `path`."""
+        """Load the newest intact checkpoint if `resume` and there is one, else the file `path`."""
         usable = self.find_usable_checkpoint() if resume else ""
         return self.load(usable) if usable else self.load(path, checkpointables=[])
 
@@ -111,7 +122,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             return _read_pkl(filename)
         try:
             loaded = super()._load_file(filename)
-        except Exception as error:  # readers raise anything at what is no weights file
+        except Exception as error:  # readers raise all kinds of errors for other files
             raise NATSError(f"{filename}: not readable as weights: {one_line(error)}") from None
         if "layer1.0.conv1.weight" in loaded["model"]:
             loaded["model"] = _from_torchvision(loaded["model"])
@@ -130,8 +141,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         matched = [key for key in wanted if key not in unmatched]
         if wanted and not matched:
             raise NATSError(
-                f"the pretrained weights match nothing in the backbone: it wants {wanted[0]} of "
-                f"shape {tuple(self.model.state_dict()[wanted[0]].shape)}, the file holds "
+                f"the pretrained weights match nothing in the backbone: it needs {wanted[0]} of "
+                f"shape {tuple(self.model.state_dict()[wanted[0]].shape)}, the file contains "
                 f"{', '.join(given[:3])}, …: check MODEL.WEIGHTS and MODEL.RESNETS"
             )
         if len(matched) < len(wanted):
@@ -145,33 +156,33 @@ class SafeCheckpointer(DetectionCheckpointer):
         """State-dict keys of the weights of the residual stages' 3×3 convs."""
         try:
             convs = set(conv3x3_layers(getattr(self.model, "backbone", self.model)).values())
-        except NATSError:  # not a residual network: nothing to say
+        except NATSError:  # not a residual network: nothing to check
             return []
         return [f"{name}.weight" for name, m in self.model.named_modules() if m in convs]
 
 
 def _damage(path: str) -> str:
-    """What is wrong with a checkpoint file; empty if nothing is."""
+    """What is wrong with a checkpoint file; "" if it is intact."""
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # reads everything, compares checksums
+            broken = archive.testzip()  # reads everything and verifies the checksums
         if broken:
             return f"bad checksum of {broken}"
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return ""
-    except Exception as error:  # a flipped bit in a header makes zipfile raise anything
+    except Exception as error:  # zipfile raises all kinds of errors for a damaged header
         return one_line(error)
 
 
 def _read_pkl(filename: str) -> Dict[str, Any]:
-    """Read a `.pkl` of Detectron2's or Caffe2's model zoo, which are both told by their content."""
+    """Read a `.pkl` of Detectron2's or Caffe2's model zoo; its content tells which."""
     with PathManager.open(filename, "rb") as file:
         try:
             content = _ArrayUnpickler(file, encoding="latin1").load()
-        except Exception as error:  # unpicklers raise anything at what is no pickle
+        except Exception as error:  # unpicklers raise all kinds of errors for other files
             raise NATSError(f"{filename}: not readable as weights: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise NATSError(f"{filename}: not readable as weights: it holds no dict")
+        raise NATSError(f"{filename}: not readable as weights: it contains no dict")
     if "model" in content and "__author__" in content:
         return content
     blobs = content.get("blobs", content)
@@ -180,7 +191,7 @@ def _read_pkl(filename: str) -> Dict[str, Any]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays and plain types, and runs nothing else."""
+    """Reads NumPy arrays and plain types, and executes no code."""
 
     ALLOWED = {
         ("collections", "OrderedDict"),
@@ -193,14 +204,16 @@ class _ArrayUnpickler(pickle.Unpickler):
         reconstructs = re.fullmatch(r"numpy\.(_?core)\.multiarray", module)
         if (module, name) in self.ALLOWED or (reconstructs and name in ("_reconstruct", "scalar")):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is neither array nor plain")
+        raise pickle.UnpicklingError(
+            f"it contains {module}.{name}, which is neither an array nor a plain type"
+        )
 
 
 def _from_torchvision(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """torchvision's ResNet names → Detectron2's.
+    """Rename a torchvision ResNet's weights to Detectron2's names.
 
-    torchvision's networks take RGB images in [0, 1] with their own mean and deviation:
-    INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD must say so.
+    torchvision's networks take RGB images in [0, 1], normalised with their own mean and deviation.
+    INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be set accordingly.
     """
     renamed = {}
     for key, value in state_dict.items():

@@ -1,4 +1,4 @@
-"""What the bits of a run depend on beside its config: random states, threads, the kind of CPU."""
+"""What a run's bits depend on besides the config: random states, threads, the kind of CPU."""
 
 import contextlib
 import logging
@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def preserved_random_states(seed: Optional[Sequence[int]] = None) -> Iterator[None]:
-    """Put the CPU's global random states back at the end; meanwhile seeded by `seed`, if given."""
+    """Restore the CPU's global random states at the end of the block.
+
+    Args:
+        seed: seeds them inside the block, if given.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         if seed is not None:
@@ -40,7 +44,7 @@ def preserved_random_states(seed: Optional[Sequence[int]] = None) -> Iterator[No
 
 
 def random_states(device: torch.device) -> Dict[str, Any]:
-    """This process's random states, those of `device` among them, as tensors and plain types."""
+    """This process's random states, including that of `device`, as tensors and plain types."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
@@ -69,7 +73,11 @@ def computed_by(device: str) -> List[Any]:
 
 
 def compute_as(before: List[Any], device: str) -> None:
-    """Take as many threads as the run had, unless the user wants otherwise."""
+    """Use as many threads as before, unless OMP_NUM_THREADS is set; warn if anything differs.
+
+    Args:
+        before: what :func:`computed_by` returned when the checkpoint was written.
+    """
     threads = before[1]
     if threads and "OMP_NUM_THREADS" not in os.environ and not device.startswith("cuda"):
         torch.set_num_threads(threads)
@@ -80,5 +88,5 @@ def compute_as(before: List[Any], device: str) -> None:
         )
         logger.warning(
             f"rank {comm.get_rank()}: the checkpoint was computed by a {before}, and now it is a "
-            f"{now}: the run goes on, but not bit for bit"
+            f"{now}: the run continues, but not bit for bit"
         )

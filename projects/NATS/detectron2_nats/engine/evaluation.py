@@ -1,4 +1,4 @@
-"""Which evaluator a data set needs, as Detectron2's own training script chooses it."""
+"""Choose the evaluator of a data set, as Detectron2's own training script does."""
 
 import functools
 import os
@@ -23,7 +23,11 @@ __all__ = ["build_evaluator"]
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """The evaluator of a registered data set; results go to ``OUTPUT_DIR/inference``."""
+    """The evaluator of a registered data set. It writes results to ``OUTPUT_DIR/inference``.
+
+    Raises:
+        NATSError: the data set's metadata names no known `evaluator_type`.
+    """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     coco = functools.partial(COCOEvaluator, dataset_name, output_dir=folder)
     sem_seg = functools.partial(SemSegEvaluator, dataset_name, output_dir=folder)

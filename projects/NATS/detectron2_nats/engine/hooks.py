@@ -1,4 +1,4 @@
-"""What a run does between its steps: checkpoints, evaluations, the mean of its last weights."""
+"""What a training does between steps: write checkpoints, evaluate, average the last weights."""
 
 import logging
 from typing import Any, Dict
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(HookBase):
-    """Writes checkpoints at a period, before evaluations, at the end, and when asked to stop."""
+    """Writes checkpoints periodically, before evaluations, at the end, and on a stop request."""
 
     def __init__(self, *periods: int):
         self._periods = [period for period in periods if period > 0]
@@ -30,13 +30,18 @@ class CheckpointHook(HookBase):
         elif trainer._stop_now or any(done % period == 0 for period in self._periods):
             trainer.save_checkpoint(f"model_{trainer.iter:07d}")
         if trainer._stop_now and done < trainer.max_iter:
-            logger.info(f"stopped on request after iteration {trainer.iter}; go on with --resume")
-            comm.synchronize()  # rank 0 has written more than the others
+            logger.info(
+                f"stopped on request after iteration {trainer.iter}; continue with --resume"
+            )
+            comm.synchronize()  # rank 0 writes longer than the others
             raise SystemExit(STOPPED_EXIT_CODE)
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's; it would also evaluate, and wait for the others, where the last step failed."""
+    """Detectron2's, except that it does not evaluate after a last step that failed.
+
+    The rank that failed would wait there for the others.
+    """
 
     def after_train(self):
         if self.trainer.iter >= self.trainer.max_iter:
@@ -44,7 +49,11 @@ class EvalHook(hooks.EvalHook):
 
 
 class AverageHook(HookBase):
-    """At the end, puts the mean over the run's last iterations in the place of the weights."""
+    """At the end, replaces the weights by their mean over the last iterations.
+
+    Args:
+        share: of the run's iterations, ``SOLVER.AVERAGE_LAST``.
+    """
 
     def __init__(self, share: float):
         if not 0 <= share <= 1:
@@ -68,12 +77,12 @@ class AverageHook(HookBase):
                 value.copy_(self._means[name])
 
     def rescale(self, factor: float) -> None:
-        """What has been averaged counts as `factor` times as many iterations."""
+        """Count the mean so far as `factor` times as many iterations."""
         if self._count:
             self._count = max(1, round(self._count * factor))
 
     def _averaged(self) -> Dict[str, torch.Tensor]:
-        """The trained weights, and the statistics that batch norms gathered with them."""
+        """The trained weights, and the batch norm statistics that belong to them."""
         model = self.trainer.model
         averaged = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         for prefix, norm in model.named_modules():

@@ -1,8 +1,7 @@
-"""Starting a script: arguments, processes (our own, torchrun's, several machines), errors."""
+"""Start a script: arguments, processes (our own, torchrun's, several machines), exit status."""
 
 import argparse
 import atexit
-import errno
 import logging
 import os
 import sys
@@ -45,7 +44,11 @@ logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Read the config, check it and the data sets that it names, start the log."""
+    """Read the config, check it and its data sets, lock OUTPUT_DIR and start the log.
+
+    Raises:
+        NATSError: a setting is wrong, a data set is missing, or another run uses OUTPUT_DIR.
+    """
     cfg = load_config(args.config_file, args.opts)
     no_cuda = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
     if no_cuda:
@@ -64,18 +67,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if comm.is_main_process() and not args.eval_only:
         lock_folder(cfg.OUTPUT_DIR)
     if args.config_file and not os.path.isfile(args.config_file):
-        args.config_file = ""  # a zoo name: default_setup would look for a file
+        args.config_file = ""  # a zoo name: default_setup would open it as a file
     default_setup(cfg, args)
     logging.getLogger("detectron2_nats").parent = logging.getLogger("detectron2")
     if no_cuda:
-        logger.warning(f"computing on the CPU, for PyTorch can use no GPU here: {_why_no_cuda()}")
+        logger.warning(f"computing on the CPU, because PyTorch finds no GPU: {_why_no_cuda()}")
     return cfg
 
 
 def train_or_evaluate(
     trainer_class: Type[ResumableTrainer], cfg: CfgNode, args: argparse.Namespace
 ):
-    """What the command line asks for: evaluate, train, or go on with a training."""
+    """Do what the command line asks for: evaluate, start training, or resume it."""
     if args.eval_only:
         model = build_model(cfg)
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
@@ -92,10 +95,13 @@ def run_script(
     epilog: str,
     prog: Optional[str] = None,
 ) -> None:
-    """Parse the command line and call ``main(args)`` in each process; never returns.
+    """Parse the command line, call ``main(args)`` in each process, and exit.
 
-    Exit status: 0 done, 2 bad input (one line on stderr), 75 stopped on request (a training has
-    written a checkpoint), 130 interrupted twice, 1 anything else.
+    Exit status: 0 done; 2 bad input (one line on stderr); 75 stopped on request (if it was
+    training, with a checkpoint); 130 interrupted twice; 1 anything else.
+
+    Args:
+        prog: the command's name in the help.
     """
     parser = default_argument_parser(epilog=epilog)
     parser.description, parser.prog = description, prog or parser.prog
@@ -106,7 +112,7 @@ def run_script(
             _run_under_torchrun(main, args)
         elif args.num_gpus * args.num_machines > 1:
             if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
-                # two runs on one machine must not meet
+                # two runs on one machine must not use the same port
                 args.dist_url = f"tcp://127.0.0.1:{_find_free_port()}"
             _launch(main, args)
         else:
@@ -126,10 +132,10 @@ def run_script(
 
 
 def _launch(main, args) -> None:
-    """Detectron2's ``launch``, but for the choice of CPU or GPUs, which is MODEL.DEVICE's."""
+    """Detectron2's ``launch``, except that MODEL.DEVICE decides between CPU and GPUs."""
     device = _device_of_group(args, args.num_gpus)
     handle_signals("launcher")
-    # It says so for each rank that it ends, after our error
+    # PyTorch reports each rank that it ends; our error should be the last line
     logging.getLogger("torch.multiprocessing.spawn").addFilter(
         lambda record: not str(record.msg).startswith("Terminating process")
     )
@@ -156,18 +162,18 @@ def _run_under_torchrun(main, args) -> None:
     local_rank, processes = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     device = _device_of_group(args, processes)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    # torchrun keeps its store over a restart: without a place of its own, the new group would find
-    # the addresses of the dead one there.
+    # torchrun keeps its store over a restart. Without a prefix of its own, the new group would find
+    # the addresses of the dead one.
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = PrefixStore(f"restart_{restarts}", store)
     _join_group(device, local_rank, processes, store=store, rank=rank, world_size=world_size)
     if restarts:
-        args.resume = True  # a worker died and the group was started again
+        args.resume = True  # a rank died, and torchrun has restarted the group
     _call(main, args)
 
 
 def _device_of_group(args, processes: int) -> str:
-    """MODEL.DEVICE, where it can be had by so many processes on this machine."""
+    """MODEL.DEVICE, if this machine has enough of it for its processes."""
     device = load_config(args.config_file, args.opts).MODEL.DEVICE
     if device.startswith("cuda"):
         here = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -189,21 +195,21 @@ def _join_group(device: str, local_rank: int, processes: int, **group) -> None:
     backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30), **group)
     comm.create_local_process_group(processes)
-    comm.synchronize()  # a rank that is late now must not look like one that hangs later
+    comm.synchronize()  # so that a slow start does not use up the timeout of what comes next
 
 
 def _why_no_cuda() -> str:
     try:
         torch.cuda.init()
-    except (AssertionError, RuntimeError) as error:  # built without, or none found
+    except (AssertionError, RuntimeError) as error:  # PyTorch without CUDA, or no usable GPU
         return one_line(error)
     return "no reason given"
 
 
 def _share_out_cores(processes: int) -> None:
-    """Let each of this machine's processes compute with its share of the cores.
+    """Give each process on this machine its share of the cores.
 
-    Sums depend on the number of threads in their last bit: what the user set rules.
+    The last bit of a sum depends on the number of threads, so OMP_NUM_THREADS goes first.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
@@ -221,7 +227,7 @@ def _call(main, args) -> None:
     except Exception as error:
         status = _report(error)
     if dist.is_initialized():
-        if status:  # the others may be elsewhere, and NCCL would wait for them
+        if status:  # a normal exit would wait in NCCL for the other ranks
             exit_at_once(status)
         exit_from_group()
     if status:
@@ -229,41 +235,37 @@ def _call(main, args) -> None:
 
 
 def _report(error: Exception) -> int:
-    """Say what is wrong; returns the exit status."""
+    """Print what is wrong; returns the exit status."""
     if isinstance(error, NATSError):
-        # Every rank says it: the fault may be one rank's alone
+        # Every rank prints it: only one of them may have failed
         rank = comm.get_rank()
         print(f"error: {error}" + (f" [rank {rank}]" if rank else ""), file=sys.stderr, flush=True)
         return 2
     if isinstance(error, RuntimeError) and dist.is_initialized() and stop_requested():
-        # Another rank stopped first, in the middle of an evaluation, and cut the connection
+        # Another rank stopped first, during an evaluation, and closed the connection
         return STOPPED_EXIT_CODE
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        print(f"error: {error}: make room and go on with --resume", file=sys.stderr, flush=True)
-        return 1
     traceback.print_exception(error)
-    # of the GPU's memory, or of this machine's; the types alone do not tell
+    # GPU memory or main memory: the types of the errors do not tell
     words = ("out of memory", "can't allocate memory")
     if isinstance(error, MemoryError) or any(word in str(error) for word in words):
         less = (
             "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True "
             "or, in a search, SEARCH.ALPHA_IMS_PER_BATCH 1 or MODEL.NATS.SHARE_WEIGHTS True, and "
-            "start anew"
+            "start a new run"
         )
         print(f"error: out of memory: {less}", file=sys.stderr, flush=True)
     return 1
 
 
 def exit_from_group() -> NoReturn:
-    """End this process with status 0 when all processes of the group have come here.
+    """Exit with status 0 once all processes of the group have called this.
 
-    A thread of the group may still hold a tensor, and aborts the process if it lets go of it while
-    the interpreter is torn down. To destroy the group does not help, and may block: it waits for
-    such a thread, which may wait for the interpreter. So nothing is torn down; what is registered
-    with :mod:`atexit` runs.
+    The interpreter is not torn down, but :mod:`atexit` functions run. A thread of the group may
+    still hold a tensor; releasing it during the teardown would abort the process. Destroying the
+    group first does not help. It waits for that thread, which may be waiting for the interpreter.
     """
     comm.synchronize()
     try:
         atexit._run_exitfuncs()
-    finally:  # what one of them raises has been printed, and is no failure
+    finally:  # an exception in one of them has been printed, and is not a failure
         exit_at_once(0)

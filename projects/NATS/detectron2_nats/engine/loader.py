@@ -1,8 +1,8 @@
 """Training batches that depend only on a seed and a position, so that a run can be resumed exactly.
 
-Which images form batch k is computed in the main process from sizes that the annotations give,
-before anything is read; the random numbers of an image's augmentation are seeded by its position.
-So the batches are the same with any number of loader workers, and after any resume.
+The main process decides which images form batch k before any image is read, from the sizes in the
+annotations. An image's augmentation is seeded by its position. The batches are therefore the same
+for any number of loader processes, and after any resume.
 """
 
 import functools
@@ -61,7 +61,7 @@ class _Samples(Dataset):
     def __getitem__(self, item: Tuple[int, int]):
         position, index = item
         unreadable = []
-        # A bad image is replaced by its successor: the choice must not depend on the worker.
+        # A bad image is replaced by the next one: the choice must not depend on the loader process
         for index in range(index, index + self.MAX_TRIES):
             with preserved_random_states((self.seed, position)):
                 sample, bad = _mapped(self.mapper, self.records[index % len(self.records)])
@@ -83,7 +83,7 @@ def _mapped(mapper: Callable[[dict], Any], record: dict):
 
 
 def _is_bad_image(record: dict, error: Exception) -> bool:
-    """Whether the file is at fault, not the code that handles it."""
+    """Whether the file is at fault, and not the code that handles it."""
     if isinstance(error, utils.SizeMismatchError):
         return True
     try:
@@ -97,15 +97,19 @@ class ResumableLoader:
     """An endless iterable of this rank's batches (lists of mapped samples).
 
     Args:
-        dicts: Detectron2's dataset dicts; with `width` and `height` when grouping. Not kept.
+        dicts: Detectron2's dataset dicts, with `width` and `height` if images are grouped. The list
+            is not kept.
         mapper: dataset dict → sample.
-        make_sampler: takes `seed`; an endless iterable of this rank's indices, the same for the
-            same seed.
-        batch_size: samples of this rank's batch.
-        aspect_ratio_grouping: a batch holds only wide images or only tall ones.
-        num_workers: loader processes; 0 reads in this one.
-        seed: of order and augmentation. The same on all ranks.
+        make_sampler: called with `seed`; returns an endless iterable of this rank's indices, the
+            same for the same seed.
+        batch_size: number of samples in this rank's batch.
+        aspect_ratio_grouping: put only wide or only tall images into a batch.
+        num_workers: number of loader processes; 0 reads in this process.
+        seed: of order and augmentation; the same on all ranks.
         max_bad_share: the share of the data set's images that may be unreadable.
+
+    Raises:
+        NATSError: while iterating, if more images are unreadable.
     """
 
     def __init__(
@@ -125,8 +129,8 @@ class ResumableLoader:
         self._wide: List[bool] = []
         if aspect_ratio_grouping:
             self._wide = [record["width"] > record["height"] for record in dicts]
-        # One block of bytes: loader processes would copy a list of dicts page by page, as they
-        # count references to what they read, until each holds all of it.
+        # One block of bytes. Loader processes share a list of dicts only at first: reading a dict
+        # changes its reference count, which copies its memory page, until each has copied them all.
         self._records = DatasetFromList(dicts, copy=False, serialize=True)
         self.batch_size = batch_size
         self.num_workers, self.seed, self.max_bad_share = num_workers, seed, max_bad_share
@@ -137,7 +141,7 @@ class ResumableLoader:
         return {"seed": self.seed, "batches": self.batches, "bad_files": dict(self.bad_files)}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Takes effect at the next ``iter()``."""
+        """Restore the position. It takes effect at the next ``iter()``."""
         self.seed, self.batches = state["seed"], state["batches"]
         self.bad_files = dict(state["bad_files"])
 
@@ -159,7 +163,7 @@ class ResumableLoader:
             num_workers=self.num_workers,
             collate_fn=list,
             worker_init_fn=ignore_signals,
-            # its own generator: the global one's state must not depend on when workers start
+            # Its own generator: else the global random state depends on when loaders start
             generator=torch.Generator(),
             multiprocessing_context=_worker_context(self.num_workers),
         )
@@ -171,41 +175,41 @@ class ResumableLoader:
             yield [sample for sample, _ in batch]
 
     def merge_bad_files(self) -> None:
-        """Let all ranks know of the unreadable files that any has met."""
+        """Tell all ranks which files any rank has found unreadable."""
         for found in comm.all_gather(self.bad_files):
             self.bad_files.update(found)
 
 
 def _note_bad(batch: List[tuple], bad_files: Dict[str, str], total: int, max_share: float) -> None:
-    """Add a batch's unreadable images to `bad_files`; warns once for each.
+    """Add a batch's unreadable images to `bad_files`, with one warning for each.
 
     Raises:
-        NATSError: they are more than the share of all `total` images.
+        NATSError: they are more than `max_share` of all `total` images.
     """
     for file_name, reason in itertools.chain(*(unreadable for _, unreadable in batch)):
         if file_name in bad_files:
             continue
         bad_files[file_name] = reason
         logger.warning(
-            f"skipping image {file_name}, the {len(bad_files)}. of {total} that cannot be read: "
-            f"{reason}"
+            f"skipping image {file_name}, which cannot be read ({len(bad_files)} of {total} so "
+            f"far): {reason}"
         )
         if len(bad_files) > max_share * total:
             raise NATSError(
                 f"{len(bad_files)} of {total} images cannot be read, the last {file_name} "
-                f"({reason}): mend the data, or raise RUN.MAX_BAD_DATA ({max_share})"
+                f"({reason}): repair the data, or raise RUN.MAX_BAD_DATA ({max_share})"
             )
 
 
 class EvaluationLoader:
-    """Detectron2's loader of test images, for evaluations that survive.
+    """Detectron2's loader of test images, which also survives unreadable images and stops.
 
-    Unreadable images are left out, with a warning for each: their objects count as missed. When a
-    stop is asked for, the process exits with status 75 before the next batch, for an evaluation can
-    take longer than a scheduler waits.
+    Unreadable images are left out, with a warning for each. Their objects count as missed. If a
+    stop has been requested, the process exits with status 75 before the next batch, because an
+    evaluation can take longer than a scheduler waits.
 
     Raises:
-        NATSError: more than ``RUN.MAX_BAD_DATA`` of the images are unreadable.
+        NATSError: while iterating, if more than ``RUN.MAX_BAD_DATA`` of the images are unreadable.
     """
 
     def __init__(self, cfg: CfgNode, dataset_name: str):
@@ -224,23 +228,26 @@ class EvaluationLoader:
         with hold_signals():
             iterator = iter(self.loader)
         for batch in iterator:
-            _leave_if_asked()
+            _exit_if_requested()
             _note_bad(batch, bad_files, len(self.loader.dataset), self.max_bad_share)
             readable = [sample for sample, unreadable in batch if not unreadable]
             if readable:
                 yield readable
-        _leave_if_asked()  # comparing the results can take minutes too
+        _exit_if_requested()  # computing the AP can take minutes too
 
 
-def _leave_if_asked() -> None:
-    """Each rank by itself, at an image of its own."""
+def _exit_if_requested() -> None:
+    """Exit if a stop was requested. Each rank does so on its own, at any image."""
     if stop_requested():
         logger.info("stopped on request, in the middle of an evaluation")
         raise SystemExit(STOPPED_EXIT_CODE)
 
 
 def _worker_context(num_workers: int) -> Optional[str]:
-    """A spawned rank would spawn its workers: slow, and a signal meanwhile hangs the rank."""
+    """Fork, where possible: a spawned rank would spawn its loader processes too.
+
+    That is slow, and a signal that comes meanwhile hangs the rank.
+    """
     return "fork" if num_workers and _CAN_FORK else None
 
 
@@ -254,7 +261,7 @@ def dataset_dicts(cfg: CfgNode, names: Sequence[str]) -> List[dict]:
             min_keypoints=keypoint_head.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-    except AssertionError as error:  # Detectron2's words for an empty data set
+    except AssertionError as error:  # Detectron2 raises it for an empty data set
         raise NATSError(f"data sets {', '.join(names)}: {error}") from None
 
 
@@ -268,8 +275,11 @@ def build_resumable_loader(
     """A training loader over `dicts`, as ``cfg.DATALOADER`` and ``cfg.INPUT`` describe it.
 
     Args:
-        total_batch_size: images of a batch on all ranks together.
-        seed: the same on all ranks.
+        total_batch_size: images per batch, on all ranks together.
+        seed: of order and augmentation; the same on all ranks.
+
+    Raises:
+        NATSError: the ranks cannot share the batch equally, or the sampler cannot be resumed.
     """
     world_size = comm.get_world_size()
     if total_batch_size < 1 or total_batch_size % world_size:
@@ -277,7 +287,8 @@ def build_resumable_loader(
             f"a batch of {total_batch_size} images cannot be shared by {world_size} processes: "
             "choose a multiple (SOLVER.IMS_PER_BATCH, SEARCH.ALPHA_IMS_PER_BATCH)"
         )
-    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dicts)  # the samplers must not keep the list
+    # A sampler must not keep the list: see ResumableLoader
+    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dicts)
     if name == "TrainingSampler":
         make_sampler = functools.partial(TrainingSampler, size)
     elif name == "RepeatFactorTrainingSampler":

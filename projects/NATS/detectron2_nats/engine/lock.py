@@ -1,4 +1,4 @@
-"""One run at a time in a folder, by a lock that dies with the process that holds it."""
+"""Only one run at a time in a folder: a lock that is released when its process dies."""
 
 import fcntl
 import logging
@@ -13,17 +13,18 @@ __all__ = ["lock_folder"]
 
 logger = logging.getLogger(__name__)
 
-_held: Dict[str, IO[str]] = {}  # files open: to close one would give the lock back
+_held: Dict[str, IO[str]] = {}  # the files stay open: closing one would release its lock
 
 
 def lock_folder(folder: str, patience: float = 10.0) -> None:
-    """Hold `folder` until this process ends, by whatever means.
+    """Lock `folder` until this process ends, in whatever way.
 
     Args:
-        patience: seconds to wait, for the processes of a killed run may still be dying.
+        patience: seconds to wait for the lock, because a killed run's processes may take a moment
+            to die.
 
     Raises:
-        NATSError: another run holds it; names its host and process.
+        NATSError: another run holds the lock; names its host and process.
     """
     path = os.path.join(os.path.abspath(folder), ".lock")
     if path in _held:
@@ -33,10 +34,10 @@ def lock_folder(folder: str, patience: float = 10.0) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            # POSIX's locks, unlike flock's, are not inherited: loader processes keep none
+            # lockf, not flock: loader processes would inherit flock's lock and keep it
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except (BlockingIOError, PermissionError):  # systems differ
+        except (BlockingIOError, PermissionError):  # depends on the system
             if time.monotonic() > deadline:
                 file.seek(0)
                 holder = file.read(1000).strip() or "of unknown name"
@@ -47,7 +48,7 @@ def lock_folder(folder: str, patience: float = 10.0) -> None:
                 ) from None
             time.sleep(0.2)
         except OSError as error:
-            logger.warning(f"{path} cannot be locked ({error}): start no second run there")
+            logger.warning(f"{path} cannot be locked ({error}): do not start a second run there")
             break
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -1,8 +1,8 @@
 """A `DefaultTrainer` whose runs can be stopped at any point and resumed bit for bit.
 
-What it adds to Detectron2's: checkpoints that hold each rank's random states and the loader's
-position, steps that are not taken when numbers go wrong, a clean stop on a signal, and training on
-several CPU processes. :class:`SearchTrainer` and plain retraining share it.
+It adds to Detectron2's: checkpoints with each rank's random states and the loaders' positions,
+steps that are skipped when a loss or gradient is not finite, a clean stop on a signal, and training
+on several CPU processes. The search and plain retraining share it.
 """
 
 import logging
@@ -47,11 +47,11 @@ logger = logging.getLogger(__name__)
 
 
 class _LossModule(nn.Module):
-    """Losses of a detector, NaN where Detectron2 raises because its predictions are not finite.
+    """A detector's losses; one NaN loss if Detectron2 raises because predictions are not finite.
 
-    A rank that raised inside the forward pass would leave the others waiting in the backward's
-    all-reduces: those of the weights' gradients, and those of SyncBN in the backbone. A NaN loss
-    passes through them, so that all ranks see it and skip the step together.
+    If a rank raised inside the forward pass, the others would wait for it in the all-reduces of the
+    backward pass: those of the weights' gradients, and those of SyncBN in the backbone. With a NaN
+    loss every rank takes part in them, and all ranks skip the step together.
     """
 
     def __init__(self, model: nn.Module):
@@ -62,10 +62,10 @@ class _LossModule(nn.Module):
         reached = [p for p in self.model.parameters() if p.requires_grad]
 
         def keep(module, inputs, features):
-            if isinstance(features, dict):  # as Detectron2's backbones return; others may not
+            if isinstance(features, dict):  # Detectron2's backbones return a dict, others may not
                 reached.extend(features.values())
 
-        # the backbone is done when Detectron2 looks at the predictions
+        # Detectron2 checks the predictions after the backbone's forward pass
         hook = getattr(self.model, "backbone", self.model).register_forward_hook(keep)
         try:
             return self.model(data)
@@ -81,13 +81,14 @@ class Phase:
     """One kind of step: which losses, of which data, change which parameters.
 
     Attributes:
-        name: "" for the weights, else the prefix of everything that is logged.
+        name: "" for the weight step; else the prefix of everything that the step logs.
         losses: callable, batch → dict of losses.
-        loader: endless loader.
+        loader: endless iterable of batches.
         optimizer: of the parameters that the step changes.
-        scaler: loss scaling of its own (inactive unless float16).
-        bad_in_row: steps not taken since the last one that was, for numbers that are not finite.
-        bad_total: likewise, in the whole run.
+        scaler: loss scaling of this kind of step (active only in float16).
+        bad_in_row: steps skipped since the last one taken, for a loss or gradient that is not
+            finite.
+        bad_total: steps skipped in the whole run.
     """
 
     name: str
@@ -105,7 +106,7 @@ class Phase:
         return next(self._iterator)
 
     def close(self) -> None:
-        """End the loader's processes; the next batch would start new ones."""
+        """End the loader's processes. The next batch starts new ones."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
@@ -134,13 +135,13 @@ class Phase:
 class ResumableTrainer(DefaultTrainer):
     """Detectron2's trainer for one detector, exactly resumable.
 
-    ``trainer.model`` is the bare detector on every rank; the data-parallel wrapper is inside.
+    ``trainer.model`` is the detector itself on every rank. The data-parallel wrapper is internal.
 
     Args:
-        cfg: with :func:`add_nats_config`'s keys.
+        cfg: a config with the keys of :func:`add_nats_config`.
 
     Raises:
-        NATSError: bad input, before any training starts.
+        NATSError: bad input; raised before training starts.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -149,12 +150,12 @@ class ResumableTrainer(DefaultTrainer):
         self.cfg = cfg = scaled_to_processes(cfg, comm.get_world_size())
         self._batch_scale = cfg.SOLVER.IMS_PER_BATCH / (self.given_cfg.SOLVER.IMS_PER_BATCH or 1)
         self._device = torch.device(cfg.MODEL.DEVICE)
-        # One seed for order and augmentation on all ranks; the random states differ by rank.
+        # One seed of order and augmentation for all ranks. Their random states differ.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         with torch.random.fork_rng(devices=[]):
-            # The same start on all ranks, whatever happened to their random states before. Models
-            # are made on the CPU and then moved. torch.manual_seed would seed CUDA's generators
-            # too: alike on all ranks, and for good.
+            # Equal weights on all ranks, whatever their random states are. The model is built on
+            # the CPU and then moved. torch.manual_seed would also seed CUDA's generators, equally
+            # on all ranks, and fork_rng would not restore them.
             torch.default_generator.manual_seed(self.seed)
             model = self.build_model(cfg)
         self.prepare_model(model)
@@ -166,7 +167,7 @@ class ResumableTrainer(DefaultTrainer):
             seed=self.seed,
         )
         warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.TRAIN")
-        # Holds model, loader and optimizer for DefaultTrainer's properties; its steps are not used.
+        # DefaultTrainer's properties read model, loader and optimizer from it; its steps are unused
         self._trainer = SimpleTrainer(model, loader, optimizer)
         self._forward_state = ForwardState(model)
         self._loss_module = _LossModule(model)
@@ -180,13 +181,13 @@ class ResumableTrainer(DefaultTrainer):
         self._stop_now = False
         self.register_hooks(self.build_hooks())
 
-    # -- parts that a subclass adds to ----------------------------------------------------------
+    # -- what a subclass overrides ----------------------------------------------------------------
 
     def prepare_model(self, model: nn.Module) -> None:
         """Called once, before the optimizer is built."""
 
     def phases(self) -> List[Phase]:
-        """All phases, for checkpoints."""
+        """All kinds of step, for checkpoints."""
         return [self.weights]
 
     def after_checkpoint(self) -> None:
@@ -196,13 +197,13 @@ class ResumableTrainer(DefaultTrainer):
         self.weight_step()
 
     def weight_step(self) -> None:
-        """SGD on the weights, on a batch of ``DATASETS.TRAIN``."""
+        """Take an SGD step on the weights, on a batch of ``DATASETS.TRAIN``."""
         self.take_step(self.weights)
 
-    # -- steps ----------------------------------------------------------------------------------
+    # -- steps ------------------------------------------------------------------------------------
 
     def new_phase(self, name: str, losses, loader, optimizer) -> Phase:
-        """A phase with the precision that ``SOLVER.AMP`` says."""
+        """A phase in the precision of ``SOLVER.AMP``."""
         amp = self.cfg.SOLVER.AMP
         loss_scaling = amp.ENABLED and amp.PRECISION == "float16"
         scaler = torch.amp.GradScaler(self._device.type, enabled=loss_scaling)
@@ -226,7 +227,7 @@ class ResumableTrainer(DefaultTrainer):
             phase.bad_in_row = 0
         else:
             self._forward_state.restore()
-            # float16's scale starts too high on purpose: finding it is no fault
+            # float16's loss scale starts too high on purpose: steps skipped to find it do not count
             if not loss_finite or phase.scaler.get_scale() <= 1.0:
                 phase.bad_in_row += 1
                 phase.bad_total += 1
@@ -243,7 +244,7 @@ class ResumableTrainer(DefaultTrainer):
         self.storage.put_scalar(f"{prefix}skipped_steps", phase.bad_total, smoothing_hint=False)
 
     def _compute_gradients(self, phase: Phase, batch: List[dict]) -> Dict[str, torch.Tensor]:
-        """Forward, backward and what ranks exchange; returns this rank's losses."""
+        """Forward and backward pass, gradients averaged over ranks; returns this rank's losses."""
         amp = self.cfg.SOLVER.AMP
         precision = getattr(torch, amp.PRECISION)
         with torch.autocast(self._device.type, precision, enabled=amp.ENABLED):
@@ -255,12 +256,12 @@ class ResumableTrainer(DefaultTrainer):
         return losses
 
     def rehearse_step(self, phase: Phase) -> str:
-        """Compute the gradient of the next step of `phase`, then put back whatever has changed.
+        """Compute the gradient of the next step of `phase`, then restore everything it changed.
 
-        To be called on all ranks. The run goes on as if nothing had been, bit for bit.
+        Call it on all ranks. The run then continues as if nothing had happened, bit for bit.
 
         Returns:
-            time and peak memory, in words.
+            Time and peak memory, as text.
         """
         states, loader_state = random_states(self._device), phase.loader.state_dict()
         self._forward_state.save()
@@ -272,7 +273,7 @@ class ResumableTrainer(DefaultTrainer):
         finally:
             phase.close()
         start = time.perf_counter()
-        with EventStorage(-1):  # of no iteration
+        with EventStorage(-1):  # what it logs belongs to no iteration
             self._compute_gradients(phase, batch)
         if on_gpu:
             torch.cuda.synchronize(self._device)
@@ -288,12 +289,12 @@ class ResumableTrainer(DefaultTrainer):
         return f"{seconds:.2f} s, peak memory {peak}"
 
     def reduce_gradients(self, phase: Phase) -> None:
-        """Called between backward and step; data parallelism has averaged the weights' already."""
+        """Called between backward and step. Data parallelism has averaged the weights' already."""
 
     def _mean_over_ranks(self, losses: Dict[str, torch.Tensor]) -> Dict[str, float]:
-        """Mean losses, NaN where a rank's forward pass raised and has none of the name.
+        """Mean losses; NaN where a rank lacks a loss because its forward pass raised.
 
-        In the same message, whether any rank was asked to stop.
+        The same message tells whether any rank was asked to stop.
         """
         values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
         ranks = comm.all_gather((stop_requested(), dict(zip(losses, values))))
@@ -306,21 +307,21 @@ class ResumableTrainer(DefaultTrainer):
     def _report_bad_step(self, phase: Phase, means: Dict[str, float]) -> None:
         name = phase.name or "weight"
         logger.warning(
-            f"iteration {self.iter}: the {name} step was not taken, its loss or gradient is not "
-            f"finite ({phase.bad_in_row} in a row, {phase.bad_total} in all): {means}"
+            f"iteration {self.iter}: the {name} step was not taken, because its loss or gradient "
+            f"is not finite ({phase.bad_in_row} in a row, {phase.bad_total} in total): {means}"
         )
         if phase.bad_in_row >= self.cfg.RUN.MAX_BAD_STEPS:
             last = self.checkpointer.get_checkpoint_file() or "none yet"
             raise NATSError(
                 f"{phase.bad_in_row} {name} steps in a row had a loss or gradient that is not "
-                f"finite, up to iteration {self.iter}: lower the learning rate or look at the "
-                f"data, then go on with --resume. Last good checkpoint: {last}"
+                f"finite, up to iteration {self.iter}: lower the learning rate or check the data, "
+                f"then continue with --resume. Last good checkpoint: {last}"
             )
 
     # -- checkpoints ------------------------------------------------------------------------------
 
     def save_checkpoint(self, name: str) -> None:
-        """Write a checkpoint; to be called on all ranks."""
+        """Write a checkpoint. Call it on all ranks."""
         for phase in self.phases():
             phase.loader.merge_bad_files()
         self._random_states = comm.gather(random_states(self._device))
@@ -337,49 +338,50 @@ class ResumableTrainer(DefaultTrainer):
         self.after_checkpoint()
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last usable checkpoint, else load ``MODEL.WEIGHTS`` and start.
+        """Continue from the newest intact checkpoint, or load ``MODEL.WEIGHTS`` and start.
 
         Raises:
-            NATSError: OUTPUT_DIR holds another run's checkpoints, or none that is whole.
+            NATSError: OUTPUT_DIR contains another run's checkpoints, or only damaged ones.
         """
         if not resume and self.checkpointer.has_checkpoint():
             raise NATSError(
-                f"{self.cfg.OUTPUT_DIR} holds checkpoints of an earlier run: go on with --resume, "
-                "or choose another OUTPUT_DIR"
+                f"{self.cfg.OUTPUT_DIR} contains checkpoints of an earlier run: continue it with "
+                "--resume, or choose another OUTPUT_DIR"
             )
         self.checkpointer.remove_unfinished()
         usable = self.checkpointer.find_usable_checkpoint() if resume else ""
         if not usable:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             return
-        # Compare before any state is loaded into a network that it may not fit. Mapped: cheap.
+        # Compare the configs before any state is loaded into a network that it may not fit. With
+        # mmap the tensors are not read.
         saved = torch.load(usable, map_location="cpu", weights_only=True, mmap=True)
-        if "config" not in saved or "run" not in saved:
+        if "batch_scale" not in saved:
             raise NATSError(
-                f"{usable} cannot be resumed from: it was not written by this program. Choose "
-                "another OUTPUT_DIR, or give it as MODEL.WEIGHTS without --resume"
+                f"{usable} cannot be resumed from: this version of the program did not write it. "
+                "Choose another OUTPUT_DIR, or give it as MODEL.WEIGHTS without --resume"
             )
         self.check_same_run(saved["config"])
-        computers = saved.get("computed_by", [])
+        computers = saved["computed_by"]
         del saved
         if len(computers) == comm.get_world_size():
             compute_as(computers[comm.get_rank()], self.cfg.MODEL.DEVICE)
         rates = list(self.scheduler.base_lrs)
         loaded = self.checkpointer.load(usable)
         self.start_iter = loaded["iteration"] + 1
-        scale = loaded.get("batch_scale", self._batch_scale)  # early checkpoints have none
-        if scale != self._batch_scale:
-            self._rescale_steps(scale / self._batch_scale, rates)
+        if loaded["batch_scale"] != self._batch_scale:
+            self._rescale_steps(loaded["batch_scale"] / self._batch_scale, rates)
         self.iter = self.start_iter - 1
 
     def _rescale_steps(self, factor: float, rates: List[float]) -> None:
-        """Go on where as many images have been seen, in `factor` times as many steps.
+        """Continue at the same image, although a step now has another number of images.
 
-        ``SOLVER.REFERENCE_WORLD_SIZE`` has made batch, rates and length those of this number of
-        processes; what is in a checkpoint is counted in steps of the number that wrote it.
+        ``SOLVER.REFERENCE_WORLD_SIZE`` scales batch, learning rates and length to the number of
+        processes. A checkpoint counts in the steps of the processes that wrote it.
 
         Args:
-            rates: the base learning rates of this number of processes.
+            factor: steps of this run per step of the checkpoint.
+            rates: the base learning rates for the current number of processes.
         """
         old, scheduler = self.start_iter, self.scheduler
         self.start_iter = min(round(old * factor), self.max_iter)
@@ -392,30 +394,30 @@ class ResumableTrainer(DefaultTrainer):
             if isinstance(hook, AverageHook):
                 hook.rescale(factor)
         logger.warning(
-            f"the {old} iterations of the checkpoint are {self.start_iter} of {self.max_iter} with "
-            f"{self.cfg.SOLVER.IMS_PER_BATCH} images each: the run goes on there"
+            f"the checkpoint's {old} iterations correspond to {self.start_iter} of {self.max_iter} "
+            f"with {self.cfg.SOLVER.IMS_PER_BATCH} images each: the run continues there"
         )
 
     def check_same_run(self, saved_config: str) -> None:
-        """Called on resume with the config that the checkpoint was written under."""
+        """Called on resume with the config of the run that wrote the checkpoint."""
         for line in config_differences(saved_config, self.given_cfg):
-            logger.warning(f"resuming with another setting than before: {line}")
+            logger.warning(f"resuming with a different setting: {line}")
 
-    # -- what DefaultTrainer asks for -------------------------------------------------------------
+    # -- what DefaultTrainer calls ----------------------------------------------------------------
 
     def train(self):
         try:
             results = super().train()
         finally:
-            # Left to the garbage collector, loader processes are waited for in vain, 10 s each.
-            if not self._stop_now:  # at exit they are killed
+            # Otherwise the garbage collector waits for each loader process, 10 s and in vain
+            if not self._stop_now:  # then they are killed at exit
                 for phase in self.phases():
                     phase.close()
         logger.info(f"Training done: wrote {os.path.join(self.cfg.OUTPUT_DIR, 'model_final.pth')}")
         return results
 
     def build_hooks(self) -> List[HookBase]:
-        """Detectron2's default hooks; ours writes checkpoints, on all ranks together."""
+        """Detectron2's default hooks, except that all ranks together write the checkpoints."""
         test, precise_bn = self.cfg.TEST, None
         if test.PRECISE_BN.ENABLED and hooks.get_bn_modules(self.model):
             loader = self.build_train_loader(self.cfg)
@@ -425,7 +427,7 @@ class ResumableTrainer(DefaultTrainer):
         built = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
-            # before precise batch norm, the last checkpoint and the last evaluation
+            # before precise batch norm, the last checkpoint and the last evaluation, which use it
             AverageHook(self.cfg.SOLVER.AVERAGE_LAST),
             precise_bn,
             CheckpointHook(self.cfg.SOLVER.CHECKPOINT_PERIOD, test.EVAL_PERIOD),
@@ -436,7 +438,7 @@ class ResumableTrainer(DefaultTrainer):
         return built
 
     def _evaluate(self) -> Dict[str, Any]:
-        # a run with and one without this evaluation must not differ
+        # evaluating must not change the run
         with preserved_random_states():
             self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
@@ -447,7 +449,7 @@ class ResumableTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """A loader apart from the training's own, for precise batch norm."""
+        """A loader for precise batch norm, separate from the training's own."""
         dicts = dataset_dicts(cfg, cfg.DATASETS.TRAIN)
         size = cfg.SOLVER.IMS_PER_BATCH
         return build_resumable_loader(cfg, dicts, total_batch_size=size, seed=max(cfg.SEED, 0))
@@ -475,15 +477,15 @@ class ResumableTrainer(DefaultTrainer):
                 hook.load_state_dict(state["hooks"][name])
         for phase in self.phases():
             phase.load_state_dict(state["phases"][phase.name or "weights"])
-        self.seed = self.weights.loader.seed  # SEED -1 drew another one just now
-        normalizers = state.get("loss_normalizers") or [None]
+        self.seed = self.weights.loader.seed  # with SEED -1 this run has just drawn another one
+        normalizers = state["loss_normalizers"]
         self._forward_state.normalizer = normalizers[comm.get_rank() % len(normalizers)]
         if len(state["rng"]) == comm.get_world_size():
             set_random_states(state["rng"][comm.get_rank()], self._device)
         else:
             logger.warning(
                 f"the checkpoint was written by {len(state['rng'])} processes and is resumed by "
-                f"{comm.get_world_size()}: the run goes on, but not bit for bit"
+                f"{comm.get_world_size()}: the run continues, but not bit for bit"
             )
 
 
@@ -493,14 +495,14 @@ def _distributed(module: nn.Module) -> nn.Module:
         return module
     device = next(module.parameters()).device
     ids = [device] if device.type == "cuda" else None
-    # views: or each gradient would be there twice, by itself and in the bucket that ranks exchange
+    # Views: else each gradient is kept twice, once in the bucket that the ranks exchange
     return DistributedDataParallel(
         module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
     )
 
 
 def _finite_gradients(parameters: List[nn.Parameter]) -> bool:
-    """Whether all gradients are finite: one pass, one transfer from the device."""
+    """Whether all gradients are finite, with one transfer from the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(gradients)
     return bool(torch.stack([norm.float() for norm in norms]).sum().isfinite())

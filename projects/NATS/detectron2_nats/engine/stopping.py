@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, SIGUSR1 or Ctrl-C finish the step and write a checkpoint first."""
+"""Stop on request: SIGTERM, SIGUSR1 or Ctrl-C let the step finish and a checkpoint be written."""
 
 import contextlib
 import multiprocessing
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 STOPPED_EXIT_CODE = 75
-"""Exit status of a run that was asked to stop (EX_TEMPFAIL: try again)."""
+"""Exit status of a run that stopped on request (EX_TEMPFAIL in sysexits.h: try again)."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _stop = False
@@ -36,11 +36,11 @@ def stop_requested() -> bool:
 
 
 def handle_signals(role: str = "alone") -> None:
-    """Let SIGTERM, SIGUSR1 and SIGINT request a stop; a second SIGINT leaves at once, status 130.
+    """Let SIGTERM, SIGUSR1 and SIGINT request a stop. A second SIGINT exits at once, status 130.
 
     Args:
-        role: "alone"; "launcher", which passes the request on to the workers that it started; or
-            "worker" of a launcher: Ctrl-C reaches it too, and is the launcher's to pass on.
+        role: "alone"; "launcher", which passes the request on to its workers; or "worker", which
+            ignores SIGINT, because Ctrl-C also reaches the launcher.
     """
     global _stop
     _stop = False
@@ -63,9 +63,9 @@ def handle_signals(role: str = "alone") -> None:
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Deliver requests to stop at the end of the block; processes started in it never see any.
+    """Delay stop requests to the end of the block. Processes started in it never receive them.
 
-    A loader process that is signalled before it comes to :func:`ignore_signals` would die of it.
+    Otherwise a signal would kill a loader process that has not yet called :func:`ignore_signals`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -75,31 +75,32 @@ def hold_signals() -> Iterator[None]:
 
 
 def ignore_signals(worker_id: int = 0) -> None:
-    """For loader processes: a scheduler signals them too, and the run still needs their images.
+    """For loader processes: a scheduler signals them too, but the run still needs their images.
 
-    The process that starts them must call :func:`kill_children_at_exit`, for Python ends what is
-    left of them with SIGTERM and then waits.
+    The process that starts them must call :func:`kill_children_at_exit`. Python itself would send
+    them SIGTERM at exit, and then wait.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def kill_children_at_exit() -> None:
-    """End child processes with SIGKILL when this one exits, by whatever way Python knows of."""
-    # Above priority 0 it runs before multiprocessing's own clean-up; atexit is not run in children.
+    """Kill the child processes when this process exits in any way that Python notices."""
+    # A priority above 0 runs before multiprocessing's own clean-up. Not atexit: child processes do
+    # not run it.
     util.Finalize(None, _kill_children, exitpriority=100)
 
 
 def die_with_parent() -> None:
-    """End this process by SIGKILL as soon as the one that started it is dead.
+    """Kill this process as soon as the process that started it is dead.
 
-    For ranks: left behind, they would hold the GPUs and write where a resumed run writes.
+    For ranks: without it they would keep the GPUs, and write to the resumed run's OUTPUT_DIR.
     """
     starter = multiprocessing.parent_process()
     parent = starter.pid if starter else os.getppid()
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # by Linux itself, whatever this process does
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux does it, whatever this process is doing
 
-    def watch():  # other systems; a parent that was dead already
+    def watch():  # for other systems, and for a parent that has died before the line above
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -108,7 +109,7 @@ def die_with_parent() -> None:
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """Exit without waiting for anything: for a process whose threads may hang or abort."""
+    """Exit without waiting for anything. For a process whose threads may hang or abort."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe
             stream.flush()
@@ -117,7 +118,7 @@ def exit_at_once(status: int) -> NoReturn:
 
 
 def _kill_children() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a crash
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a crash
     _send_to_children(signal.SIGKILL)
 
 

@@ -422,8 +422,6 @@ def save(figure: Figure, folder: str, name: str, formats: Sequence[str]) -> List
     paths = []
     for suffix in formats:
         path = os.path.join(folder, f"{name}.{suffix}")
-        with matplotlib.rc_context({"svg.hashsalt": "nats"}):  # same picture, same file
-            metadata = {"Date": None} if suffix == "svg" else None
-            figure.savefig(path, dpi=150, metadata=metadata)
+        figure.savefig(path, dpi=150)
         paths.append(path)
     return paths

@@ -175,7 +175,7 @@ def _html(text: str) -> Markup:
 def _svg(figure: Figure) -> str:
     # as an image: two SVGs inside one page would share their ids
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg")
     return _data_url(buffer.getvalue(), "svg")
 
 
