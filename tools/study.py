@@ -43,8 +43,8 @@ EPILOG = """
 methods:
   plain        the detector as it is
   plain-long   the same, for as many iterations as search and retraining together: equal cost
-  plain-1.5x   the same, for 1.5 times as many iterations; any factor. An iteration of a search takes
-               longer than one of training: equal time needs more than plain-long
+  plain-1.5x   the same, for 1.5 times as many iterations; any factor. A search's iteration takes
+               longer than one of training, so equal time needs more than plain-long
   random       each channel group draws its dilation; another one for each seed
   path         path-level search: one choice per conv
   transposed   what nats-voted found, with height and width of each dilation swapped

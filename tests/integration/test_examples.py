@@ -110,7 +110,7 @@ def test_lazyconfig(tmp_path):
     assert cfg.train.max_iter == 3
     model = instantiate(cfg.model).eval()
     convs = conv3x3_layers(model.backbone)
-    found = {n: tuple(c.runs) for n, c in convs.items() if isinstance(c, GroupedDilationConv2d)}
+    found = {n: tuple(c.segments) for n, c in convs.items() if isinstance(c, GroupedDilationConv2d)}
     assert found == dict(architecture.layers)
     # the same keys as the plain model, and the zoo config's frozen stages
     plain = instantiate(

@@ -73,7 +73,16 @@ def test_study_goes_on_after_a_kill(tmp_path):
         "_BASE_: search.yaml\nMODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone}}\n"
     )
     output = tmp_path / "study"
-    arguments = ["--methods", "plain", "plain-1.5x", "nats-voted", "--seeds", "1", "--output", str(output)]
+    arguments = [
+        "--methods",
+        "plain",
+        "plain-1.5x",
+        "nats-voted",
+        "--seeds",
+        "1",
+        "--output",
+        str(output),
+    ]
     arguments += ["--config-file", str(tmp_path / "plain.yaml")]
     arguments += ["--search-config", str(tmp_path / "search.yaml")]
     arguments += ["SOLVER.MAX_ITER", "4", "DATASETS.TEST", "('nats_embedded_val',)"]

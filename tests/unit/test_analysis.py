@@ -65,9 +65,10 @@ def test_a_detector_costs_what_its_backbone_and_its_head_do():
     for hook in hooks:
         hook.remove()
     assert len(counts) == 4  # a conv and the output's, for classes and boxes
-    assert detector_flops(detector, image) == sum(counts) + backbone_cost(
-        detector.backbone, 64, 96
-    ).flops
+    assert (
+        detector_flops(detector, image)
+        == sum(counts) + backbone_cost(detector.backbone, 64, 96).flops
+    )
 
 
 def test_counting_leaves_the_mode_alone():

@@ -184,7 +184,7 @@ def test_one_architecture_for_detectron2_and_torchvision():
     make_one_hot(supernet)
     architecture = Architecture.decode(supernet)
     apply_architecture(ours, architecture)
-    assert tuple(ours.res3[0].conv2.runs) == architecture.layers["res3.0.conv2"]
+    assert tuple(ours.res3[0].conv2.segments) == architecture.layers["res3.0.conv2"]
 
 
 def test_strides_stay_where_the_block_has_them():

@@ -392,7 +392,7 @@ def test_only_3x3_convs_of_same_size_output(kind, conv):
 def test_repr_shows_the_choice():
     assert re.search(r"4 groups of \[\(1, 1\), \(1, 3\)", repr(make("mixed", plain_conv())))
     assert "shared weights" in repr(mixed_conv(share_weights=True))
-    assert "runs=[(4, 3, 1), (4, 1, 1)" in repr(make("grouped", plain_conv()))
+    assert "segments=[(4, 3, 1), (4, 1, 1)" in repr(make("grouped", plain_conv()))
 
 
 # -- state dicts ----------------------------------------------------------------------------

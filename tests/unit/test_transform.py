@@ -254,7 +254,9 @@ def test_resnext_groups_are_whole_conv_groups(order):
     decoded = Architecture.decode(searched_layers(supernet), order)
     frozen = apply_architecture(plain, decoded)  # refuses a cut conv group
     assert any(
-        len(conv.runs) > 2 for conv in conv3x3_layers(frozen).values() if hasattr(conv, "runs")
+        len(conv.segments) > 2
+        for conv in conv3x3_layers(frozen).values()
+        if hasattr(conv, "segments")
     )
 
 

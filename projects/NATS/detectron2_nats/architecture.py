@@ -15,7 +15,14 @@ from .files import OneLine, read_yaml, write_yaml
 from .search_space import Dilation, check_dilation, shortened
 from .stages import searched_layers
 
-__all__ = ["Architecture", "Run", "decode_alpha", "intensities", "shipped_architectures", "votes"]
+__all__ = [
+    "Architecture",
+    "Segment",
+    "decode_alpha",
+    "intensities",
+    "shipped_architectures",
+    "votes",
+]
 
 FORMAT = "detectron2-nats/1"
 DECODE_ORDERS = ("paper", "voted")
@@ -26,7 +33,7 @@ MAX_CHANNELS = 65536
 
 _SHIPPED = os.path.join(os.path.dirname(__file__), "architectures")
 
-Run = Tuple[int, int, int]
+Segment = Tuple[int, int, int]
 """A segment, (output channels, d_h, d_w): consecutive output channels of one dilation."""
 
 
@@ -58,7 +65,7 @@ def decode_alpha(
     channels: int,
     order: str = "paper",
     margin: float = 0.0,
-) -> Tuple[Run, ...]:
+) -> Tuple[Segment, ...]:
     """Decode one conv's α (N, G) into segments of its `channels` output channels.
 
     Args:
@@ -80,10 +87,10 @@ def decode_alpha(
     return _merged((per_group, *genotypes[g]) for g in chosen)
 
 
-def _merged(runs) -> Tuple[Run, ...]:
+def _merged(segments) -> Tuple[Segment, ...]:
     """Join neighbours of equal dilation, so that equal architectures compare equal."""
-    merged: List[Run] = []
-    for channels, d_h, d_w in runs:
+    merged: List[Segment] = []
+    for channels, d_h, d_w in segments:
         if merged and merged[-1][1:] == (d_h, d_w):
             channels += merged.pop()[0]
         merged.append((channels, d_h, d_w))
@@ -103,7 +110,7 @@ class Architecture:
         NATSError: something is malformed; the message names the layer.
     """
 
-    layers: Mapping[str, Tuple[Run, ...]]
+    layers: Mapping[str, Tuple[Segment, ...]]
     search: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
@@ -115,7 +122,7 @@ class Architecture:
             )
         if not isinstance(self.search, Mapping):
             raise NATSError("architecture: 'search' must be a mapping")
-        layers = {_check_name(name): _check_runs(name, runs) for name, runs in self.layers.items()}
+        layers = {_check_name(name): _check_segments(name, v) for name, v in self.layers.items()}
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "search", dict(self.search))
 
@@ -197,7 +204,7 @@ class Architecture:
 
     def to_config(self) -> List[List[Any]]:
         """The value of ``MODEL.NATS.ARCHITECTURE``."""
-        return [[name, [list(run) for run in runs]] for name, runs in self.layers.items()]
+        return [[name, [list(segment) for segment in v]] for name, v in self.layers.items()]
 
     @classmethod
     def load(cls, path: str) -> "Architecture":
@@ -296,22 +303,22 @@ def _check_name(name: Any) -> str:
     return name
 
 
-def _check_runs(name: str, runs: Any) -> Tuple[Run, ...]:
-    if not isinstance(runs, (list, tuple)) or not runs or len(runs) > MAX_CHANNELS:
+def _check_segments(name: str, segments: Any) -> Tuple[Segment, ...]:
+    if not isinstance(segments, (list, tuple)) or not segments or len(segments) > MAX_CHANNELS:
         raise NATSError(f"architecture: {name}: expected a list of [channels, d_h, d_w]")
     checked, total = [], 0
-    for run in runs:
-        if not isinstance(run, (list, tuple)) or len(run) != 3:
+    for segment in segments:
+        if not isinstance(segment, (list, tuple)) or len(segment) != 3:
             raise NATSError(
-                f"architecture: {name}: expected [channels, d_h, d_w], got {shortened(run)}"
+                f"architecture: {name}: expected [channels, d_h, d_w], got {shortened(segment)}"
             )
-        channels = run[0]
+        channels = segment[0]
         if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
             raise NATSError(
                 f"architecture: {name}: {shortened(channels)} is not a number of channels"
             )
         try:
-            dilation = check_dilation(list(run[1:]))
+            dilation = check_dilation(list(segment[1:]))
         except NATSError as error:
             raise NATSError(f"architecture: {name}: {error}") from None
         checked.append((channels, *dilation))

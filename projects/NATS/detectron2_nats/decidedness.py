@@ -30,7 +30,7 @@ class Decidedness:
     Attributes:
         entropy: of softmax(α), mean over the groups, as a share of its maximum; 1 at the start.
         leading: share of the groups whose best genotype leads the second by more than LEAD.
-        changed: share of the groups whose vote changed in the last tenth of the run; None before.
+        changed: share of the groups whose vote changed in the search's last tenth; None before.
     """
 
     entropy: float

@@ -117,11 +117,11 @@ class MixedDilationConv2d(_DilationConv2d):
         # not indexed one by one: each index would fill a gradient of all replicas' size with zeros
         return [self.weight, *self.replicas.unbind()]
 
-    def frozen_weight(self, runs: Sequence[Tuple[int, int, int]]) -> torch.Tensor:
+    def frozen_weight(self, segments: Sequence[Tuple[int, int, int]]) -> torch.Tensor:
         """The weight of a frozen conv: each row from the replica of the dilation that it is given.
 
         Args:
-            runs: (output channels, d_h, d_w), decoded in voted order: only there is a row's
+            segments: (output channels, d_h, d_w), decoded in voted order: only there is a row's
                 dilation the one that it was trained under.
 
         Returns:
@@ -129,7 +129,7 @@ class MixedDilationConv2d(_DilationConv2d):
         """
         weights = self.genotype_weights()
         pieces, start = [], 0
-        for channels, *dilation in runs:
+        for channels, *dilation in segments:
             weight = weights[self.genotypes.index(tuple(dilation))]
             pieces.append(weight.detach()[start : start + channels])
             start += channels
@@ -185,15 +185,15 @@ class MixedDilationConv2d(_DilationConv2d):
 
 
 class Branch(NamedTuple):
-    """The runs of one dilation.
+    """The segments of one dilation.
 
     Attributes:
         dilation: (d_h, d_w), a base dilation included.
-        runs: their places in channel order.
+        places: which ones these are, counted in channel order.
     """
 
     dilation: List[int]
-    runs: List[int]
+    places: List[int]
 
 
 class GroupedDilationConv2d(_DilationConv2d):
@@ -201,36 +201,38 @@ class GroupedDilationConv2d(_DilationConv2d):
 
     For each dilation: convolve the rows of `weight` that have it with all input channels; then put
     the outputs in channel order. Same parameters and FLOPs as the plain conv. With conv groups
-    (ResNeXt) a run holds whole ones, and each reads its own input channels.
+    (ResNeXt) a segment holds whole ones, and each reads its own input channels.
 
     Args:
         conv: the plain conv to replace; its parameters and norm are taken over.
-        runs: (output channels, d_h, d_w), in channel order; the channels add up to C_out.
+        segments: (output channels, d_h, d_w), in channel order; the channels add up to C_out.
 
     Raises:
-        NATSError: the runs do not add up, or cut a conv group.
+        NATSError: the segments do not add up, or cut a conv group.
     """
 
     _branches: List[Branch]  # declared here for TorchScript
 
-    def __init__(self, conv: nn.Conv2d, runs: Sequence[Tuple[int, int, int]]):
+    def __init__(self, conv: nn.Conv2d, segments: Sequence[Tuple[int, int, int]]):
         super().__init__(conv)
-        self.runs = [tuple(run) for run in runs]
-        total = sum(channels for channels, _, _ in self.runs)
+        self.segments = [tuple(segment) for segment in segments]
+        total = sum(channels for channels, _, _ in self.segments)
         if total != self.out_channels:
             raise NATSError(f"segments of {total} channels do not fit {self.out_channels} channels")
         rows_per_group = self.out_channels // self.groups
-        if self.groups > 1 and any(channels % rows_per_group for channels, _, _ in self.runs):
-            raise NATSError(f"segments {self.runs} cut conv groups of {rows_per_group} channels")
+        if self.groups > 1 and any(channels % rows_per_group for channels, _, _ in self.segments):
+            raise NATSError(
+                f"segments {self.segments} cut conv groups of {rows_per_group} channels"
+            )
 
         # lists of ints, so that TorchScript can read them
-        self._outputs: List[int] = [channels for channels, _, _ in self.runs]
+        self._outputs: List[int] = [channels for channels, _, _ in self.segments]
         self._inputs: List[int] = [
             channels // rows_per_group * (self.in_channels // self.groups)
             for channels in self._outputs
         ]
-        places = {}  # dilation → its runs
-        for place, (_, *dilation) in enumerate(self.runs):
+        places = {}  # dilation → its segments
+        for place, (_, *dilation) in enumerate(self.segments):
             places.setdefault(tuple(dilation), []).append(place)
         self._branches = [Branch(list(self._effective(d)), p) for d, p in places.items()]
         self._all_plain: bool = list(places) == [(1, 1)]
@@ -251,21 +253,21 @@ class GroupedDilationConv2d(_DilationConv2d):
         bias = self.bias  # TorchScript looks at an attribute anew each time
         shifts = _cut(bias, self._outputs, 0) if bias is not None else []
         slices = _cut(x, self._inputs, 1) if self.groups > 1 else []
-        outputs = [x] * len(rows)  # one per run, each replaced in the loop
+        outputs = [x] * len(rows)  # one per segment, each replaced in the loop
         for branch in self._branches:
-            weight = _joined([rows[run] for run in branch.runs], 0)
-            shift = _joined([shifts[run] for run in branch.runs], 0) if len(shifts) > 0 else None
-            read = _joined([slices[run] for run in branch.runs], 1) if len(slices) > 0 else x
+            weight = _joined([rows[i] for i in branch.places], 0)
+            shift = _joined([shifts[i] for i in branch.places], 0) if len(shifts) > 0 else None
+            read = _joined([slices[i] for i in branch.places], 1) if len(slices) > 0 else x
             groups = read.shape[1] // weight.shape[1]
             dilation = branch.dilation
             y = F.conv2d(read, weight, shift, self.stride, dilation, dilation, groups)
-            pieces = _cut(y, [self._outputs[run] for run in branch.runs], 1)
-            for run, piece in zip(branch.runs, pieces):
-                outputs[run] = piece
+            pieces = _cut(y, [self._outputs[i] for i in branch.places], 1)
+            for i, piece in zip(branch.places, pieces):
+                outputs[i] = piece
         return self._finish(_joined(outputs, 1))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, runs={self.runs}"
+        return f"{super().extra_repr()}, segments={self.segments}"
 
 
 def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:

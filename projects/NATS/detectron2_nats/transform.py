@@ -122,12 +122,12 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
             + "".join(without)
         )
     swaps = []
-    for name, runs in architecture.layers.items():
+    for name, segments in architecture.layers.items():
         block, attribute = present[name]
         conv = getattr(block, attribute)
         _check_plain(name, conv)
         try:
-            swaps.append((block, attribute, GroupedDilationConv2d(conv, runs)))
+            swaps.append((block, attribute, GroupedDilationConv2d(conv, segments)))
         except NATSError as error:
             raise NATSError(f"the architecture does not fit {name}: {error}") from None
     for block, attribute, grouped in swaps:

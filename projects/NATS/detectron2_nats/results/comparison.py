@@ -45,8 +45,8 @@ def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
     """Several COCO annotation files as one; images and annotations get new ids.
 
     Raises:
-        NATSError: a file is not readable as COCO's format, categories differ, or an image stands
-            in two files.
+        NATSError: a file is not readable as COCO's format, categories differ, or an image is in
+            two files.
     """
     merged: Dict[str, Any] = {"images": [], "annotations": [], "categories": None}
     files = set()
@@ -61,7 +61,7 @@ def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
             new_ids = {}
             for image in content["images"]:
                 if image["file_name"] in files:
-                    raise NATSError(f"{path}: {image['file_name']} stands in two files")
+                    raise NATSError(f"{path}: {image['file_name']} is in two files")
                 files.add(image["file_name"])
                 new_ids[image["id"]] = len(merged["images"]) + 1
                 merged["images"].append({**image, "id": new_ids[image["id"]]})
@@ -174,9 +174,9 @@ def dilation_shares(architectures: Sequence[Architecture]) -> Dict[Dilation, flo
     return {dilation: n / counts.total() for dilation, n in counts.most_common()}
 
 
-def _per_channel(runs) -> np.ndarray:
+def _per_channel(segments) -> np.ndarray:
     """(C_out,): each channel's dilation as one number."""
-    return np.concatenate([np.full(channels, 65536 * d_h + d_w) for channels, d_h, d_w in runs])
+    return np.concatenate([np.full(channels, 65536 * d_h + d_w) for channels, d_h, d_w in segments])
 
 
 def agreement(architectures: Sequence[Architecture]) -> Tuple[float, float]:

@@ -390,7 +390,10 @@ def plot_cost(points: Mapping[str, Mapping[str, Any]]) -> Figure:
             "milliseconds": of an image}. A point is the mean, its bar the standard deviation.
     """
     figure = _figure(10, 4.2, "")
-    scales = (("flops", 1e9, "10⁹ multiply-adds of an image"), ("milliseconds", 1, "ms of an image"))
+    scales = (
+        ("flops", 1e9, "10⁹ multiply-adds of an image"),
+        ("milliseconds", 1, "ms of an image"),
+    )
     for axes, (name, unit, label) in zip(figure.subplots(1, 2, sharey=True), scales):
         for point, values in points.items():
             ap = np.asarray(values["AP"])

@@ -2,7 +2,8 @@
 
 A super-network whose α is one-hot computes what the decoded network with the super-network's own
 weights would: each channel group uses one replica. Its loss on images that these weights were not
-trained on is the architecture's one-shot score. How far it predicts: docs/study.md.
+trained on is the architecture's one-shot score. docs/study.md says how
+well it predicts.
 """
 
 import copy
@@ -30,11 +31,11 @@ def one_shot_score(
 ) -> float:
     """Mean loss of the decoded network with the super-network's own weights.
 
-    Batch norms take each batch's statistics. Which regions a detector draws for its losses is the
-    same for each architecture.
+    Batch norms take each batch's statistics. A detector that samples regions for its losses samples
+    the same ones for each architecture.
 
     Args:
-        model: a searched detector; it is left as it is.
+        model: a searched detector; it is not changed.
         architecture: in voted order, for only there do the super-network's weights fit.
         batches: lists of mapped samples with boxes.
 
