@@ -410,6 +410,7 @@ class Study:
                 "AP": [last_metric(folder, "bbox/AP") for folder in folders],
                 "AP50": [last_metric(folder, "bbox/AP50") for folder in folders],
                 "AP75": [last_metric(folder, "bbox/AP75") for folder in folders],
+                "classes": _per_class(folders),
                 "pooled": self._pooled(method, seeds),
                 "parameters": costs[method].parameters,
                 "flops": costs[method].flops,
@@ -579,6 +580,7 @@ def report(results: Dict[str, Any], folder: str) -> str:
             ["AP", *(f"seed {seed}" for seed in seeds)],
         ),
         "",
+        *_class_table(methods),
         *_search_table(results["searches"]),
     ]
     text = "\n".join(lines).rstrip() + "\n"
@@ -614,6 +616,29 @@ def _search_table(searches: Dict[str, Any]) -> List[str]:
     headers = ["search", "entropy of α", "groups that lead", "channels per dilation"]
     headers += ["agreement of seeds", "by chance"][: len(rows[0]) - 5]
     return [_table(rows, [*headers, "CPU min"])]
+
+
+def _class_table(methods: Dict[str, Any]) -> List[str]:
+    """Which classes gain, and which pay for it? Means over the seeds."""
+    classes = next(iter(methods.values())).get("classes", {})
+    if len(classes) < 2:
+        return []
+    rows = [
+        [method, *(f"{statistics.mean(result['classes'][name]):.1f}" for name in classes)]
+        for method, result in methods.items()
+    ]
+    return [_table(rows, ["AP of each class", *classes]), ""]
+
+
+def _per_class(folders: List[str]) -> Dict[str, List[float]]:
+    """Class → AP of each run; no class where not all runs have the same ones."""
+    prefix, found = "bbox/AP-", []
+    for folder in folders:
+        with open(os.path.join(folder, "metrics.json")) as file:
+            last = [m for m in map(json.loads, file) if "bbox/AP" in m][-1]
+        found.append({k[len(prefix) :]: v for k, v in last.items() if k.startswith(prefix)})
+    names = found[0] if all(f.keys() == found[0].keys() for f in found) else ()
+    return {name: [classes[name] for classes in found] for name in names}
 
 
 def last_metric(folder: str, name: str) -> float:
@@ -698,7 +723,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--folds", type=_count, help="seed S tests fold S modulo FOLDS of:")
     parser.add_argument("--annotations", nargs="+", metavar="JSON", help="COCO annotation files")
-    parser.add_argument("--images", metavar="FOLDER", help="that their images lie in")
+    parser.add_argument("--images", metavar="FOLDER", help="folder that contains their images")
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (%(default)s)")
     parser.add_argument("--num-gpus", type=_count, default=1, help="GPUs of each run (%(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables")

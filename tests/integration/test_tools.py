@@ -53,6 +53,7 @@ def results(dilation, methods=("plain", "random", "nats-voted", "nats-warm")) ->
     numbers = {"parameters": 97632, "flops": 56_700_000, "milliseconds": 1.5, "time_ratio": 1.1}
     method = {"AP": [31.5], "AP50": [42.0], "AP75": [33.0], "cpu_seconds": [60.0], **numbers}
     method |= {"pooled": None, "architectures": [architecture]}
+    method |= {"classes": {"red_blue": [30.0], "blue_red": [33.0]}}
     method |= {"detector": {"flops": 90_000_000, "milliseconds": 4.0}}
     search = {"entropy": [0.4], "leading": [1.0], "cpu_seconds": [70.0]}
     searches = {"nats": {**search, "architectures": [architecture]}}
@@ -133,6 +134,7 @@ def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     assert tool_here(monkeypatch, folder, "tools/study.py", *arguments) is None
     shown = capsys.readouterr().out
     assert "| nats-warm  | 31.5 |" in shown and "1×3 92%, 1×1 8%" in shown
+    assert re.search(r"\| nats-warm +\| +30\.0 \| +33\.0 \|", shown)  # AP of each class
     assert (folder / "again/study.md").read_text() in shown
     assert (folder / "again/study.png").stat().st_size > 1000
     assert json.loads((folder / "again/results.json").read_text()) == results((1, 3))
