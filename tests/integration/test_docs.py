@@ -290,9 +290,10 @@ def workspace(tmp_path_factory) -> Path:
         content = {"model": weights, "__author__": "a test", "matching_heuristics": True}
         pickle.dump(content, file)
     half = {
-        name: [[channels // 2, *dilation] for channels, *dilation in runs]
-        for name, runs in architecture.layers.items()
+        name: [[channels // 2, *dilation] for channels, *dilation in segments]
+        for name, segments in architecture.layers.items()
     }
+    own.MODEL.WEIGHTS = "path/to/R-50-half.pkl"
     write_config(export_config(own, Architecture(half)), str(folder / "output/own_data.yaml"))
     (folder / "output/own_data").mkdir()
     os.rename(folder / "output/own_data.yaml", folder / "output/own_data/retrain.yaml")

@@ -219,7 +219,9 @@ def test_search_and_retraining_are_of_one_network(path):
 def test_own_data():
     plain = load(CONFIGS / "examples" / "own_data_retrain.yaml", nats=False)
     search = load(CONFIGS / "examples" / "own_data.yaml")
-    assert plain.SOLVER.MAX_ITER == search.SOLVER.MAX_ITER == 300
+    # The search is short, the retraining long and from its weights.
+    assert plain.SOLVER.MAX_ITER == 700 and search.SOLVER.MAX_ITER == 300
+    assert search.SEARCH.RETRAIN_WEIGHTS == "supernet"
     assert search.SEARCH.ALPHA_START == pytest.approx(0.33)
     assert search.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR"
     assert search.DATASETS.REGISTER == []
