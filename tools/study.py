@@ -42,7 +42,7 @@ from detectron2_nats.results.cost import backbone_cost, detector_flops, interlea
 EPILOG = """
 methods:
   plain        the detector as it is
-  plain-long   the same, for as many iterations as search and retraining together: equal cost
+  plain-long   the same, for as many iterations as search and retraining together
   plain-1.5x   the same, for 1.5 times as many iterations; any factor. A search's iteration takes
                longer than one of training, so equal time needs more than plain-long
   random       each channel group draws its dilation; another one for each seed

@@ -101,9 +101,8 @@ def _difference(cfg: CfgNode, default: Mapping[str, Any]) -> Dict[str, Any]:
     difference: Dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
-            inner = _difference(
-                value, default.get(key, {})
-            )  # other projects have nodes of their own
+            # other projects have nodes of their own, which the defaults lack
+            inner = _difference(value, default.get(key, {}))
             if inner:
                 difference[key] = inner
         elif key not in default or value != default[key]:
