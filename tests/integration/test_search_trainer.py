@@ -75,7 +75,9 @@ def test_threads_are_the_runs_own_unless_the_user_sets_them(
         make_trainer(tiny_config, tmp_path, "SOLVER.MAX_ITER", 1)  # conftest.py set OMP_NUM_THREADS
         assert torch.get_num_threads() == before + 2
         assert f"by a CPU with ABACUS, {before} threads, and now it is a CPU with" in caplog.text
-        assert f"ABACUS, {before + 2} threads: the run continues, but not bit for bit" in caplog.text
+        assert (
+            f"ABACUS, {before + 2} threads: the run continues, but not bit for bit" in caplog.text
+        )
         caplog.clear()
         monkeypatch.delenv("OMP_NUM_THREADS")
         make_trainer(tiny_config, tmp_path, "SOLVER.MAX_ITER", 1)
