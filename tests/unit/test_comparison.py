@@ -47,8 +47,8 @@ def test_merging_keeps_each_box_with_its_image(merged):
 @pytest.mark.parametrize(
     "names, categories, words",
     [
-        (["a1.jpg"], CATEGORIES, "a1.jpg stands in two files"),
-        (["c1.jpg"], [{"id": 1, "name": "cell"}], "other categories"),
+        (["a1.jpg"], CATEGORIES, "a1.jpg is in two files"),
+        (["c1.jpg"], [{"id": 1, "name": "cell"}], "its categories differ"),
         (["c1.jpg"], [{"id": 1}], "not COCO's annotation format"),
     ],
 )
