@@ -265,16 +265,6 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["architecture.yaml"]
 
 
-def test_save_refuses_what_load_would(tmp_path, monkeypatch):
-    monkeypatch.setattr("detectron2_nats.files.MAX_FILE_BYTES", 100)
-    path = tmp_path / "architecture.yaml"
-    with pytest.raises(
-        NATSError, match="architecture.yaml: .* bytes are more than the limit of 100"
-    ):
-        Architecture(LAYERS).save(str(path))
-    assert os.listdir(tmp_path) == []
-
-
 # -- configs --------------------------------------------------------------------------------
 
 

@@ -169,14 +169,8 @@ def write_yaml(path: str, content: Mapping[str, Any], comment: str = "") -> None
 
     Args:
         comment: lines at the top, each with a "#".
-
-    Raises:
-        NATSError: :func:`read_yaml` would refuse the file, such as for its size. Nothing is written.
     """
     text = comment + yaml.dump(
         content, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=math.inf
     )
-    if len(text) > MAX_FILE_BYTES:
-        raise NATSError(f"{path}: {len(text)} bytes are more than the limit of {MAX_FILE_BYTES}")
-    parse_yaml(text, path)
     write_atomically(path, text)

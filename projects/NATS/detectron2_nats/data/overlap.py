@@ -97,7 +97,7 @@ def check_disjoint(train: Sequence[str], calibration: Sequence[str]) -> None:
     """Check that no image is in both splits: α needs images that the weights are not trained on.
 
     Raises:
-        NATSError: on all ranks; names up to ten shared images. If there are more, the log names all.
+        NATSError: on all ranks; names up to ten shared images. The log names all if there are more.
     """
     message = ""
     if comm.is_main_process():

@@ -55,9 +55,6 @@ class _Samples(Dataset):
     def __init__(self, records: Dataset, mapper: Callable[[dict], Any], seed: int):
         self.records, self.mapper, self.seed = records, mapper, seed
 
-    def __len__(self) -> int:
-        return len(self.records)
-
     def __getitem__(self, item: Tuple[int, int]):
         position, index = item
         unreadable = []

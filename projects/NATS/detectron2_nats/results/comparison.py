@@ -75,18 +75,12 @@ def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
     return merged
 
 
-def write_folds(
-    annotations: Mapping[str, Any], folds: int, folder: str, calibration_share: float = 0.3
-) -> None:
+def write_folds(annotations: Mapping[str, Any], folds: int, folder: str) -> None:
     """Write all.json, and FOLDER/fold_K/{test,train,calibration,rest}.json for each fold K.
 
     Every image is in the test split of exactly one fold. `rest` is all other images of a fold, on
-    which a detector is retrained. `train` and `calibration` divide `rest` between the two steps of
-    a search. The same input gives the same files.
-
-    Args:
-        annotations: COCO annotations.
-        calibration_share: share of `rest` that goes to `calibration`.
+    which a detector is retrained. For a search, `calibration` is 30 % of `rest` and `train` the
+    remainder. The same input gives the same files.
 
     Raises:
         NATSError: there are fewer than three images per fold.
@@ -99,7 +93,7 @@ def write_folds(
     for fold in range(folds):
         test = [i for place, i in enumerate(order) if place % folds == fold]
         rest = [i for place, i in enumerate(order) if place % folds != fold]
-        cut = max(1, round(calibration_share * len(rest)))
+        cut = max(1, round(0.3 * len(rest)))
         for name, chosen in {
             "test": test,
             "rest": rest,
@@ -132,9 +126,6 @@ def pooled_ap(annotation_file: str, result_files: Sequence[str]) -> float:
         return 0.0
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(annotation_file)
-        for annotation in truth.dataset["annotations"]:
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
         evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()

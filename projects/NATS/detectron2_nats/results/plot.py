@@ -268,7 +268,7 @@ def effective_receptive_fields(module: nn.Module, images: torch.Tensor) -> Dict[
 
 
 def mass_side(field: np.ndarray, share: float = 0.9) -> int:
-    """Side, in pixels, of the smallest square around the centre that contains `share` of a field."""
+    """Side in pixels of the smallest central square that contains `share` of a field, (H, W)."""
     height, width = field.shape
     rows, columns = np.abs(np.arange(height) - height // 2), np.abs(np.arange(width) - width // 2)
     distance = np.maximum(rows[:, None], columns[None, :])
