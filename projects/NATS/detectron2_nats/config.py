@@ -174,10 +174,7 @@ def scaled_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
 
 
 def with_norms_for(cfg: CfgNode, processes: int) -> CfgNode:
-    """On CPU processes, replace SyncBN by Detectron2's naiveSyncBN, which has the same keys.
-
-    PyTorch's SyncBN supports only GPUs.
-    """
+    """Replace SyncBN, which supports only GPUs, by Detectron2's for CPU processes (same keys)."""
     if processes == 1 or cfg.MODEL.DEVICE.startswith("cuda"):
         return cfg
     cfg = cfg.clone()
@@ -207,10 +204,10 @@ _FREE_KEYS = (
 
 
 def config_differences(saved: str, cfg: CfgNode) -> List[str]:
-    """Which settings that affect the result differ: a list of "KEY: old, now new".
+    """A line "KEY: old, now new" for each setting that changes what is computed.
 
     Args:
-        saved: the dump of the other config.
+        saved: the old config, as dumped.
     """
     old, new = _flat(CfgNode.load_cfg(saved)), _flat(CfgNode.load_cfg(cfg.dump()))
     return [

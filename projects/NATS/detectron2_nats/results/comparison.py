@@ -112,12 +112,7 @@ def write_folds(annotations: Mapping[str, Any], folds: int, folder: str) -> None
 
 
 def pooled_ap(annotation_file: str, result_files: Sequence[str]) -> float:
-    """AP, in percent, of the detections of all folds together; each image was tested once.
-
-    Args:
-        annotation_file: COCO annotations of all images.
-        result_files: the detections of each fold, in COCO's result format.
-    """
+    """AP, in percent, of the detections of all folds together; each image was tested once."""
     detections = []
     for path in result_files:
         with open(path) as file:

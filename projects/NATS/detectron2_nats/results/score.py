@@ -48,10 +48,7 @@ def one_shot_score(
 def knock_out_score(
     model: nn.Module, architecture: Architecture, batches: Sequence[List[dict]]
 ) -> float:
-    """The loss when one layer is decoded and the others stay mixtures, mean over the layers.
-
-    Arguments and errors are those of :func:`one_shot_score`.
-    """
+    """The loss when one layer is decoded and the others stay mixtures, mean over the layers."""
     alphas = _one_hot_alphas(model, architecture)
     return float(np.mean([_loss(model, {n: alpha}, batches) for n, alpha in alphas.items()]))
 
@@ -67,11 +64,7 @@ def scoring_batches(cfg: CfgNode, records: Sequence[dict]) -> List[List[dict]]:
 def one_hot_alpha(
     architecture: Architecture, layer: str, conv: MixedDilationConv2d
 ) -> torch.Tensor:
-    """One conv's α for an architecture, (N, G): 0 for each group's genotype, -inf for the others.
-
-    Raises:
-        NATSError: the architecture is not in the conv's search space.
-    """
+    """One conv's α for an architecture, (N, G): 0 for a group's genotype, -inf for the others."""
     dilations = [tuple(d) for c, *d in architecture.layers.get(layer, ()) for _ in range(c)]
     if len(dilations) != conv.out_channels:
         raise NATSError(
