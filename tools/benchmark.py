@@ -34,7 +34,7 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from detectron2_nats.architecture import Architecture
-from detectron2_nats.command import run_tool, tool_parser
+from detectron2_nats.command import run_tool, tool_parser, whole_number
 from detectron2_nats.config import load_config
 from detectron2_nats.engine.determinism import computed_by
 from detectron2_nats.engine.resumable import ResumableTrainer
@@ -449,22 +449,16 @@ def main(args: argparse.Namespace) -> None:
         print(f"wrote {args.output}")
 
 
-def _number(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 16384:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 16384")
-    return int(text)
-
-
 def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = tool_parser(__doc__, EPILOG)
+    parser, number = tool_parser(__doc__, EPILOG), whole_number(16384)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--networks", nargs="+", choices=list(CONFIGS), help="(all)")
     parser.add_argument("--what", nargs="+", choices=list(RUNS), help="parts, see below (all)")
     parser.add_argument(
-        "--size", nargs=2, type=_number, metavar=("HEIGHT", "WIDTH"), help="of images (480 640)"
+        "--size", nargs=2, type=number, metavar=("HEIGHT", "WIDTH"), help="of images (480 640)"
     )
-    parser.add_argument("--batch", type=_number, default=1, help="images (%(default)s)")
-    parser.add_argument("--rounds", type=_number, help="after a warm-up (5)")
+    parser.add_argument("--batch", type=number, default=1, help="images (%(default)s)")
+    parser.add_argument("--rounds", type=number, help="after a warm-up (5)")
     parser.add_argument(
         "--dtype",
         nargs="+",
