@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Time plain, frozen and super-networks side by side; print Markdown tables.
 
-All variants of a comparison run in turn within each round. Ratios are taken per round; a cell gives
-their median and, in brackets, the least and the largest. Nothing is downloaded: weights, images
-and boxes are random, of a fixed seed. So are the architectures: each channel group has a dilation
-drawn uniformly from the paper's set C.
+All variants of a comparison are measured in turn within each round. Ratios are taken per round. A
+cell gives their median and, in brackets, the smallest and the largest. Nothing is downloaded:
+weights, images and boxes are random with a fixed seed. So are the architectures: each channel group
+has a dilation drawn uniformly from the paper's set C.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from detectron2_nats.architecture import Architecture
-from detectron2_nats.command import run_tool, tool_parser
+from detectron2_nats.command import run_tool, tool_parser, whole_number
 from detectron2_nats.config import load_config
 from detectron2_nats.engine.determinism import computed_by
 from detectron2_nats.engine.resumable import ResumableTrainer
@@ -53,7 +53,7 @@ parts (--what):
   inference   backbone and whole detector: plain and frozen, each also after fuse_for_inference;
               the super-network
   train       a training step: plain, frozen, weight step and α step of the super-network
-  memory      what these keep for backward, and their peak (on a CPU: Linux only)
+  memory      what these steps keep for backward, and their peak (on a CPU: Linux only)
   convs       one 3x3 conv of res3, res4, res5: plain, frozen, the super-network's
 
 examples:
@@ -74,8 +74,8 @@ CONFIGS = {
 }
 STRIDES = {"res3": 8, "res4": 16, "res5": 32}
 IC_CONV = "frozen, IC-Conv"
-SEARCH_PLAIN = "plain, search config"  # its batch norms are frozen, those of retraining are not
-SEARCH_STEPS = {  # variant → the trainer's steps
+SEARCH_PLAIN = "plain, search config"  # with frozen batch norms, unlike in retraining
+SEARCH_STEPS = {  # variant → methods of the trainer
     SEARCH_PLAIN: ["weight_step"],
     "weight step": ["weight_step"],
     "α step": ["alpha_step"],
@@ -85,7 +85,7 @@ BOXES_PER_IMAGE = 10
 SEED = 7
 
 Values = Dict[str, List[float]]
-"""Row of a table → what was measured in each round."""
+"""Row of a table → the values measured in each round."""
 
 
 # -- what is measured: networks, architectures, data ----------------------------------------------
@@ -98,7 +98,7 @@ def load(args: argparse.Namespace, kind: str, name: str, dtype: str = "float32")
         [
             *("MODEL.DEVICE", args.device, "SEED", SEED),
             *("SOLVER.AMP.ENABLED", dtype != "float32", "SOLVER.AMP.PRECISION", "bfloat16"),
-            # Only for the trainers' constructors: the steps are given a random batch.
+            # Only the trainers' constructors need data sets: the steps get a random batch
             *("DATASETS.TRAIN", ("nats_embedded_train",), "DATASETS.TEST", ()),
             *("DATASETS.CALIBRATION", ("nats_embedded_calibration",), "SEARCH.RETRAIN_CONFIG", ""),
         ],
@@ -108,7 +108,7 @@ def load(args: argparse.Namespace, kind: str, name: str, dtype: str = "float32")
 def searched_convs(args: argparse.Namespace, name: str) -> Dict[str, MixedDilationConv2d]:
     """Layer name → the super-network's conv, with a random vote of each group.
 
-    Nothing but α has memory.
+    Only α has memory; all else is on the meta device.
     """
     with torch.device("meta"):
         convs = searched_layers(build_backbone(load(args, "search", name)))
@@ -121,7 +121,7 @@ def searched_convs(args: argparse.Namespace, name: str) -> Dict[str, MixedDilati
 
 
 def architectures(args: argparse.Namespace, name: str) -> Dict[str, Architecture]:
-    """Variant → architecture: the same random votes in each order, IC-Conv's pattern."""
+    """Variant → architecture: the same random votes in both orders, and IC-Conv's pattern."""
     convs = searched_convs(args, name)
     found = {f"frozen, {o} order": Architecture.decode(convs, o) for o in ("paper", "voted")}
     if args.ic_conv:
@@ -130,9 +130,9 @@ def architectures(args: argparse.Namespace, name: str) -> Dict[str, Architecture
 
 
 def prepared(args: argparse.Namespace, module: nn.Module) -> nn.Module:
-    """A detector or conv with random weights, made fit to be measured, in place."""
+    """Prepare a detector or conv with random weights for measuring, in place."""
     for block in module.modules():
-        # With a random branch as strong as its shortcut, 33 blocks would end in infinities.
+        # If random branches were as strong as their shortcuts, 33 blocks would overflow.
         if hasattr(block, "conv3"):
             block.conv3.norm.weight.data.fill_(0.2)
     for parameter in module.parameters():
@@ -142,12 +142,12 @@ def prepared(args: argparse.Namespace, module: nn.Module) -> nn.Module:
 
 
 def in_layout(args: argparse.Namespace, tensor: torch.Tensor) -> torch.Tensor:
-    """(…, C, H, W), channels last if wanted: of replicas, too, which ``Module.to()`` refuses."""
+    """(…, C, H, W) in the layout asked for. ``Module.to()`` refuses replicas, which have 5 axes."""
     return tensor.movedim(-3, -1).contiguous().movedim(-1, -3) if args.channels_last else tensor
 
 
 def random_batch(args: argparse.Namespace) -> List[dict]:
-    """Images and ground-truth boxes as Detectron2's mapper gives them."""
+    """Images and ground-truth boxes, as Detectron2's mapper returns them."""
     generator, (height, width) = torch.Generator().manual_seed(SEED), args.size
     batch = []
     for _ in range(args.batch):
@@ -172,14 +172,14 @@ def measure(
     """Milliseconds of ``function(subject)`` for each subject in each round.
 
     Args:
-        repeats: calls per sample, where one is too short to be timed.
+        repeats: calls per value, if a single call is too short to be timed.
     """
 
     def repeated(subject: Any) -> None:
         for _ in range(repeats):
             function(subject)
 
-    warm_up = 3 if args.device == "cuda" else 1  # cuDNN chooses its kernels at the first calls
+    warm_up = 3 if args.device == "cuda" else 1  # cuDNN chooses its kernels in the first calls
     calls = [functools.partial(repeated, subject) for subject in subjects.values()]
     seconds = interleaved_seconds(calls, args.rounds, warm_up, args.device)
     return {k: [value / repeats * 1e3 for value in values] for k, values in zip(subjects, seconds)}
@@ -190,9 +190,9 @@ def autocast(args: argparse.Namespace, dtype: str) -> torch.autocast:
 
 
 def saved_bytes(function: Callable[[], object], module: nn.Module) -> int:
-    """Bytes that autograd keeps for backward while `function` runs.
+    """Bytes that autograd keeps for backward while `function` is called.
 
-    Each storage counts once; the module's own parameters and buffers, there anyway, do not.
+    Each storage counts once. The module's own parameters and buffers do not count.
     """
     own = {
         tensor.untyped_storage().data_ptr()
@@ -203,7 +203,7 @@ def saved_bytes(function: Callable[[], object], module: nn.Module) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage  # held, or another could get its address
+            saved[storage.data_ptr()] = storage  # kept alive, so that its address stays unique
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -212,11 +212,11 @@ def saved_bytes(function: Callable[[], object], module: nn.Module) -> int:
 
 
 def table(columns: Mapping[str, Values], reference: Mapping[str, str]) -> str:
-    """A row for each variant; for each column the median, and its ratio to the reference's.
+    """A Markdown table: a row per variant; per column the median, and the ratio to the reference.
 
     Args:
-        columns: what was measured → variant → values of each round.
-        reference: variant → the variant that its ratio is taken to; sets the rows and their order.
+        columns: title → variant → value of each round.
+        reference: variant → the variant that it is divided by; gives the rows and their order.
     """
     headers, rows = [""], [[variant] for variant in reference]
     for title, values in columns.items():
@@ -261,7 +261,7 @@ def run_inference(args: argparse.Namespace, name: str, dtype: str) -> str:
         with torch.no_grad(), autocast(args, dtype):
             model(batch)
 
-    # the detector's own time is the same in all variants and would only hide the differences
+    # the time of the detector's heads is the same in all variants and would hide the differences
     wholes = [backbone] if args.smoke else [backbone, detector]
     columns = {f"{whole.__name__}, ms": measure(args, whole, models) for whole in wholes}
     return table(columns, dict.fromkeys(models, "plain"))
@@ -270,7 +270,7 @@ def run_inference(args: argparse.Namespace, name: str, dtype: str) -> str:
 def training_steps(
     args: argparse.Namespace, name: str, dtype: str, variant: str
 ) -> List[Callable[[], None]]:
-    """The steps of a variant: a trainer's methods, on one random batch; they change no weight."""
+    """The steps of a variant: a trainer's methods on one random batch. They change no weight."""
     trainer_class = ResumableTrainer
     if variant in SEARCH_STEPS:
         cfg = load(args, "search", name, dtype)
@@ -282,14 +282,14 @@ def training_steps(
         cfg = load(args, "retrain", name, dtype)
         if variant != "plain":
             cfg = export_config(cfg, architectures(args, name)[variant])
-    with tempfile.TemporaryDirectory() as cfg.OUTPUT_DIR:  # a log is opened, nothing written
+    with tempfile.TemporaryDirectory() as cfg.OUTPUT_DIR:  # a log is opened, but nothing written
         trainer = trainer_class(cfg)
     prepared(args, trainer.model)
     trainer.storage = EventStorage()
     for phase in trainer.phases():
         phase.loader = itertools.repeat(random_batch(args))
         for group in phase.optimizer.param_groups:
-            group["lr"] = 0.0  # all of its work is done, and every round sees the same network
+            group["lr"] = 0.0  # the step does all its work, and all rounds see the same network
     return [getattr(trainer, step) for step in SEARCH_STEPS.get(variant, ["weight_step"])]
 
 
@@ -309,7 +309,7 @@ def training_variants(args: argparse.Namespace, name: str) -> Dict[str, str]:
 
 
 def run_train(args: argparse.Namespace, name: str, dtype: str) -> str:
-    """One step each, as the trainers take it: forward, backward, checks, optimizer."""
+    """One step of each variant, as the trainers take it: forward, backward, checks, optimizer."""
     reference = training_variants(args, name)
     *alone, weight, alpha, both = reference
     steps = {variant: training_steps(args, name, dtype, variant)[0] for variant in alone}
@@ -320,8 +320,8 @@ def run_train(args: argparse.Namespace, name: str, dtype: str) -> str:
 
 
 def run_memory(args: argparse.Namespace, name: str, dtype: str) -> str:
-    """Of the same steps, each variant in a process of its own."""
-    # glibc then gives larger blocks back when they are freed. Else its gaps are part of a peak.
+    """The memory of the same steps, each variant in a process of its own."""
+    # glibc then returns larger blocks to the system when they are freed. Else gaps add to the peak.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
     kept: Values = {}
     peak: Values = {}
@@ -331,30 +331,30 @@ def run_memory(args: argparse.Namespace, name: str, dtype: str) -> str:
             found = pool.submit(memory_of, args, name, dtype, variant).result()
         kept[variant], peak[variant] = ([number / 2**20] for number in found)
     note = (
-        "Kept for backward: without parameters and buffers; of two steps, the larger. Peak: with "
+        "Kept for backward: without parameters and buffers; for two steps, the larger. Peak: with "
         "weights, gradients and momentum, on a CPU also with the program and its libraries. "
-        "MALLOC_MMAP_THRESHOLD_ is 1 MiB unless set: freed blocks are given back."
+        "MALLOC_MMAP_THRESHOLD_ is 1 MiB unless set: freed blocks are returned to the system."
     )
     columns = {"kept for backward, MiB": kept, "peak, MiB": peak}
     return f"{table(columns, reference)}\n\n{note}"
 
 
 def memory_of(args: argparse.Namespace, name: str, dtype: str, variant: str) -> Tuple[int, int]:
-    """Bytes that a variant's steps keep for backward, and the most that was in use at once."""
+    """Bytes that a variant's steps keep for backward, and the largest number in use at once."""
     steps = training_steps(args, name, dtype, variant)
-    for step in steps * 2:  # the first makes the momentum buffers
+    for step in steps * 2:  # the first pass makes the momentum buffers
         take(step)
-    if args.device == "cuda":  # before counting, which holds more
+    if args.device == "cuda":  # before counting, which needs more memory
         peak = torch.cuda.max_memory_allocated()
     else:
-        with open("/proc/self/status") as status:  # ru_maxrss begins with the parent's
+        with open("/proc/self/status") as status:  # ru_maxrss would include the parent's peak
             peak = next(int(s.split()[1]) * 1024 for s in status if s.startswith("VmHWM"))
     model = steps[0].__self__.model
     return max(saved_bytes(functools.partial(take, step), model) for step in steps), peak
 
 
 def run_convs(args: argparse.Namespace, name: str, dtype: str) -> str:
-    """One conv of each stage, without its norm: the second block's, whose stride is 1."""
+    """One conv of each stage, without its norm: that of the second block, whose stride is 1."""
     columns: Dict[str, Values] = {"forward, ms": {}, "forward + backward, ms": {}}
     reference = {}
     for stage, stride in STRIDES.items():
@@ -424,7 +424,7 @@ def head_line(args: argparse.Namespace) -> str:
 def main(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise NATSError("--device cuda: PyTorch finds no CUDA device here")
-    if args.ic_conv:  # that it does not fit should not come to light after hours
+    if args.ic_conv:  # fail now, not hours later, if it does not fit
         for name in args.networks:
             export_config(load(args, "retrain", name), architectures(args, name)[IC_CONV])
     height, width = args.size
@@ -438,33 +438,27 @@ def main(args: argparse.Namespace) -> None:
         text = f"\n## {part}: {name}, {dtype}, {args.batch} x {height} x {width}\n\n{found}"
         print(text, flush=True)
         report += f"\n{text}"
-        if args.output:  # anew after each part: hours of work must not hang on the last
+        if args.output:  # after each part: a late failure must not lose hours of work
             try:
                 write_atomically(args.output, f"{report}\n")
             except OSError as error:
                 raise NATSError(f"{args.output}: cannot be written: {error.strerror}") from None
-        gc.collect()  # a trainer is in cycles, and memory is measured by other processes
+        gc.collect()  # frees the trainers, which are in reference cycles, before the next part
         torch.cuda.empty_cache()
     if args.output:
         print(f"wrote {args.output}")
 
 
-def _number(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 16384:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 16384")
-    return int(text)
-
-
 def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = tool_parser(__doc__, EPILOG)
+    parser, number = tool_parser(__doc__, EPILOG), whole_number(16384)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--networks", nargs="+", choices=list(CONFIGS), help="(all)")
     parser.add_argument("--what", nargs="+", choices=list(RUNS), help="parts, see below (all)")
     parser.add_argument(
-        "--size", nargs=2, type=_number, metavar=("HEIGHT", "WIDTH"), help="of images (480 640)"
+        "--size", nargs=2, type=number, metavar=("HEIGHT", "WIDTH"), help="of images (480 640)"
     )
-    parser.add_argument("--batch", type=_number, default=1, help="images (%(default)s)")
-    parser.add_argument("--rounds", type=_number, help="after a warm-up (5)")
+    parser.add_argument("--batch", type=number, default=1, help="images (%(default)s)")
+    parser.add_argument("--rounds", type=number, help="after a warm-up (5)")
     parser.add_argument(
         "--dtype",
         nargs="+",
@@ -477,11 +471,11 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--smoke",
         action="store_true",
-        help="smaller defaults: R50 at 256 320, 3 rounds, all parts but memory, less in each",
+        help="smaller defaults: R50 at 256 320, 3 rounds, all parts except memory, fewer variants",
     )
-    parser.add_argument("--output", metavar="FILE.md", help="write the tables there too")
+    parser.add_argument("--output", metavar="FILE.md", help="also write the tables to this file")
     args = parser.parse_args(arguments)
-    # whatever is given rules
+    # what is given goes before the defaults of --smoke
     args.networks = args.networks or (["R50"] if args.smoke else list(CONFIGS))
     args.what = args.what or [part for part in RUNS if not args.smoke or part != "memory"]
     args.size = args.size or ([256, 320] if args.smoke else [480, 640])

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""A search whose right answer is known, and what it gains: minutes on two CPU cores.
+"""A search whose right answer is known, and what it gains. Takes minutes on two CPU cores.
 
 The images show horizontal bars. The colours of a bar's two ends determine its class. The plain
-detector cannot see both ends; the search finds dilations that can. This is a small study, see
-study.py.
+detector cannot see both ends at once. The search finds dilations with which it can. This is a
+small study by study.py.
 """
 
 import argparse
@@ -27,7 +27,7 @@ example:
 """
 
 CONFIG = "configs/quickstart/bars.yaml"
-METHODS = {  # of the study → in the table
+METHODS = {  # name in the study → name in the table
     "plain": "plain",
     "random": "random dilations",
     "nats-voted": "searched",
@@ -90,9 +90,9 @@ def main(args: argparse.Namespace) -> None:
     with open(f"{args.output}/results.json") as file:
         results = json.load(file)
     print(f"\n{table(results)}\n\nParameters, FLOPs and time are the backbone's.")
-    print(f"\n{sentence(results)}\n\n{time.perf_counter() - start:.0f} s in all")
+    print(f"\n{sentence(results)}\n\n{time.perf_counter() - start:.0f} s in total")
     print(f"wrote {search}/architecture.yaml, {search}/retrain.yaml")
-    print(f"the page to look at, and to send to others: {args.output}/report.html")
+    print(f"a page to look at, and to send to others: {args.output}/report.html")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ EPILOG = """
 example:
   $ python tools/gpu_report.py --output output/gpu.md
 Without a GPU everything is skipped, and the report says so.
-exit status: 0 nothing failed, 1 otherwise.
+exit status: 0 nothing failed, 1 something failed.
 """
 BENCHMARK = (
     "--device cuda --dtype float32 bfloat16 --what train memory --networks R50 --size 800 1216"
@@ -28,7 +28,7 @@ BENCHMARK = (
 
 
 def run_tests(folder: str) -> Tuple[bool, str]:
-    """Returns whether none failed, and a table of the tests."""
+    """Run the GPU tests; returns whether none failed, and a table of the results."""
     path = os.path.join(folder, "tests.xml")
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
     status = subprocess.run([*command, f"--junitxml={path}"], cwd=ROOT).returncode
@@ -41,6 +41,7 @@ def run_tests(folder: str) -> Tuple[bool, str]:
 
 
 def run_benchmark(folder: str) -> Tuple[bool, str]:
+    """Run the benchmark; returns whether it ended well, and its tables."""
     path = os.path.join(folder, "benchmark.md")
     command = [sys.executable, "-W", "ignore", "tools/benchmark.py", *BENCHMARK.split()]
     if subprocess.run([*command, "--output", path], cwd=ROOT).returncode:

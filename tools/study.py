@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Is it worth it? Compare plain, random and searched architectures over seeds and folds.
 
-Each method is retrained with the same budget, once per seed; what is missing is run, what is there
-is kept. Leaves study.md (tables), study.png and results.json (what both are made of, and the
-architectures) in the output folder.
+Each method is retrained with the same budget, once per seed. Runs that are already done are not
+repeated. The output folder then contains study.md (tables), study.png, and results.json (the
+numbers behind both, and the architectures).
 """
 
 import argparse
@@ -41,43 +41,43 @@ from detectron2_nats.results.cost import backbone_cost, detector_flops, interlea
 
 EPILOG = """
 methods:
-  plain        the detector as it is
+  plain        the detector without a search
   plain-long   the same, for as many iterations as search and retraining together
   plain-1.5x   the same, for 1.5 times as many iterations; any factor. A search's iteration takes
                longer than one of training, so equal time needs more than plain-long
-  random       each channel group draws its dilation; another one for each seed
+  random       each channel group draws its dilation, anew for each seed
   path         path-level search: one choice per conv
   transposed   what nats-voted found, with height and width of each dilation swapped
-  nats-paper   the search, channels sorted by dilation
+  nats-paper   the search, with channels sorted by dilation
   nats-voted   the same search, each group keeping its own channels
   nats-warm    the same architecture, retrained from the super-network's own weights
-  NAME         of --architecture NAME=FILE: the same one for each seed
-The last four decode with a margin (SEARCH.DECODE_MARGIN) when it is added: nats-warm@0.1.
+  NAME         the architecture of --architecture NAME=FILE, the same for each seed
+transposed and the nats- methods take a margin (SEARCH.DECODE_MARGIN) after an @: nats-warm@0.1.
 
 examples:
-  on bars, whose right answer is known, two seeds, two runs at a time:
+  on bars, whose right answer is known, with two seeds and two runs at a time:
     $ python tools/study.py --config-file configs/quickstart/bars.yaml \\
         --search-config configs/quickstart/bars_search.yaml --seeds 2 --jobs 2 \\
         --output output/study
-  own data in five folds, so that every image is tested once:
+  on your own data in five folds, so that every image is tested once:
     $ python tools/study.py --config-file configs/study/small.yaml \\
         --search-config configs/study/small_search.yaml --seeds 5 --folds 5 \\
         --annotations train.json calib.json val.json --images images \\
         --architecture ic-conv=ic_conv.yaml --output output/study \\
         MODEL.WEIGHTS path/to/R-50-half.pkl
-  on COCO, eight GPUs for each run:
+  on COCO, with eight GPUs for each run:
     $ python tools/study.py --config-file configs/retrain/faster_rcnn_R_50_FPN.yaml \\
         --search-config configs/search/faster_rcnn_R_50_FPN.yaml --seeds 3 --num-gpus 8 \\
         --output output/study
-  what is there so far, without running anything:
+  report what is done so far, and run nothing:
     $ python tools/study.py ... --report
-  tables and picture again, from nothing but a results.json:
+  tables and picture from a results.json alone:
     $ python tools/study.py --again docs/results/bars_lying.json --output output/again
   AP against multiply-adds and time of several studies' detectors, as one picture:
     $ python tools/study.py --again full.json cut.json --methods plain nats-warm
 
-The same command goes on after a kill. KEY VALUE pairs go into both configs.
-exit status: 0 done, 2 bad input, 75 stopped on request, 1 a run failed (its console is named).
+After a kill, the same command continues. KEY VALUE pairs change both configs.
+exit status: 0 done, 2 bad input, 75 stopped on request, 1 a run failed (its output file is named).
 """
 
 # Method → the search that it needs.
@@ -104,10 +104,10 @@ class Task:
 
     Attributes:
         kind: "search" or "retraining"; runs of a kind take about the same time.
-        folder: its OUTPUT_DIR; named after method and seed.
-        prepare: called before the start, returns the command.
-        after: runs that must have ended before.
-        slot: which of the runs at one time it is; chooses its GPUs.
+        folder: its OUTPUT_DIR, named after method and seed.
+        prepare: called before the start; returns the command.
+        after: runs that must be done before.
+        slot: its place among the simultaneous runs; decides its GPUs.
     """
 
     kind: str
@@ -127,7 +127,7 @@ class Task:
         return os.path.join(self.folder, "console.txt")
 
     def cost(self) -> dict:
-        """Seconds so far, over all starts: {"seconds", "cpu_seconds", "done"}."""
+        """What it took so far, over all starts: {"seconds", "cpu_seconds", "done"}."""
         path = os.path.join(self.folder, "cost.json")
         if not os.path.isfile(path):
             return {}
@@ -152,8 +152,8 @@ class Task:
         self.started = time.perf_counter()
 
     def poll(self) -> Optional[int]:
-        """The exit status when it has just ended; what it cost is then written down."""
-        if self.process.returncode is not None:  # send_signal() has looked first
+        """The exit status if it has ended, else None. Its cost is then written to cost.json."""
+        if self.process.returncode is not None:  # send_signal() has already read the status
             return self.process.returncode
         pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
         if not pid:
@@ -173,13 +173,13 @@ class Task:
 
 
 def _stop_with_parent() -> None:
-    """When the study is killed, its runs must not go on beside those of the next start."""
+    """When the study is killed, stop its runs: they must not continue beside those of a restart."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 class Study:
-    """The runs of a study and what came of them.
+    """The runs of a study, and their results.
 
     Args:
         args: of the command line.
@@ -191,7 +191,7 @@ class Study:
         self.given = dict(args.architecture)
         self.methods = [*args.methods, *self.given]
         for path in self.given.values():
-            Architecture.load(path)  # a malformed one should come to light now
+            Architecture.load(path)  # find a malformed file now
         self.settings = {
             "config": load_config(args.config_file, args.opts).dump(),
             "search_config": load_config(args.search_config, args.opts).dump(),
@@ -212,7 +212,7 @@ class Study:
         return self.path(f"seed_{seed}", method)
 
     def _check_same_study(self) -> None:
-        """One folder, one study; seeds and methods may be added later."""
+        """Refuse the folder of another study. Seeds and methods may be added later."""
         path = self.path("study.json")
         os.makedirs(self.path("data"), exist_ok=True)
         if not os.path.isfile(path):
@@ -230,7 +230,7 @@ class Study:
                     self.args.opts,
                 )
                 differences = config_differences(old[key], cfg)
-                if not differences:  # paths and the like
+                if not differences:  # only paths etc. differ
                     continue
                 detail = "; ".join(differences[:5])
             raise NATSError(f"{path} is of another study: {key}: {detail}. Choose another --output")
@@ -254,7 +254,7 @@ class Study:
 
     def _tasks(self) -> List[Task]:
         tasks = []
-        for seed in self.seeds:  # seed by seed: each one that is complete can be reported
+        for seed in self.seeds:  # seed by seed, so that complete seeds can be reported
             needed = [METHODS[kind(method)] for method in self.args.methods]
             searches = {n: self._search(n, seed) for n in ("path", "nats") if n in needed}
             tasks += searches.values()
@@ -311,7 +311,7 @@ class Study:
         return ["SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", repr(steps)]
 
     def _architecture(self, method: str, seed: int) -> Optional[Architecture]:
-        """What a method makes of a seed; None for the plain detector."""
+        """A method's architecture for a seed; None for the plain detector."""
         if method in self.given:
             return Architecture.load(self.given[method])
         if kind(method) == "random":
@@ -328,7 +328,7 @@ class Study:
         """Run what is missing, `jobs` runs at a time.
 
         Raises:
-            RunFailed: one of them did. The others were stopped with a checkpoint.
+            RunFailed: a run failed. The others were stopped with a checkpoint.
         """
         waiting = [task for task in self.tasks if not task.done]
         total, running = len(self.tasks), []
@@ -349,7 +349,7 @@ class Study:
                         continue
                     running.remove(task)
                     if code == STOPPED_EXIT_CODE:
-                        raise KeyboardInterrupt  # somebody stopped it by itself
+                        raise KeyboardInterrupt  # somebody has stopped this run
                     if code:
                         raise RunFailed(f"exit status {code}: see the end of {task.console}")
                     number = total - len(waiting) - len(running)
@@ -358,13 +358,13 @@ class Study:
                 time.sleep(0.2)
         finally:
             for task in running:
-                task.process.send_signal(signal.SIGTERM)  # it writes a checkpoint and leaves
+                task.process.send_signal(signal.SIGTERM)  # it writes a checkpoint and exits
             for task in running:
                 while task.poll() is None:
                     time.sleep(0.2)
 
     def _environment(self, slot: int) -> Dict[str, str]:
-        """Processors and GPUs shared out to the runs at one time."""
+        """The CPU cores and GPUs of one of the simultaneous runs, as environment variables."""
         threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
         environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         if torch.cuda.is_available():
@@ -396,10 +396,10 @@ class Study:
     # -- results -----------------------------------------------------------------------------------
 
     def collect(self) -> Dict[str, Any]:
-        """What came of the seeds for which all methods are done, as plain values."""
+        """The results of all seeds for which all methods are done, as plain values."""
         seeds = [s for s in self.seeds if all(self._done(m, s) for m in self.methods)]
         if not seeds:
-            raise NATSError(f"{self.args.output}: no seed has a result of every method yet")
+            raise NATSError(f"{self.args.output}: no seed has results of all methods yet")
         costs, flops, seconds = self._network_costs(seeds[0])
         reference = [backbone for backbone, _ in seconds[self.methods[0]]]
         methods = {}
@@ -445,7 +445,7 @@ class Study:
         return self._task(self.folder(method, seed)).done
 
     def _pooled(self, method: str, seeds: List[int]) -> Optional[float]:
-        """Mean over the rounds of folds; None without folds or a whole round."""
+        """AP of all folds together, mean over rounds; None without folds or a complete round."""
         folds = self.args.folds
         rounds = [range(r, r + folds) for r in range(0, len(self.seeds), folds)] if folds else []
         rounds = [r for r in rounds if set(r) <= set(seeds)]
@@ -510,12 +510,12 @@ def length(method: str) -> Optional[float]:
 
 
 def margin(method: str) -> float:
-    """The margin that it decodes with."""
+    """The margin with which a method decodes."""
     return float(method.partition("@")[2] or 0)
 
 
 def read_results(path: str) -> Dict[str, Any]:
-    """A results.json, or one of docs/results."""
+    """Read a results.json, or a file of docs/results."""
     try:
         with open(path) as file:
             results = json.load(file)
@@ -523,7 +523,7 @@ def read_results(path: str) -> Dict[str, Any]:
     except OSError as error:
         raise NATSError(f"{path}: cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise NATSError(f"{path}: no results of a study: {one_line(error)}") from None
+        raise NATSError(f"{path}: not the results of a study: {one_line(error)}") from None
     return results
 
 
@@ -546,7 +546,7 @@ def costs(paths: List[str], methods: List[str]) -> Dict[str, Dict[str, Any]]:
 
 
 def report(results: Dict[str, Any], folder: str) -> str:
-    """Write study.md, study.png and results.json of :meth:`Study.collect`'s results."""
+    """Write study.md, study.png and results.json from what :meth:`Study.collect` returns."""
     methods, seeds = results["methods"], results["seeds"]
     ap = {name: result["AP"] for name, result in methods.items()}
     first = next(iter(ap))
@@ -599,7 +599,7 @@ def _detectable_line(reference: str, differences: Dict[str, List[float]]) -> Lis
 
 
 def _search_table(searches: Dict[str, Any]) -> List[str]:
-    """Did the searches decide anything, and the same thing?"""
+    """Have the searches decided, and do they agree?"""
     rows = []
     for name, search in searches.items():
         found = [Architecture.from_config(value) for value in search["architectures"]]
@@ -648,7 +648,7 @@ def last_metric(folder: str, name: str) -> float:
         with open(path) as file:
             return [m[name] for m in map(json.loads, file) if name in m][-1]
     except (OSError, IndexError):
-        raise NATSError(f"{path} holds no {name}: does the config name DATASETS.TEST?") from None
+        raise NATSError(f"{path} contains no {name}: does the config name DATASETS.TEST?") from None
 
 
 def _table(rows: List[List[str]], headers: List[str]) -> str:
@@ -673,7 +673,7 @@ def _mean_and_deviation(values: List[float], digits: int = 1) -> str:
 def _named_file(text: str):
     name, separator, path = text.partition("=")
     if not separator or not name or not path or kind(name) in METHODS or "/" in name:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE with a name of its own")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE, NAME not being a method")
     return name, path
 
 
@@ -685,8 +685,8 @@ def _method(text: str) -> str:
         known = False
     if not known:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected one of {', '.join(METHODS)}, plain-1.5x; a search's may end in "
-            "@MARGIN. KEY VALUE pairs come after another option than --methods"
+            f"{text!r}: expected one of {', '.join(METHODS)}, plain-1.5x; transposed and nats- "
+            "take @MARGIN. KEY VALUE pairs come after another option than --methods"
         )
     return text
 
@@ -699,8 +699,8 @@ def _count(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = tool_parser(__doc__, EPILOG)
-    parser.add_argument("--config-file", help="detector to retrain: path or zoo name")
-    parser.add_argument("--search-config", help="its search")
+    parser.add_argument("--config-file", help="config of the detector: a path or a zoo name")
+    parser.add_argument("--search-config", help="config of its search")
     parser.add_argument("--output", default="output/study", help="folder (%(default)s)")
     parser.add_argument(
         "--seeds", type=_count, default=3, help="seeds 0 to SEEDS - 1 (%(default)s)"
@@ -711,7 +711,7 @@ def parse_args() -> argparse.Namespace:
         type=_method,
         default=list(DEFAULT_METHODS),
         metavar="METHOD",
-        help=f"the first is compared with (default: {' '.join(DEFAULT_METHODS)})",
+        help=f"the others are compared with the first (default: {' '.join(DEFAULT_METHODS)})",
     )
     parser.add_argument(
         "--architecture",
@@ -721,12 +721,12 @@ def parse_args() -> argparse.Namespace:
         metavar="NAME=FILE",
         help="another method: an architecture file; may be repeated",
     )
-    parser.add_argument("--folds", type=_count, help="seed S tests fold S modulo FOLDS of:")
-    parser.add_argument("--annotations", nargs="+", metavar="JSON", help="COCO annotation files")
-    parser.add_argument("--images", metavar="FOLDER", help="folder that contains their images")
+    parser.add_argument("--folds", type=_count, help="seed S is tested on fold S modulo FOLDS")
+    parser.add_argument("--annotations", nargs="+", metavar="JSON", help="cut these into folds")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the annotations' images")
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (%(default)s)")
     parser.add_argument("--num-gpus", type=_count, default=1, help="GPUs of each run (%(default)s)")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the tables")
+    parser.add_argument("--report", action="store_true", help="run nothing, only write the tables")
     parser.add_argument(
         "--again",
         nargs="+",
@@ -742,7 +742,7 @@ def parse_args() -> argparse.Namespace:
     if args.folds and (args.folds < 2 or not args.annotations or not args.images):
         parser.error("--folds needs at least 2 folds, --annotations and --images")
     if not args.folds and (args.annotations or args.images):
-        parser.error("--annotations and --images are for --folds; else the configs name the data")
+        parser.error("--annotations and --images need --folds; else the configs name the data")
     return args
 
 
@@ -776,5 +776,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunFailed) else 2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; continue with the same command", file=sys.stderr)
         sys.exit(STOPPED_EXIT_CODE)

@@ -145,7 +145,7 @@ def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     assert (folder / "again/cost.png").stat().st_size > 1000
     (folder / "odd.json").write_text('{"methods": 3}')
     left = tool_here(monkeypatch, folder, "tools/study.py", "--again", "odd.json")
-    assert left == 2 and "odd.json: no results of a study" in capsys.readouterr().err
+    assert left == 2 and "odd.json: not the results of a study" in capsys.readouterr().err
 
 
 def test_the_demo_says_whether_the_search_was_right():

@@ -205,7 +205,7 @@ def test_all_damaged(checkpointer, tmp_path):
     save(checkpointer, 1, 3)
     for path in tmp_path.glob("*.pth"):
         truncate(path)
-    with pytest.raises(NATSError, match="no checkpoint in .* is intact: start again in another"):
+    with pytest.raises(NATSError, match="no checkpoint in .* is intact: use another OUTPUT_DIR"):
         checkpointer.resume_or_load("")
 
 

@@ -21,7 +21,14 @@ def annotation_file(path, names, categories=CATEGORIES):
         {"id": i, "file_name": n, "width": 64, "height": 64} for i, n in enumerate(names, start=1)
     ]
     boxes = [
-        {"id": i, "image_id": i, "category_id": 3, "bbox": [i, 5, 20, 10]}
+        {
+            "id": i,
+            "image_id": i,
+            "category_id": 3,
+            "bbox": [i, 5, 20, 10],
+            "area": 200,
+            "iscrowd": 0,
+        }
         for i in range(1, len(names) + 1)
     ]
     content = {"images": images, "annotations": boxes, "categories": categories}
@@ -48,7 +55,7 @@ def test_merging_keeps_each_box_with_its_image(merged):
     "names, categories, words",
     [
         (["a1.jpg"], CATEGORIES, "a1.jpg is in two files"),
-        (["c1.jpg"], [{"id": 1, "name": "cell"}], "other categories"),
+        (["c1.jpg"], [{"id": 1, "name": "cell"}], "its categories differ"),
         (["c1.jpg"], [{"id": 1}], "not COCO's annotation format"),
     ],
 )
@@ -68,7 +75,7 @@ def read(folder, fold, name):
 
 
 def test_every_image_is_tested_once_and_never_trained_on_then(merged, tmp_path):
-    comparison.write_folds(merged, 4, str(tmp_path), calibration_share=0.4)
+    comparison.write_folds(merged, 4, str(tmp_path))
     everything = {image["file_name"] for image in merged["images"]}
     tested = [read(tmp_path, fold, "test") for fold in range(4)]
     assert set.union(*tested) == everything and sum(map(len, tested)) == len(everything)
@@ -77,9 +84,9 @@ def test_every_image_is_tested_once_and_never_trained_on_then(merged, tmp_path):
         train, calibration = (read(tmp_path, fold, n) for n in ("train", "calibration"))
         assert rest == everything - tested[fold]
         assert train | calibration == rest and not train & calibration
-        assert len(calibration) == 6  # 0.4 of 15
+        assert len(calibration) == 4  # 0.3 of 15
     before = (tmp_path / "fold_2/train.json").read_text()
-    comparison.write_folds(merged, 4, str(tmp_path), calibration_share=0.4)
+    comparison.write_folds(merged, 4, str(tmp_path))
     assert (tmp_path / "fold_2/train.json").read_text() == before
     with pytest.raises(NATSError, match="too few for 7 folds"):
         comparison.write_folds(merged, 7, str(tmp_path))

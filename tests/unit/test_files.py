@@ -86,9 +86,9 @@ def test_detectron2s_own_dumps_are_readable(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     cases = {"missing.yaml": "No such file", "": "Is a directory"}
     (tmp_path / "large.yaml").write_bytes(b"#" * (MAX_FILE_BYTES + 1))
-    cases["large.yaml"] = f"more than the {MAX_FILE_BYTES} bytes that are read"
+    cases["large.yaml"] = f"larger than the limit of {MAX_FILE_BYTES} bytes"
     (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
-    cases["binary.yaml"] = "not a text file in UTF-8"
+    cases["binary.yaml"] = "not a UTF-8 text file"
     (tmp_path / "nul.yaml").write_bytes(b"a: \x00\x01")
     cases["nul.yaml"] = "not readable as plain YAML"
     for name, reason in cases.items():
@@ -106,7 +106,7 @@ def test_file_at_the_size_limit_is_read(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs an endless file")
 def test_file_without_a_size_is_bounded():
-    with pytest.raises(NATSError, match="/dev/zero: more than"):
+    with pytest.raises(NATSError, match="/dev/zero: larger than"):
         read_yaml("/dev/zero")
 
 

@@ -161,7 +161,7 @@ def test_incomplete_stages_and_odd_widths_do_not_fit_a_network():
     [
         ({}, "not an RF-Next structure"),
         ({"structure": {}}, "not an RF-Next structure"),
-        ({"structure": {"module.neck.conv": 2}}, "no 3x3 conv of a backbone in it"),
+        ({"structure": {"module.neck.conv": 2}}, "it names no 3x3 conv of a backbone"),
         ({"structure": {"backbone.layer2.0.conv2": 0}}, r"layer2.0.conv2.*malformed dilation"),
         ({"structure": {"backbone.layer2.0.conv2": True}}, "malformed dilation"),
         ({"structure": {"backbone.layer2.0.conv2": [1, 2, 3]}}, "malformed dilation"),
@@ -196,7 +196,7 @@ def test_ic_conv_refuses_what_is_malformed(change, message):
         (b"[", "not readable as JSON"),
         (b"\xff\xfe\x00", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
-        (b" " * (8 * 2**20 + 1), "more than the 8388608 bytes that are read"),
+        (b" " * (8 * 2**20 + 1), "larger than the limit of 8388608 bytes"),
     ],
 )
 def test_read_json_refuses(tmp_path, data, message):

@@ -47,7 +47,7 @@ def test_history_of_one_line(tmp_path):
 
 
 def test_history_refuses(tmp_path):
-    with pytest.raises(NATSError, match="holds no history of α"):
+    with pytest.raises(NATSError, match="contains no history of α"):
         plot.read_history(write(tmp_path / "metrics.json", {"iteration": 1, "total_loss": 2.0}))
     with pytest.raises(NATSError, match="cannot be read: No such file"):
         plot.read_history(str(tmp_path / "none.json"))

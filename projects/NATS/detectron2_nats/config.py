@@ -1,4 +1,4 @@
-"""Every config key of the project with default and meaning; reading and comparing configs."""
+"""Every config key of the project, with its default and meaning; read and compare configs."""
 
 import os
 from typing import Any, Dict, List
@@ -75,7 +75,7 @@ def add_nats_config(cfg: CfgNode) -> None:
     # search then decodes in "voted" order, the only one that these weights fit.
     cfg.SEARCH.RETRAIN_WEIGHTS = "base"
 
-    # -- how a run behaves, both searches and retraining ------------------------------------------
+    # -- runs: searches and retraining ------------------------------------------------------------
     # Precision of SOLVER.AMP: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
     # Share of the iterations, at the end, over which the weights are averaged. Their mean is
@@ -104,7 +104,7 @@ def load_config(path: str, opts=()) -> CfgNode:
         path: a config file, or the name of a Detectron2 zoo config; "" for none.
 
     Raises:
-        NATSError: missing, not plain YAML, unknown key, or wrong type; names the file or key.
+        NATSError: missing file, not plain YAML, unknown key or wrong type; names the file or key.
     """
     cfg = get_cfg()
     add_nats_config(cfg)
@@ -122,7 +122,7 @@ def load_config(path: str, opts=()) -> CfgNode:
 def _zoo_config(path: str) -> str:
     folder = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
     found = os.path.realpath(os.path.join(folder, path))
-    # "../" would lead out of the zoo, to a file that is not Detectron2's own
+    # A "../" must not lead out of the zoo: the file found is read with unsafe tags
     if not found.startswith(folder + os.sep) or not os.path.isfile(found):
         raise NATSError(
             f"config {path} not found: neither a file nor the name of a config in Detectron2's "
@@ -145,14 +145,14 @@ def _check_bases(path: str, depth: int = 0) -> None:
         raise NATSError(f"{path}: _BASE_ must be the path of one config")
     base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
     if os.path.exists(base) and not os.path.isfile(base):
-        raise NATSError(f"{path}: _BASE_ {base} is not a file")  # reading a pipe would block
+        raise NATSError(f"{path}: _BASE_ {base} is not a file")  # a pipe would block the reader
     _check_bases(base, depth + 1)
 
 
 def _merge(name: str, merge) -> None:
     try:
         merge()
-    except Exception as error:  # Python's parser raises MemoryError at values like "------…1"
+    except Exception as error:  # Python's parser raises MemoryError for a value like "------…1"
         reason = error.args[0] if error.args else type(error).__name__
         raise NATSError(f"{name}: {' '.join(str(reason).split())[:300]}") from None
 
@@ -187,7 +187,7 @@ def with_norms_for(cfg: CfgNode, processes: int) -> CfgNode:
 
 # -- comparing ------------------------------------------------------------------------------------
 
-# Settings that do not change what is computed, only where and how fast.
+# Settings (or beginnings of their names) that do not change what is computed.
 _FREE_KEYS = (
     "OUTPUT_DIR",
     "DATALOADER.NUM_WORKERS",
@@ -204,7 +204,11 @@ _FREE_KEYS = (
 
 
 def config_differences(saved: str, cfg: CfgNode) -> List[str]:
-    """ "KEY: old, now new" for each setting that changes what is computed."""
+    """A line "KEY: old, now new" for each setting that changes what is computed.
+
+    Args:
+        saved: the old config, as dumped.
+    """
     old, new = _flat(CfgNode.load_cfg(saved)), _flat(CfgNode.load_cfg(cfg.dump()))
     return [
         f"{key}: {old.get(key)!r}, now {new.get(key)!r}"

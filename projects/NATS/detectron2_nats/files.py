@@ -1,4 +1,4 @@
-"""Reading strangers' files and writing our own: safe YAML of bounded size, atomic writes."""
+"""Read files from strangers and write our own: safe YAML of bounded size, atomic writes."""
 
 import math
 import os
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 MAX_FILE_BYTES = 8 * 2**20
-"""Size limit of a config or architecture file; no more is read."""
+"""Size limit of a config or architecture file. No more bytes are read."""
 
 _MAX_DEPTH = 50
 _MAX_SCALAR = 2**16
@@ -28,7 +28,7 @@ _MAX_ALIASED = 10_000
 
 
 class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Plain values only, and no key twice."""
+    """Loads plain values only, and refuses duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         mapping = super().construct_mapping(node, deep=deep)
@@ -38,14 +38,14 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
 
 
 def _check_events(text: str, aliases: bool) -> None:
-    """Refuse what would take the composer much more time, stack or memory than the text has bytes.
+    """Refuse a text that would cost much more time, stack or memory than its size suggests.
 
-    It recurses without a bound of its own, reads "1:1:1:…" (base 60) in quadratic time, and
-    aliases of aliases make a small file large.
+    PyYAML recurses without a limit. It reads "1:1:1:…", a number in base 60, in quadratic time.
+    Aliases of aliases make a small file large.
     """
     depth = events = aliased = 0
-    open_anchors = []  # per open collection: its anchor, and how many events came before it
-    sizes = {}  # anchor → events of its node, its own aliases expanded
+    open_anchors = []  # (anchor, number of events before it) of each open collection
+    sizes = {}  # anchor → number of events in its node, with aliases expanded
     for event in yaml.parse(text, Loader=_StrictLoader):
         events += 1
         if isinstance(event, yaml.events.CollectionStartEvent):
@@ -64,7 +64,7 @@ def _check_events(text: str, aliases: bool) -> None:
         elif isinstance(event, yaml.events.AliasEvent):
             if not aliases:
                 raise yaml.YAMLError("aliases are not allowed")
-            aliased += sizes.get(event.anchor, _MAX_ALIASED + 1)  # unknown: it holds itself
+            aliased += sizes.get(event.anchor, _MAX_ALIASED + 1)  # unknown: it contains itself
             if aliased > _MAX_ALIASED:
                 raise yaml.YAMLError(f"aliases stand for more than {_MAX_ALIASED} values")
 
@@ -73,21 +73,22 @@ def parse_yaml(text: str, name: str, *, aliases: bool = True) -> Any:
     """Parse YAML of plain values.
 
     Args:
-        aliases: allow some; Detectron2 writes them into its own config dumps.
+        name: of the file, for the message.
+        aliases: allow a limited number. Detectron2 writes them into its config dumps.
 
     Raises:
-        NATSError: one line that names the file `name`, whatever is wrong with the text.
+        NATSError: anything is wrong with the text; one line that names the file.
     """
     try:
         _check_events(text, aliases)
         return yaml.load(text, Loader=_StrictLoader)
-    except Exception as error:  # the constructors of `!!bool x` and the like raise anything
+    except Exception as error:  # the constructors of `!!bool x` etc. raise all kinds of errors
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise NATSError(f"{name}: not readable as plain YAML: {reason}") from None
 
 
 class OneLine(list):
-    """A list that :func:`write_yaml` writes on one line, with all that is in it."""
+    """A list that :func:`write_yaml` writes on one line, with everything in it."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -109,7 +110,7 @@ def read_bounded(path: str) -> bytes:
     """Read a file of at most :data:`MAX_FILE_BYTES`.
 
     Raises:
-        NATSError: missing, a folder, too large; names the file.
+        NATSError: the file is missing, a folder, or too large; names the file.
     """
     try:
         with open(path, "rb") as file:
@@ -117,7 +118,7 @@ def read_bounded(path: str) -> bytes:
     except OSError as error:
         raise NATSError(f"{path}: cannot be read: {error.strerror or error}") from None
     if len(data) > MAX_FILE_BYTES:
-        raise NATSError(f"{path}: more than the {MAX_FILE_BYTES} bytes that are read")
+        raise NATSError(f"{path}: larger than the limit of {MAX_FILE_BYTES} bytes")
     return data
 
 
@@ -128,19 +129,19 @@ def read_yaml(path: str, *, aliases: bool = True) -> Any:
         aliases: see :func:`parse_yaml`.
 
     Raises:
-        NATSError: missing, a folder, too large, not text, not plain YAML; names the file.
+        NATSError: the file is missing, a folder, too large, not text, or not plain YAML; names it.
     """
     data = read_bounded(path)
     try:
         return parse_yaml(data.decode("utf-8"), str(path), aliases=aliases)
     except UnicodeDecodeError:
-        raise NATSError(f"{path}: not a text file in UTF-8") from None
+        raise NATSError(f"{path}: not a UTF-8 text file") from None
 
 
 def write_atomically(path: str, content: Union[str, Callable[[IO[bytes]], Any]]) -> None:
-    """Write a file beside `path`, flush it to the disk, then rename it to `path`.
+    """Write a file under another name in the same folder, flush it to the disk, and rename it.
 
-    A kill or a full disk in the middle leaves the old file as it was.
+    A kill or a full disk in the middle leaves the old file unchanged. Missing folders are made.
 
     Args:
         content: text, or a function that writes to the open binary file.
@@ -164,18 +165,12 @@ def write_atomically(path: str, content: Union[str, Callable[[IO[bytes]], Any]])
 
 
 def write_yaml(path: str, content: Mapping[str, Any], comment: str = "") -> None:
-    """Write plain values and :class:`OneLine`, in their order, as :func:`read_yaml` reads them.
+    """Write plain values and :class:`OneLine` lists, in their order, for :func:`read_yaml`.
 
     Args:
-        comment: lines at the top, each with its "#".
-
-    Raises:
-        NATSError: it would not be read, such as for its length; nothing is written then.
+        comment: lines at the top, each with a "#".
     """
     text = comment + yaml.dump(
         content, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=math.inf
     )
-    if len(text) > MAX_FILE_BYTES:
-        raise NATSError(f"{path}: {len(text)} bytes to write, at most {MAX_FILE_BYTES} are read")
-    parse_yaml(text, path)
     write_atomically(path, text)

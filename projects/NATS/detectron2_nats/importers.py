@@ -17,7 +17,7 @@ from .search_space import check_dilation, shortened
 __all__ = ["from_ic_conv", "from_rf_next", "read_json"]
 
 _BLOCKS = {16: (3, 4, 6, 3), 33: (3, 4, 23, 3)}
-"""Number of 3×3 convs → bottleneck blocks in res2 to res5: ResNet-50 and ResNet-101."""
+"""Number of 3×3 convs → bottleneck blocks in res2, res3, res4, res5: ResNet-50 and ResNet-101."""
 
 _WIDTH = 64
 """Channels of a ResNet's 3×3 convs in res2. Each further stage has twice as many."""
@@ -141,7 +141,7 @@ def from_rf_next(
             "backbone.layer2.0.conv2), not Res2Net, HRNet, ConvNeXt or PVT"
         )
     if not layers:
-        raise NATSError("RF-Next structure: no 3x3 conv of a backbone in it")
+        raise NATSError("RF-Next structure: it names no 3x3 conv of a backbone")
     note = {"method": "RF-Next", **({"source": source} if source else {})}
     return Architecture(dict(sorted(layers.items(), key=_block_order)), note), left_out
 

@@ -38,12 +38,10 @@ class SearchTrainer(ResumableTrainer):
     count as constants (the paper does not say).
 
     Args:
-        cfg: a config with the keys of :func:`add_nats_config` and an empty
-            ``MODEL.NATS.ARCHITECTURE``.
+        cfg: has the keys of :func:`add_nats_config`, and an empty ``MODEL.NATS.ARCHITECTURE``.
 
     Raises:
-        NATSError: bad input, or calibration images that are also training images; raised before
-            training starts.
+        NATSError: bad input; raised before training starts.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -100,10 +98,7 @@ class SearchTrainer(ResumableTrainer):
             self.alpha_step()
 
     def alpha_step(self) -> None:
-        """Take an Adam step on α, on a batch of ``DATASETS.CALIBRATION``.
-
-        Every weight, momentum and batch norm statistic stays the same, bit for bit.
-        """
+        """Take an Adam step on α, on a batch of ``DATASETS.CALIBRATION``. Nothing else changes."""
         with alpha_training(self._supernet):
             self.take_step(self.alpha)
 
@@ -291,11 +286,7 @@ class _AlphaHook(HookBase):
 
 
 def check_ranks_agree(searched: Dict[str, nn.Module]) -> None:
-    """Compare α on all ranks with rank 0's, bit for bit.
-
-    Raises:
-        NATSError: on all ranks, if α differs on any; names the layers.
-    """
+    """Raise NATSError on all ranks if α differs on any of them by a bit; it names the layers."""
     if comm.get_world_size() == 1:
         return
     flat = torch.cat([conv.alpha.detach().flatten() for conv in searched.values()])

@@ -1,4 +1,4 @@
-"""The commands: nats-search and the others, and the scripts of the repository that do the same."""
+"""The commands, nats-search and others. The repository's scripts call the same modules."""
 
 import importlib
 import sys
@@ -8,7 +8,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command that this process was started as: nats-search is :mod:`.search`."""
+    """Run the command under whose name this process was started: nats-search is :mod:`.search`."""
     name = Path(sys.argv[0]).stem
     module = name.removeprefix("nats-").replace("import", "import_architecture")
     try:

@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
 def _pixels(text: str) -> int:
     if not text.isdecimal() or not 32 <= int(text) <= 16384:
         raise argparse.ArgumentTypeError(f"{text!r}: expected 32 to 16384 pixels")
-    return -(-int(text) // 32) * 32  # Detectron2 pads images to whole strides
+    return -(-int(text) // 32) * 32  # Detectron2 pads images to multiples of the stride
 
 
 def run(prog: Optional[str] = None) -> None:

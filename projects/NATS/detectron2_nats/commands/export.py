@@ -1,4 +1,4 @@
-"""Write the plain config of a searched detector, and on request its weights."""
+"""Write the plain config of a searched detector, and if asked for, its weights."""
 
 import argparse
 import os
@@ -65,10 +65,10 @@ def run(prog: Optional[str] = None) -> None:
         "--output", default="", help="config to write (default: SOURCE/retrain.yaml)"
     )
     parser.add_argument(
-        "--order", choices=["paper", "voted"], help="decode the last checkpoint in this order"
+        "--order", choices=["paper", "voted"], help="decode the newest checkpoint in this order"
     )
     parser.add_argument(
-        "--margin", type=float, help="decode the last checkpoint with this SEARCH.DECODE_MARGIN"
+        "--margin", type=float, help="decode the newest checkpoint with this SEARCH.DECODE_MARGIN"
     )
     parser.add_argument(
         "--weights", default="", metavar="FILE", help="also write the super-network's weights"

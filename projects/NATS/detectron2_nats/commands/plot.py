@@ -53,12 +53,14 @@ def run(prog: Optional[str] = None) -> None:
     parser = tool_parser(__doc__, EPILOG, prog)
     parser.add_argument("source", help="a search's output folder, or an architecture file")
     parser.add_argument("--output", default="", help="folder to write (default: SOURCE/pictures)")
-    parser.add_argument("--format", choices=["png", "svg", "both"], default="png", help="(png)")
+    parser.add_argument(
+        "--format", choices=["png", "svg", "both"], default="png", help="of the files (png)"
+    )
     parser.add_argument("--title", default="", help="a line above each picture")
     pair = {"nargs": 2, "metavar": ("CONFIG", "WEIGHTS")}
     parser.add_argument("--plain", **pair, help="config and weights of the plain detector")
     parser.add_argument("--searched", **pair, help="config and weights of the searched detector")
-    parser.add_argument("--dataset", default="", help="source of images (default: DATASETS.TEST)")
+    parser.add_argument("--dataset", default="", help="where images are from (DATASETS.TEST)")
     parser.add_argument(
         "--images",
         type=whole_number(4096),

@@ -1,7 +1,8 @@
-"""Write one HTML page of a search, a study or the demo, to send to others.
+"""Write one HTML page about a search, a study or the demo, to send to others.
 
-Verdict first, then accuracy and cost, the architecture, how α got there, receptive fields and
-detections (where tools/plot.py has drawn them), and how to make it again. All is inside the file.
+It begins with the verdict. Then follow accuracy and cost, the architecture, the history of α,
+receptive fields and detections (if tools/plot.py has drawn them), and how to repeat it. The page
+needs no other file.
 """
 
 import argparse
@@ -29,6 +30,8 @@ def run(prog: Optional[str] = None) -> None:
     """The command; `prog` is its name in the help."""
     parser = tool_parser(__doc__, EPILOG, prog)
     parser.add_argument("folder", help="output folder of a search, a study or the demo")
-    parser.add_argument("--output", default="", metavar="HTML", help="(FOLDER/report.html)")
+    parser.add_argument(
+        "--output", default="", metavar="HTML", help="file to write (FOLDER/report.html)"
+    )
     parser.add_argument("--title", default="", help="heading of the page")
     run_tool(main, parser.parse_args())

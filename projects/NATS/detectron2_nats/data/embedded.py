@@ -121,7 +121,7 @@ def write_embedded_dataset(folder: str, dataset: EmbeddedSet) -> None:
 
 
 def _geometry(outline):
-    """COCO's fields for an outline, (points, 2) in pixels: bbox [x, y, w, h], area, polygon."""
+    """COCO's fields for an outline in pixels: bbox [x, y, w, h], area, segmentation."""
     points = outline.round(2)
     x, y = points.T
     (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()

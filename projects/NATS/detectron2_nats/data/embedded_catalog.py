@@ -14,7 +14,7 @@ __all__ = ["register_embedded_datasets"]
 
 
 class NATSPathHandler(PathHandler):
-    """Files of this package under ``nats://`` names, for Detectron2's PathManager (reading only).
+    """Files of this package under ``nats://`` names, for Detectron2's PathManager.
 
     ``nats://embedded_r50.pth`` is :data:`WEIGHTS`. ``nats://NAME/...`` is a file in the folder of
     the data set NAME, which is drawn when such a name is first resolved.
@@ -35,17 +35,11 @@ class NATSPathHandler(PathHandler):
         known = ", ".join(f"{self.PREFIX}{name}/..." for name in SETS)
         raise NATSError(f"Unknown name {path}. There are {self.PREFIX}{WEIGHTS.name}, {known}")
 
-    def _open(self, path, mode="r", buffering=-1, **kwargs):
-        return PathManager.open(self._get_local_path(path), mode, buffering, **kwargs)
-
     def _exists(self, path, **kwargs):
         return os.path.exists(self._get_local_path(path))
 
     def _isfile(self, path, **kwargs):
         return os.path.isfile(self._get_local_path(path))
-
-    def _isdir(self, path, **kwargs):
-        return os.path.isdir(self._get_local_path(path))
 
 
 def register_embedded_datasets() -> None:

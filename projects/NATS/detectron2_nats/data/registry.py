@@ -24,9 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register every [name, annotation json, image folder] of ``DATASETS.REGISTER``.
-
-    The same entry may be registered again.
+    """Register every [name, annotation json, image folder] of ``DATASETS.REGISTER``, repeatably.
 
     Raises:
         NATSError: an entry is malformed, or its name is taken by other files.
@@ -113,11 +111,8 @@ def _fault(annotation: dict, images, categories) -> str:
 def check_datasets(names: Sequence[str], key: str) -> None:
     """Check that each data set is registered, and that its files exist.
 
-    Args:
-        key: the config key or option that names them, for the message.
-
     Raises:
-        NATSError: says where the files were looked for, and how to get them.
+        NATSError: names `key`, the file that was looked for, and how to get it.
     """
     for name in names:
         known = DatasetCatalog.list()

@@ -33,11 +33,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``name.pth`` and make it the newest checkpoint.
-
-        Raises:
-            NATSError: the disk is full, or the file cannot be written; the old ones stay.
-        """
+        """Write ``name.pth`` and make it the newest checkpoint."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
@@ -74,10 +70,9 @@ class SafeCheckpointer(DetectionCheckpointer):
                 os.unlink(path)
 
     def _periodic_checkpoints(self) -> List[str]:
-        """Paths, newest first.
+        """Paths, newest first: by number, but those above the newest checkpoint's number come last.
 
-        They are sorted by number, but numbers above that of the newest checkpoint come last: those
-        were written by fewer processes, which count more and smaller steps.
+        They were written by fewer processes, which count more and smaller steps.
         """
         newest = os.path.basename(self.get_checkpoint_file())
         names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
@@ -86,11 +81,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return [os.path.join(self.save_dir, name) for name in names]
 
     def find_usable_checkpoint(self) -> str:
-        """The newest intact checkpoint, the same on all ranks; "" if there is no checkpoint.
-
-        Raises:
-            NATSError: there are checkpoints, but all are damaged.
-        """
+        """The newest intact checkpoint, the same on all ranks; "" if there is no checkpoint."""
         found = ""
         if comm.is_main_process():
             candidates = [self.get_checkpoint_file(), *self._periodic_checkpoints()]
@@ -102,9 +93,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 logger.warning(f"checkpoint {path} is damaged ({fault}): trying the one before it")
         found, any_exists = comm.all_gather((found, self.has_checkpoint()))[0]
         if any_exists and not found:
-            raise NATSError(
-                f"no checkpoint in {self.save_dir} is intact: start again in another OUTPUT_DIR"
-            )
+            raise NATSError(f"no checkpoint in {self.save_dir} is intact: use another OUTPUT_DIR")
         return found
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
@@ -205,7 +194,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module, name) in self.ALLOWED or (reconstructs and name in ("_reconstruct", "scalar")):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(
-            f"it contains {module}.{name}, which is neither an array nor a plain type"
+            f"it contains {module}.{name}, not only arrays and plain types"
         )
 
 

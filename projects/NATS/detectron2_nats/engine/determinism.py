@@ -24,11 +24,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def preserved_random_states(seed: Optional[Sequence[int]] = None) -> Iterator[None]:
-    """Restore the CPU's global random states at the end of the block.
-
-    Args:
-        seed: seeds them inside the block, if given.
-    """
+    """Restore the CPU's global random states after the block; in it they start from `seed`."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         if seed is not None:
@@ -73,11 +69,7 @@ def computed_by(device: str) -> List[Any]:
 
 
 def compute_as(before: List[Any], device: str) -> None:
-    """Use as many threads as before, unless OMP_NUM_THREADS is set; warn if anything differs.
-
-    Args:
-        before: what :func:`computed_by` returned when the checkpoint was written.
-    """
+    """Use as many threads as before, unless OMP_NUM_THREADS is set; warn if anything differs."""
     threads = before[1]
     if threads and "OMP_NUM_THREADS" not in os.environ and not device.startswith("cuda"):
         torch.set_num_threads(threads)

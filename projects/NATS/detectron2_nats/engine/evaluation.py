@@ -23,11 +23,7 @@ __all__ = ["build_evaluator"]
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """The evaluator of a registered data set. It writes results to ``OUTPUT_DIR/inference``.
-
-    Raises:
-        NATSError: the data set's metadata names no known `evaluator_type`.
-    """
+    """The evaluator of a registered data set. It writes results to ``OUTPUT_DIR/inference``."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     coco = functools.partial(COCOEvaluator, dataset_name, output_dir=folder)
     sem_seg = functools.partial(SemSegEvaluator, dataset_name, output_dir=folder)

@@ -30,18 +30,13 @@ class CheckpointHook(HookBase):
         elif trainer._stop_now or any(done % period == 0 for period in self._periods):
             trainer.save_checkpoint(f"model_{trainer.iter:07d}")
         if trainer._stop_now and done < trainer.max_iter:
-            logger.info(
-                f"stopped on request after iteration {trainer.iter}; continue with --resume"
-            )
+            logger.info(f"stopped on request after iteration {trainer.iter}. Resume with --resume")
             comm.synchronize()  # rank 0 writes longer than the others
             raise SystemExit(STOPPED_EXIT_CODE)
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's, except that it does not evaluate after a last step that failed.
-
-    The rank that failed would wait there for the others.
-    """
+    """Detectron2's; not after a last step that failed, where ranks would wait for each other."""
 
     def after_train(self):
         if self.trainer.iter >= self.trainer.max_iter:
@@ -49,11 +44,7 @@ class EvalHook(hooks.EvalHook):
 
 
 class AverageHook(HookBase):
-    """At the end, replaces the weights by their mean over the last iterations.
-
-    Args:
-        share: of the run's iterations, ``SOLVER.AVERAGE_LAST``.
-    """
+    """At the end, replaces the weights by their mean over the last `share` of the iterations."""
 
     def __init__(self, share: float):
         if not 0 <= share <= 1:

@@ -44,11 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Read the config, check it and its data sets, lock OUTPUT_DIR and start the log.
-
-    Raises:
-        NATSError: a setting is wrong, a data set is missing, or another run uses OUTPUT_DIR.
-    """
+    """Read the config, check it and its data sets, lock OUTPUT_DIR and start the log."""
     cfg = load_config(args.config_file, args.opts)
     no_cuda = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
     if no_cuda:
@@ -99,9 +95,6 @@ def run_script(
 
     Exit status: 0 done; 2 bad input (one line on stderr); 75 stopped on request (if it was
     training, with a checkpoint); 130 interrupted twice; 1 anything else.
-
-    Args:
-        prog: the command's name in the help.
     """
     parser = default_argument_parser(epilog=epilog)
     parser.description, parser.prog = description, prog or parser.prog

@@ -55,9 +55,6 @@ class _Samples(Dataset):
     def __init__(self, records: Dataset, mapper: Callable[[dict], Any], seed: int):
         self.records, self.mapper, self.seed = records, mapper, seed
 
-    def __len__(self) -> int:
-        return len(self.records)
-
     def __getitem__(self, item: Tuple[int, int]):
         position, index = item
         unreadable = []
@@ -107,9 +104,6 @@ class ResumableLoader:
         num_workers: number of loader processes; 0 reads in this process.
         seed: of order and augmentation; the same on all ranks.
         max_bad_share: the share of the data set's images that may be unreadable.
-
-    Raises:
-        NATSError: while iterating, if more images are unreadable.
     """
 
     def __init__(
@@ -244,10 +238,7 @@ def _exit_if_requested() -> None:
 
 
 def _worker_context(num_workers: int) -> Optional[str]:
-    """Fork, where possible: a spawned rank would spawn its loader processes too.
-
-    That is slow, and a signal that comes meanwhile hangs the rank.
-    """
+    """A spawned rank would spawn its loaders too: slow, and a signal meanwhile hangs the rank."""
     return "fork" if num_workers and _CAN_FORK else None
 
 
@@ -277,9 +268,6 @@ def build_resumable_loader(
     Args:
         total_batch_size: images per batch, on all ranks together.
         seed: of order and augmentation; the same on all ranks.
-
-    Raises:
-        NATSError: the ranks cannot share the batch equally, or the sampler cannot be resumed.
     """
     world_size = comm.get_world_size()
     if total_batch_size < 1 or total_batch_size % world_size:

@@ -1,4 +1,4 @@
-"""What a comparison of architectures over seeds and folds needs: data splits and statistics."""
+"""Compare architectures over seeds and folds: data splits, reference architectures, statistics."""
 
 import contextlib
 import io
@@ -42,11 +42,10 @@ __all__ = [
 
 
 def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
-    """Several COCO annotation files as one; images and annotations get new ids.
+    """Merge several COCO annotation files. Images and annotations get new ids.
 
     Raises:
-        NATSError: a file is not readable as COCO's format, categories differ, or an image is in
-            two files.
+        NATSError: a file is not in COCO's format, categories differ, or an image is in two files.
     """
     merged: Dict[str, Any] = {"images": [], "annotations": [], "categories": None}
     files = set()
@@ -56,7 +55,7 @@ def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
                 content = json.load(file)
             categories = [{"id": c["id"], "name": c["name"]} for c in content["categories"]]
             if merged["categories"] not in (None, categories):
-                raise NATSError(f"{path}: other categories than {paths[0]}")
+                raise NATSError(f"{path}: its categories differ from those of {paths[0]}")
             merged["categories"] = categories
             new_ids = {}
             for image in content["images"]:
@@ -76,16 +75,15 @@ def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
     return merged
 
 
-def write_folds(
-    annotations: Mapping[str, Any], folds: int, folder: str, calibration_share: float = 0.3
-) -> None:
-    """Write fold_K/{test,train,calibration,rest}.json for K = 0 … and all.json.
+def write_folds(annotations: Mapping[str, Any], folds: int, folder: str) -> None:
+    """Write all.json, and FOLDER/fold_K/{test,train,calibration,rest}.json for each fold K.
 
-    Every image is in one fold's test split; the rest (`rest`: what a retraining uses) is cut into
-    the two splits of a search. The same files for the same input.
+    Every image is in the test split of exactly one fold. `rest` is all other images of a fold, on
+    which a detector is retrained. For a search, `calibration` is 30 % of `rest` and `train` the
+    remainder. The same input gives the same files.
 
     Raises:
-        NATSError: fewer images than folds, or a split without images.
+        NATSError: there are fewer than three images per fold.
     """
     images = list(annotations["images"])
     if len(images) < 3 * folds:
@@ -95,7 +93,7 @@ def write_folds(
     for fold in range(folds):
         test = [i for place, i in enumerate(order) if place % folds == fold]
         rest = [i for place, i in enumerate(order) if place % folds != fold]
-        cut = max(1, round(calibration_share * len(rest)))
+        cut = max(1, round(0.3 * len(rest)))
         for name, chosen in {
             "test": test,
             "rest": rest,
@@ -114,7 +112,7 @@ def write_folds(
 
 
 def pooled_ap(annotation_file: str, result_files: Sequence[str]) -> float:
-    """AP of the folds' detections taken together, in percent: each image was tested once."""
+    """AP, in percent, of the detections of all folds together; each image was tested once."""
     detections = []
     for path in result_files:
         with open(path) as file:
@@ -123,9 +121,6 @@ def pooled_ap(annotation_file: str, result_files: Sequence[str]) -> float:
         return 0.0
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(annotation_file)
-        for annotation in truth.dataset["annotations"]:
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
         evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -137,18 +132,22 @@ def pooled_ap(annotation_file: str, result_files: Sequence[str]) -> float:
 
 
 def random_architecture(cfg: CfgNode, seed: int, uneven: bool = False) -> Architecture:
-    """Each channel group of the search space of `cfg` draws its genotype.
-
-    Groups keep their own rows ("voted" order).
+    """Draw a genotype for each channel group in the search space of `cfg`.
 
     Args:
-        uneven: in each layer the genotypes' chances are drawn first, uniformly among all that add
-            up to 1: such architectures differ more from each other. Else all chances are equal.
+        uneven: first draw the genotypes' probabilities in each layer, uniformly among all that add
+            up to 1. Such architectures differ more from each other. Else all are equally probable.
+
+    Returns:
+        The architecture in voted order: groups keep their own channels.
+
+    Raises:
+        NATSError: `cfg` does not describe a super-network.
     """
     with torch.device("meta"):
         searched = searched_layers(build_backbone(cfg))
     if not searched:
-        raise NATSError("the search config holds no super-network to draw architectures from")
+        raise NATSError("the search config describes no super-network to draw architectures from")
     rng = np.random.default_rng(seed)
     layers = {}
     for name, conv in searched.items():
@@ -160,13 +159,13 @@ def random_architecture(cfg: CfgNode, seed: int, uneven: bool = False) -> Archit
 
 
 def searched_architecture(folder: str, order: str, margin: float = 0.0) -> Architecture:
-    """What the search in a folder found, decoded in an order and with a margin of choice."""
+    """What the search in a folder found, decoded in the given order and with the given margin."""
     _, backbone = read_search(folder)
     return Architecture.decode(searched_layers(backbone), order, margin)
 
 
 def dilation_shares(architectures: Sequence[Architecture]) -> Dict[Dilation, float]:
-    """Share of all channels that have each dilation, most frequent first."""
+    """The share of all channels that has each dilation, most frequent first."""
     counts: Counter = Counter()
     for architecture in architectures:
         for name in architecture.layers:
@@ -180,11 +179,11 @@ def _per_channel(segments) -> np.ndarray:
 
 
 def agreement(architectures: Sequence[Architecture]) -> Tuple[float, float]:
-    """Share of the channels that have the same dilation in two searches, mean over all pairs.
+    """How many channels have the same dilation in two searches, mean over layers and pairs.
 
     Returns:
-        The share, and what the architectures' own counts would give by chance. Equal: apart from
-        how often each dilation is chosen, the searches have nothing in common.
+        The share of channels, and the share expected by chance if each layer keeps its number of
+        channels per dilation. If both are equal, the searches agree on nothing but these numbers.
     """
     seen, chance = [], []
     for one, other in itertools.combinations(architectures, 2):
@@ -198,27 +197,27 @@ def agreement(architectures: Sequence[Architecture]) -> Tuple[float, float]:
 # -- statistics ------------------------------------------------------------------------------------
 
 
-def paired_interval(differences: Sequence[float], level: float = 0.95) -> Tuple[float, float]:
-    """Mean of paired differences and half the width of its confidence interval (Student's t)."""
+def paired_interval(differences: Sequence[float]) -> Tuple[float, float]:
+    """Mean of paired differences, and half the width of its 95 % interval (Student's t)."""
     values = np.asarray(differences, dtype=float)
     if len(values) < 2:
         return float(values.mean()), math.inf
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return float(values.mean()), float(half)
 
 
-def detectable_difference(
-    differences: Mapping[str, Sequence[float]], level: float = 0.95, power: float = 0.8
-) -> float:
-    """The true difference that a paired comparison of this size finds with probability `power`.
+def detectable_difference(differences: Mapping[str, Sequence[float]]) -> float:
+    """The true difference that a comparison of this size would find with 80 % probability.
+
+    For a two-sided t-test at 5 %.
 
     Args:
-        differences: paired differences of each method; their variances are averaged.
+        differences: method → paired differences; the methods' variances are averaged.
     """
     counts = [len(d) for d in differences.values()]
     if not counts or min(counts) < 2:
         return math.inf
     count = min(counts)
     deviation = np.mean([np.var(d, ddof=1) for d in differences.values()]) ** 0.5
-    quantiles = stats.t.ppf((1 + level) / 2, count - 1) + stats.t.ppf(power, count - 1)
+    quantiles = stats.t.ppf(0.975, count - 1) + stats.t.ppf(0.8, count - 1)
     return float(quantiles * deviation / count**0.5)

@@ -17,12 +17,12 @@ __all__ = ["Cost", "backbone_cost", "cost_table", "detector_flops", "interleaved
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one backbone and one image: counts, not measurements.
+    """Counted cost of a backbone for one image.
 
     Attributes:
-        parameters: numbers in parameters.
+        parameters: number of values in all parameters.
         flops: multiply-adds, as fvcore counts them.
-        activations: numbers in the outputs of convs and matrix products.
+        activations: number of values in the outputs of convs and matrix products.
     """
 
     parameters: int
@@ -56,7 +56,7 @@ def detector_flops(model: nn.Module, inputs: List[dict]) -> int:
 
 
 def cost_table(plain: Cost, searched: Cost) -> str:
-    """Both costs side by side, and "equal" or by how much the searched one differs."""
+    """A table of both costs, and by how much the searched backbone's differs ("equal" if not)."""
     rows = []
     for name, before in asdict(plain).items():
         after = getattr(searched, name)
@@ -76,13 +76,14 @@ def interleaved_seconds(
     warm_up: int = 1,
     device: Optional[str] = None,
 ) -> List[List[float]]:
-    """Seconds of each function in each round, taken in turn so that a drift hits all alike.
+    """Time each function once per round, in turn, so that a drift affects all of them equally.
 
     Args:
-        device: "cpu" or "cuda", where the functions run; by default CUDA if there is one.
+        warm_up: rounds before the first that counts.
+        device: where the functions compute, "cpu" or "cuda"; by default CUDA if it is available.
 
     Returns:
-        One list of `rounds` values per function.
+        For each function a list of `rounds` values, in seconds.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     timed = _seconds_on_cuda if device.startswith("cuda") else _seconds_on_cpu
@@ -103,7 +104,7 @@ def _seconds_on_cpu(function: Callable[[], object]) -> float:
 
 def _seconds_on_cuda(function: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()  # nothing of what ran before may count
+    torch.cuda.synchronize()  # what was started before must not count
     start.record()
     function()
     end.record()

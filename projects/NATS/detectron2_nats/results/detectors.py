@@ -1,4 +1,4 @@
-"""Two detectors side by side: their receptive fields, and what they detect."""
+"""Compare two detectors: their receptive fields, and what they detect."""
 
 import argparse
 from typing import Any, Dict, List
@@ -26,7 +26,7 @@ from . import plot
 __all__ = ["compared"]
 
 _FIELD_IMAGES = 16
-"""Receptive fields are a mean over so many images."""
+"""Receptive fields are averaged over this many images."""
 
 
 class _Network:
@@ -45,9 +45,13 @@ class _Network:
         SafeCheckpointer(self.model, "").load(weights, checkpointables=[])
 
     def detect(self, record: dict, threshold: float) -> List[tuple]:
-        """(box in pixels of the file's image, class, score) of each detection.
+        """(box, class index, score) of each detection, boxes in pixels of the image file.
 
-        Of boxes that overlap by more than a half, of whatever class, only the best.
+        Of boxes that overlap by more than a half, only the best is kept, whatever their classes.
+
+        Args:
+            record: a dataset dict.
+            threshold: lowest score that is kept.
         """
         batch = [DatasetMapper(self.cfg, is_train=False)(dict(record))]
         with torch.no_grad():
@@ -63,7 +67,7 @@ class _Network:
         )
 
     def receptive_fields(self, records: List[dict], side: int) -> Dict[str, np.ndarray]:
-        """Of its backbone, on the records' images resized to squares of `side` pixels."""
+        """The backbone's receptive fields, on images resized to squares of `side` pixels."""
         images = []
         for record in records:
             pixels = detection_utils.read_image(record["file_name"], self.cfg.INPUT.FORMAT)
@@ -78,7 +82,7 @@ class _Network:
 
 
 def compared(args: argparse.Namespace) -> Dict[str, Any]:
-    """Figures of the two detectors that the options of tools/plot.py name."""
+    """Name → figure, for the two detectors that the options of tools/plot.py name."""
     networks = {"plain": _Network(*args.plain), "searched": _Network(*args.searched)}
     cfg = networks["plain"].cfg
     records, class_names = _test_images(cfg, args.dataset, _FIELD_IMAGES)
@@ -97,7 +101,7 @@ def compared(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _test_images(cfg: CfgNode, dataset: str, count: int):
-    """(`count` records spread over the data set, its class names)."""
+    """`count` records, spread evenly over the data set, and the names of its classes."""
     register_datasets(cfg)
     name = dataset or (cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "")
     if not name:

@@ -1,6 +1,6 @@
-"""Pictures: an architecture, α's history, effective receptive fields, detections.
+"""Pictures: an architecture, α's history, effective receptive fields, detections, a study.
 
-Each function draws one matplotlib figure and returns it; nothing is shown on a screen.
+Each function draws a matplotlib figure and returns it. Nothing is shown on a screen.
 """
 
 import json
@@ -35,8 +35,8 @@ __all__ = [
     "save",
 ]
 
-# Darker is further within a kind, so that a grey print keeps the order. The hatch tells the kinds
-# apart in grey: lines along the width for wide kernels, along the height for tall ones.
+# Within a kind, darker means further, so that a grey print keeps the order. Hatches distinguish the
+# kinds in grey: lines along the width for wide dilations, along the height for tall ones.
 _KINDS = {"square": ("Blues", ""), "wide": ("Oranges", "---"), "tall": ("Greens", "|||")}
 
 
@@ -48,9 +48,9 @@ def _kind(dilation: Dilation) -> str:
 def dilation_styles(dilations: Sequence[Dilation]) -> Dict[Dilation, Dict[str, Any]]:
     """A face colour and a hatch for each dilation, in the order of a legend.
 
-    The plain (1, 1) is light grey; squares are blue, wide ones orange, tall ones green.
+    The plain (1, 1) is light grey, square dilations are blue, wide ones orange, tall ones green.
     """
-    # the paper's are always counted in, so that its dilations look alike in all pictures
+    # always includes the paper's, so that they have the same colours in all pictures
     known = sorted({*dilations, *PAPER_SETS["C"]["res5"]}, key=_legend_key)
     styles = {(1, 1): _style("Greys", 0.2, 0.2, "")}
     for kind, (colours, hatch) in _KINDS.items():
@@ -66,12 +66,12 @@ def _legend_key(dilation: Dilation):
 
 def _style(colours: str, face: float, lines: float, hatch: str) -> Dict[str, Any]:
     ramp = matplotlib.colormaps[colours]
-    # without a width the edge is not drawn, and its colour is the hatch's
+    # with a width of 0 no edge is drawn, and its colour is used for the hatch
     return {"facecolor": ramp(face), "edgecolor": ramp(lines), "hatch": hatch, "linewidth": 0}
 
 
 def _legend(owner, styles: Mapping[Dilation, Mapping[str, Any]], **place) -> None:
-    """A legend of dilations, in the order in which their pieces lie on each other."""
+    """A legend of dilations, in the order in which their bars are stacked."""
     handles = [
         Patch(label=f"{d_h}×{d_w}" + (" (plain)" if d_h == d_w == 1 else ""), **style)
         for (d_h, d_w), style in styles.items()
@@ -90,7 +90,7 @@ def _legend(owner, styles: Mapping[Dilation, Mapping[str, Any]], **place) -> Non
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
-    # Not pyplot: it keeps every figure, and picks a screen where there is one.
+    # Not pyplot, which keeps every figure and uses a screen if there is one
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
@@ -99,7 +99,7 @@ def _figure(width: float, height: float, title: str) -> Figure:
 
 
 def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
-    """One stacked bar per layer: the share of its output channels that has each dilation."""
+    """A stacked bar per layer: the share of its output channels that has each dilation."""
     counts = {name: architecture.channels_per_dilation(name) for name in architecture.layers}
     styles = dilation_styles([d for layer in counts.values() for d in layer])
     figure = _figure(max(6.5, 2.6 + 0.36 * len(counts)), 4.2, title)
@@ -138,11 +138,12 @@ def read_history(path: str) -> Dict[str, Any]:
     """α's history in a search's ``metrics.json``.
 
     Returns:
-        iteration, entropy (share of its maximum), leading (share of the groups), votes_changed:
-        lists over the lines of the log; intensity: dilation → list, the share of all layers' votes.
+        "iteration", "entropy" (share of its maximum), "leading" (share of the groups) and
+        "votes_changed": lists over the lines of the log. "intensity": dilation → such a list, the
+        share of the votes, mean over all layers.
 
     Raises:
-        NATSError: missing, or without α's values.
+        NATSError: the file is missing, or contains no values of α.
     """
     lines: Dict[int, Dict[str, float]] = {}
     try:
@@ -151,15 +152,15 @@ def read_history(path: str) -> Dict[str, Any]:
                 try:
                     values = json.loads(line)
                 except ValueError:
-                    continue  # a kill in the middle of a line
+                    continue  # the search was killed while it wrote this line
                 if isinstance(values, dict) and "alpha/entropy" in values:
-                    # a resumed search writes some iterations again: the last counts
+                    # a resumed search logs some iterations again: the last line counts
                     lines[int(values["iteration"])] = values
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
+        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise NATSError(f"{path}: cannot be read: {reason}") from None
     if not lines:
-        raise NATSError(f"{path}: holds no history of α: is it a search's?")
+        raise NATSError(f"{path}: contains no history of α: is it the file of a search?")
     history: Dict[str, Any] = {"iteration": sorted(lines)}
     ordered = [lines[iteration] for iteration in history["iteration"]]
     for key in ("entropy", "leading", "votes_changed"):
@@ -171,7 +172,7 @@ def read_history(path: str) -> Dict[str, Any]:
 
 
 def _overall_intensity(values: Mapping[str, float]) -> Dict[Dilation, float]:
-    """Mean over the layers of each genotype's intensity; 0 in a layer that lacks it."""
+    """Each genotype's intensity, mean over the layers; 0 in a layer without this genotype."""
     layers, sums = set(), {}
     for key, share in values.items():
         if key.startswith("intensity/"):
@@ -183,10 +184,14 @@ def _overall_intensity(values: Mapping[str, float]) -> Dict[Dilation, float]:
 
 
 def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
-    """α over the iterations: how decided it is, votes changed, intensity of each dilation."""
+    """α over the iterations: how decided it is, votes changed, intensity of each dilation.
+
+    Args:
+        history: what :func:`read_history` returns.
+    """
     figure = _figure(7.5, 6.6, title)
     decided, votes, intensity = figure.subplots(3, sharex=True, height_ratios=[1.2, 1, 1.7])
-    # iterations count from 0; what is logged at the end of iteration i is the state after i + 1
+    # Iterations count from 0: the line of iteration i is the state after i + 1 iterations
     x = np.asarray(history["iteration"]) + 1
     line = {"marker": "o" if len(x) < 40 else None, "markersize": 3, "clip_on": False}
     decided.plot(x, history["entropy"], label="entropy", color="#08519c", **line)
@@ -224,17 +229,17 @@ def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
 def effective_receptive_fields(module: nn.Module, images: torch.Tensor) -> Dict[str, np.ndarray]:
     """What the centre of each stage's output sees of the input (the paper's Figure 4).
 
-    The gradient of the centre position's output, summed over its channels, with respect to the
-    input: its absolute value, summed over the colours, mean over the images. Each image counts
-    alike, however large its gradient. Norms use their stored statistics, so that no position sees
-    another through them.
+    This is the gradient of the output at the centre, summed over its channels, with respect to the
+    input. Its absolute value is summed over the colours, normalised, and averaged over the images,
+    so that all images count equally. Norms use their stored statistics: batch statistics would let
+    every position see all others.
 
     Args:
-        module: holds residual stages; put back into its mode afterwards.
-        images: (B, 3, H, W), normalised as the backbone expects them.
+        module: contains residual stages. Its training mode is restored.
+        images: (B, 3, H, W), normalised as the backbone expects.
 
     Returns:
-        Stage → (H, W), adding up to 1.
+        Stage → field, (H, W), which adds up to 1.
     """
     outputs: Dict[str, torch.Tensor] = {}
     stages = residual_stages(module)
@@ -264,7 +269,7 @@ def effective_receptive_fields(module: nn.Module, images: torch.Tensor) -> Dict[
 
 
 def mass_side(field: np.ndarray, share: float = 0.9) -> int:
-    """Side in pixels of the smallest square around the centre that holds `share` of a field."""
+    """Side in pixels of the smallest central square that contains `share` of a field, (H, W)."""
     height, width = field.shape
     rows, columns = np.abs(np.arange(height) - height // 2), np.abs(np.arange(width) - width // 2)
     distance = np.maximum(rows[:, None], columns[None, :])
@@ -275,10 +280,10 @@ def mass_side(field: np.ndarray, share: float = 0.9) -> int:
 def plot_receptive_fields(
     fields: Mapping[str, Mapping[str, np.ndarray]], title: str = ""
 ) -> Figure:
-    """Networks as rows, stages as columns.
+    """A grid of receptive fields: networks as rows, stages as columns.
 
     Args:
-        fields: network's name → what :func:`effective_receptive_fields` returns.
+        fields: name of the network → what :func:`effective_receptive_fields` returns.
     """
     networks = list(fields)
     stages = [s for s in fields[networks[0]] if all(s in fields[n] for n in networks)]
@@ -288,7 +293,7 @@ def plot_receptive_fields(
         for row, network in enumerate(networks):
             axes, field = grid[row][column], fields[network][stage]
             side, (height, width) = mass_side(field), field.shape
-            # A single bright pixel must not darken the rest; the root shows the faint rim.
+            # One bright pixel must not darken the rest. The square root shows the faint rim.
             bright = np.quantile(field[field > 0], 0.999) if (field > 0).any() else 1.0
             axes.imshow(np.sqrt(np.clip(field / bright, 0, 1)), cmap="magma", vmin=0, vmax=1)
             corner = (width // 2 - side / 2, height // 2 - side / 2)
@@ -300,7 +305,7 @@ def plot_receptive_fields(
                 axes.set_ylabel(network, fontsize=10)
     figure.supxlabel(
         "|input gradient of the centre output|, square root\n"
-        "the square around the centre holds 90 % of it; its side is given",
+        "the square around the centre contains 90 % of it; its side is given",
         fontsize=8,
     )
     return figure
@@ -315,11 +320,13 @@ def plot_detections(
     class_names: Sequence[str],
     title: str = "",
 ) -> Figure:
-    """Images as rows, networks as columns; a colour per class.
+    """A grid of detections: images as rows, networks as columns, a colour per class.
 
     Args:
-        images: (H, W, 3) uint8, RGB.
-        detections: network's name → per image, list of (x0, y0, x1, y1 in pixels; class; score).
+        images: each (H, W, 3) uint8, RGB.
+        detections: name of the network → for each image a list of (box, class index, score), with
+            boxes (x0, y0, x1, y1) in pixels.
+        class_names: in the order of their indices.
     """
     palette = matplotlib.colormaps["tab10"].colors
     aspects = [image.shape[0] / image.shape[1] for image in images]
@@ -341,7 +348,7 @@ def plot_detections(
                     Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=1.5)
                 )
                 name = class_names[label] if label < len(class_names) else str(label)
-                # above the box, or inside it where the image ends
+                # above the box, or inside it at the upper edge of the image
                 y = y0 if y0 > 0.07 * height else y0 + 0.065 * height
                 box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
                 style = {"fontsize": 7, "color": "white", "va": "bottom", "clip_on": True}
@@ -353,10 +360,10 @@ def plot_detections(
 
 
 def plot_study(ap: Mapping[str, Sequence[float]], title: str = "") -> Figure:
-    """AP of each method: one point per seed, points of a seed joined; the means as bars.
+    """AP of each method: a point per seed, a line per seed, and the mean as a bar.
 
     Args:
-        ap: method → AP of each seed, the same seeds for all.
+        ap: method → AP of each seed; the same seeds for all methods.
     """
     figure = _figure(1.6 + 1.1 * len(ap), 4.2, title)
     axes = figure.subplots()
@@ -409,7 +416,7 @@ def plot_cost(points: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-# -- out ---------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------
 
 
 def as_image(figure: Figure) -> np.ndarray:
@@ -420,7 +427,7 @@ def as_image(figure: Figure) -> np.ndarray:
 
 
 def save(figure: Figure, folder: str, name: str, formats: Sequence[str]) -> List[str]:
-    """Write FOLDER/NAME.png and the like; returns the paths."""
+    """Write FOLDER/NAME.FORMAT for each format, such as "png"; returns the paths."""
     os.makedirs(folder, exist_ok=True)
     paths = []
     for suffix in formats:

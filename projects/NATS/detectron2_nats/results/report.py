@@ -1,4 +1,4 @@
-"""One HTML page of a search or a study, to send to others: no script in it, nothing outside."""
+"""One HTML page about a search or a study, to send to others: no scripts, no external files."""
 
 import base64
 import glob
@@ -27,8 +27,8 @@ __all__ = ["write_report"]
 
 _SEARCHES = ("seed_0/search-nats", "seed_0/search-path")
 _PICTURES = {
-    "receptive_fields": "Effective receptive field of each stage: where the gradient of its middle "
-    "unit comes from.",
+    "receptive_fields": "Effective receptive field of each stage: which pixels its central output "
+    "depends on.",
     "detections": "Detections of both networks on the same images.",
     "study": "AP of each method and seed.",
 }
@@ -36,7 +36,7 @@ _TYPES = {"png": "image/png", "svg": "image/svg+xml"}
 
 
 class _Part(NamedTuple):
-    """One block of a section: an image, HTML, a folded text, or a text with a caption above it."""
+    """A block of a section: an image, HTML, a folded text or a plain text, with its caption."""
 
     caption: str = ""
     image: str = ""
@@ -46,23 +46,24 @@ class _Part(NamedTuple):
 
 
 def write_report(folder: str, path: str, title: str = "") -> None:
-    """Write what a folder holds as one HTML file.
+    """Write the results in a folder as one HTML file.
 
     Args:
-        folder: the output folder of a search, of a study, or of the demo. Pictures that
-            tools/plot.py left in its folder `pictures` are taken in.
+        folder: the output folder of a search, a study or the demo. Pictures that tools/plot.py has
+            written inside it are included.
         path: the file to write.
+        title: heading of the page; by default it names the folder.
 
     Raises:
-        NATSError: the folder holds neither a search nor a study.
+        NATSError: the folder contains neither a search nor a study, or a file is not readable.
     """
     results = _json(os.path.join(folder, "results.json"))
     searches = [folder, *(os.path.join(folder, name) for name in _SEARCHES)]
     search = next((s for s in searches if os.path.isfile(os.path.join(s, "architecture.yaml"))), "")
     if not results and not search:
         raise NATSError(
-            f"{folder} holds neither architecture.yaml nor results.json: name the output folder of "
-            "a search or of a study"
+            f"{folder} contains neither architecture.yaml nor results.json: name the output folder "
+            "of a search or a study"
         )
     verdict, sure, sections = [], True, {}
     architecture = None
@@ -78,8 +79,8 @@ def write_report(folder: str, path: str, title: str = "") -> None:
             verdict.append(f"The search is {decidedness['verdict']}. {_numbers(decidedness)}")
             sure = decidedness["verdict"].startswith("decided")
     if architecture:
-        of_several = " Of the first seed's search." if results else ""
-        sections["What was found"] = _found(architecture, of_several)
+        note = " This is the search of the first seed." if results else ""
+        sections["What was found"] = _found(architecture, note)
         sections["What was found"] += _history(search) if search else []
     sections["What it sees"] = _pictures(folder, ["receptive_fields", "detections"])
     sections["Where it comes from"] = _provenance(search or folder)
@@ -87,7 +88,7 @@ def write_report(folder: str, path: str, title: str = "") -> None:
         template = jinja2.Environment(autoescape=True).from_string(file.read())
     page = template.render(
         title=title or f"Dilation search: {os.path.basename(os.path.abspath(folder))}",
-        verdict=verdict or ["No decidedness was recorded."],
+        verdict=verdict or ["It was not recorded how decided the search is."],
         sure=sure,
         sections=sections,
     )
@@ -105,7 +106,7 @@ def _json(path: str) -> Optional[Dict[str, Any]]:
 
 
 def _gain(results: Dict[str, Any]) -> List[str]:
-    """What the study says, best searched method first."""
+    """How the best searched method of a study compares with the references."""
     methods = {name: result["AP"] for name, result in results["methods"].items()}
     searched = [name for name in methods if name.startswith("nats")]
     if not searched:
@@ -143,21 +144,21 @@ def _found(architecture: Architecture, note: str) -> List[_Part]:
     listed = ", ".join(f"{h}×{w} {share:.0%}" for (h, w), share in shares)
     figure = plot.plot_architecture(architecture)
     return [
-        _Part(f"Channels per dilation and layer. In all: {listed}.{note}", _svg(figure)),
+        _Part(f"Channels per dilation and layer. In total: {listed}.{note}", _svg(figure)),
         _Part("The same as a table", folded=architecture.summary()),
     ]
 
 
 def _history(search: str) -> List[_Part]:
-    """How α got there, and the scores of tools/score.py."""
+    """The history of α, and the scores that tools/score.py has written."""
     parts = []
     metrics = os.path.join(search, "metrics.json")
     if os.path.isfile(metrics) and os.path.getsize(metrics):
         figure = plot.plot_history(plot.read_history(metrics))
-        parts.append(_Part("Shares of the votes, and entropy of α, over the search.", _svg(figure)))
+        parts.append(_Part("Entropy of α and shares of the votes, over the search.", _svg(figure)))
     scores = _json(os.path.join(search, "scores.json"))
     if scores:
-        lines = ["| scored on calibration images | loss |", "| --- | ---: |"]
+        lines = ["| architecture | loss on calibration images |", "| --- | ---: |"]
         lines += [
             f"| {html.escape(n)} | {v:.4f} |" for n, v in sorted(scores.items(), key=lambda s: s[1])
         ]
@@ -166,14 +167,14 @@ def _history(search: str) -> List[_Part]:
 
 
 def _html(text: str) -> Markup:
-    """Markdown of our own tools, tables in a box that scrolls sideways on a narrow screen."""
+    """Our own tools' Markdown as HTML. A wide table scrolls sideways on a narrow screen."""
     text = markdown.markdown(text, extensions=["tables"])
     text = text.replace("<table>", '<div class="wide"><table>')
     return Markup(text.replace("</table>", "</table></div>"))
 
 
 def _svg(figure: Figure) -> str:
-    # as an image: two SVGs inside one page would share their ids
+    # as an image: the ids of two inline SVGs would clash
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return _data_url(buffer.getvalue(), "svg")
@@ -195,7 +196,7 @@ def _pictures(folder: str, names: List[str]) -> List[_Part]:
 
 
 def _provenance(folder: str) -> List[_Part]:
-    """How to make it again: commands, config, versions."""
+    """How to repeat it: commands, config, versions."""
     parts = []
     consoles = sorted(glob.glob(os.path.join(folder, "..", "*", "console.txt")))  # a study's
     commands = [line for line in map(_first_line, consoles) if line.startswith("$ ")]
@@ -204,7 +205,7 @@ def _provenance(folder: str) -> List[_Part]:
         parts.append(_Part("The runs of seed 0:", text="\n".join(commands)))
     elif os.path.isfile(config):
         command = f"$ python search_net.py --config-file {config} OUTPUT_DIR output/again"
-        parts.append(_Part("The search again:", text=command))
+        parts.append(_Part("To repeat the search:", text=command))
     if os.path.isfile(config):
         settings = yaml.safe_dump(settings_of(load_config(config)), default_flow_style=None)
         parts.append(_Part("The search's config", folded=settings))

@@ -1,9 +1,9 @@
-"""Is it worth retraining? Architectures compared by the super-network that they come from.
+"""Is it worth retraining? Score architectures with the super-network that they come from.
 
-A super-network whose α is one-hot computes what the decoded network with the super-network's own
-weights would: each channel group uses one replica. Its loss on images that these weights were not
-trained on is the architecture's one-shot score. docs/study.md says how
-well it predicts.
+If α is one-hot, each channel group of the super-network uses one replica. The super-network then
+computes what the decoded network with the super-network's own weights would. Its loss on images
+that these weights were not trained on is the architecture's one-shot score. docs/study.md says how
+well it predicts the AP after retraining.
 """
 
 import copy
@@ -31,16 +31,16 @@ def one_shot_score(
 ) -> float:
     """Mean loss of the decoded network with the super-network's own weights.
 
-    Batch norms take each batch's statistics. A detector that samples regions for its losses samples
-    the same ones for each architecture.
+    Batch norms use each batch's statistics. The regions that a detector samples for its losses are
+    the same for all architectures.
 
     Args:
         model: a searched detector; it is not changed.
-        architecture: in voted order, for only there do the super-network's weights fit.
+        architecture: in voted order, the only one that the super-network's weights fit.
         batches: lists of mapped samples with boxes.
 
     Raises:
-        NATSError: it is not of this super-network's space.
+        NATSError: the architecture is not in this super-network's search space.
     """
     return _loss(model, _one_hot_alphas(model, architecture), batches)
 
@@ -48,13 +48,13 @@ def one_shot_score(
 def knock_out_score(
     model: nn.Module, architecture: Architecture, batches: Sequence[List[dict]]
 ) -> float:
-    """Mean over the layers of the loss when that layer alone is decoded, the others mixed."""
+    """The loss when one layer is decoded and the others stay mixtures, mean over the layers."""
     alphas = _one_hot_alphas(model, architecture)
     return float(np.mean([_loss(model, {n: alpha}, batches) for n, alpha in alphas.items()]))
 
 
 def scoring_batches(cfg: CfgNode, records: Sequence[dict]) -> List[List[dict]]:
-    """The images at test size with their boxes, ``SOLVER.IMS_PER_BATCH`` in a batch."""
+    """Images at test size, with their boxes, in batches of ``SOLVER.IMS_PER_BATCH``."""
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     mapper = DatasetMapper(cfg, is_train=True, augmentations=[resize])
     samples, size = [mapper(record) for record in records], cfg.SOLVER.IMS_PER_BATCH
@@ -64,7 +64,7 @@ def scoring_batches(cfg: CfgNode, records: Sequence[dict]) -> List[List[dict]]:
 def one_hot_alpha(
     architecture: Architecture, layer: str, conv: MixedDilationConv2d
 ) -> torch.Tensor:
-    """(N, G): 0 for the genotype that each channel group has, -inf for the others."""
+    """One conv's α for an architecture, (N, G): 0 for a group's genotype, -inf for the others."""
     dilations = [tuple(d) for c, *d in architecture.layers.get(layer, ()) for _ in range(c)]
     if len(dilations) != conv.out_channels:
         raise NATSError(
@@ -92,7 +92,7 @@ def _loss(
     model: nn.Module, alphas: Mapping[str, torch.Tensor], batches: Sequence[List[dict]]
 ) -> float:
     """Mean total loss with these α; other layers keep theirs."""
-    model = copy.deepcopy(model).train()  # what a forward pass changes goes with the copy
+    model = copy.deepcopy(model).train()  # a forward pass changes only the copy
     searched = searched_layers(model)
     devices = range(torch.cuda.device_count()) if next(model.parameters()).is_cuda else []
     losses = []
