@@ -29,7 +29,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
 from detectron2_nats.architecture import Architecture
-from detectron2_nats.command import tool_parser
+from detectron2_nats.command import tool_parser, whole_number
 from detectron2_nats.config import config_differences, load_config
 from detectron2_nats.data.registry import register_datasets
 from detectron2_nats.engine.stopping import STOPPED_EXIT_CODE
@@ -691,20 +691,12 @@ def _method(text: str) -> str:
     return text
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1000:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 1000")
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
-    parser = tool_parser(__doc__, EPILOG)
+    parser, count = tool_parser(__doc__, EPILOG), whole_number(1000)
     parser.add_argument("--config-file", help="config of the detector: a path or a zoo name")
     parser.add_argument("--search-config", help="config of its search")
     parser.add_argument("--output", default="output/study", help="folder (%(default)s)")
-    parser.add_argument(
-        "--seeds", type=_count, default=3, help="seeds 0 to SEEDS - 1 (%(default)s)"
-    )
+    parser.add_argument("--seeds", type=count, default=3, help="seeds 0 to SEEDS - 1 (%(default)s)")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -721,11 +713,11 @@ def parse_args() -> argparse.Namespace:
         metavar="NAME=FILE",
         help="another method: an architecture file; may be repeated",
     )
-    parser.add_argument("--folds", type=_count, help="seed S is tested on fold S modulo FOLDS")
+    parser.add_argument("--folds", type=count, help="seed S is tested on fold S modulo FOLDS")
     parser.add_argument("--annotations", nargs="+", metavar="JSON", help="cut these into folds")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the annotations' images")
-    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (%(default)s)")
-    parser.add_argument("--num-gpus", type=_count, default=1, help="GPUs of each run (%(default)s)")
+    parser.add_argument("--jobs", type=count, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--num-gpus", type=count, default=1, help="GPUs of each run (%(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing, only write the tables")
     parser.add_argument(
         "--again",
