@@ -73,8 +73,11 @@ examples:
     $ python tools/study.py ... --report
   tables and picture from a results.json alone:
     $ python tools/study.py --again docs/results/bars_lying.json --output output/again
+  seeds 2 and 3 on another machine, and the tables of all four:
+    $ python tools/study.py ... --seeds 2-3
+    $ python tools/study.py --again here/results.json there/results.json --output output/all
   AP against multiply-adds and time of several studies' detectors, as one picture:
-    $ python tools/study.py --again full.json cut.json --methods plain nats-warm
+    $ python tools/study.py --cost full.json cut.json --methods plain nats-warm
 
 After a kill, the same command continues. KEY VALUE pairs change both configs.
 exit status: 0 done, 2 bad input, 75 stopped on request, 1 a run failed (its output file is named).
@@ -187,7 +190,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.seeds = range(args.seeds)
+        self.seeds = args.seeds
         self.given = dict(args.architecture)
         self.methods = [*args.methods, *self.given]
         for path in self.given.values():
@@ -447,7 +450,7 @@ class Study:
     def _pooled(self, method: str, seeds: List[int]) -> Optional[float]:
         """AP of all folds together, mean over rounds; None without folds or a complete round."""
         folds = self.args.folds
-        rounds = [range(r, r + folds) for r in range(0, len(self.seeds), folds)] if folds else []
+        rounds = [range(r, r + folds) for r in range(0, self.seeds.stop, folds)] if folds else []
         rounds = [r for r in rounds if set(r) <= set(seeds)]
         if not rounds:
             return None
@@ -525,6 +528,51 @@ def read_results(path: str) -> Dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise NATSError(f"{path}: not the results of a study: {one_line(error)}") from None
     return results
+
+
+def together(paths: List[str]) -> Dict[str, Any]:
+    """One study, of which several machines ran different seeds or methods.
+
+    Returns:
+        The results of the seeds that all methods have. Times are those of each method's first file.
+    """
+    parts = [read_results(path) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    cells: Dict[str, Dict[str, Dict[int, Any]]] = {"methods": {}, "searches": {}}
+    for path, part in zip(paths, parts):
+        for group, place in itertools.product(cells, range(len(part["seeds"]))):
+            for name, values in part[group].items():
+                seeds = cells[group].setdefault(name, {})
+                seed = part["seeds"][place]
+                if group == "methods" and seed in seeds:
+                    raise NATSError(f"{path}: {name} of seed {seed} is in another file, too")
+                seeds[seed] = _of_seed(values, place)
+    seeds = sorted(set.intersection(*map(set, cells["methods"].values())))
+    if not seeds:
+        raise NATSError(f"{', '.join(paths)}: no seed has results of all methods")
+    methods, searches = (
+        {n: _joined([c[seed] for seed in seeds]) for n, c in group.items() if c.keys() >= {*seeds}}
+        for group in cells.values()
+    )
+    for result in methods.values():
+        result["pooled"] = None  # needs the detections
+    return {"seeds": seeds, "methods": methods, "searches": searches}
+
+
+def _of_seed(values: Any, place: int) -> Any:
+    """The same structure with the list of each seed's values cut to one of them."""
+    if isinstance(values, dict):
+        return {name: _of_seed(value, place) for name, value in values.items()}
+    return [values[place]] if isinstance(values, list) else values
+
+
+def _joined(parts: List[Any]) -> Any:
+    """The lists of equal structures one after the other; of other values the first."""
+    if isinstance(parts[0], dict):
+        names = [name for name in parts[0] if all(name in part for part in parts)]
+        return {name: _joined([part[name] for part in parts]) for name in names}
+    return sum(parts, []) if isinstance(parts[0], list) else parts[0]
 
 
 def costs(paths: List[str], methods: List[str]) -> Dict[str, Dict[str, Any]]:
@@ -670,6 +718,18 @@ def _mean_and_deviation(values: List[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
+def _seeds(text: str) -> range:
+    match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", text)
+    seeds = range(0)
+    if match and match[2] is None:
+        seeds = range(int(match[1]))
+    elif match:
+        seeds = range(int(match[1]), int(match[2]) + 1)
+    if seeds:
+        return seeds
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seeds, or a range like 2-3")
+
+
 def _named_file(text: str):
     name, separator, path = text.partition("=")
     if not separator or not name or not path or kind(name) in METHODS or "/" in name:
@@ -696,7 +756,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config-file", help="config of the detector: a path or a zoo name")
     parser.add_argument("--search-config", help="config of its search")
     parser.add_argument("--output", default="output/study", help="folder (%(default)s)")
-    parser.add_argument("--seeds", type=count, default=3, help="seeds 0 to SEEDS - 1 (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=_seeds, default="3", help="how many, from 0 on; or which, like 2-3 (3)"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -723,13 +785,19 @@ def parse_args() -> argparse.Namespace:
         "--again",
         nargs="+",
         metavar="JSON",
-        help="only write the tables of a results.json; of several, AP against cost of --methods",
+        help="run nothing, write the tables of a results.json, or of a study's several ones",
+    )
+    parser.add_argument(
+        "--cost",
+        nargs="+",
+        metavar="JSON",
+        help="draw AP against cost of several studies' --methods",
     )
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for both configs"
     )
     args = parser.parse_args()
-    if not args.again and not (args.config_file and args.search_config):
+    if not (args.again or args.cost) and not (args.config_file and args.search_config):
         parser.error("--config-file and --search-config are needed")
     if args.folds and (args.folds < 2 or not args.annotations or not args.images):
         parser.error("--folds needs at least 2 folds, --annotations and --images")
@@ -739,13 +807,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.again and len(args.again) > 1:
-        points = costs(args.again, args.methods)
+    if args.cost:
+        points = costs(args.cost, args.methods)
         plot.save(plot.plot_cost(points), args.output, "cost", ["png"])
         print(f"wrote {os.path.join(args.output, 'cost.png')}")
         return
     if args.again:
-        results = read_results(args.again[0])
+        results = together(args.again)
     else:
         study = Study(args)
         if not args.report:

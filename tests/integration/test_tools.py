@@ -3,6 +3,7 @@
 What has no need of a process of its own runs in this one, which spares the imports.
 """
 
+import argparse
 import json
 import os
 import re
@@ -138,7 +139,7 @@ def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     assert (folder / "again/study.md").read_text() in shown
     assert (folder / "again/study.png").stat().st_size > 1000
     assert json.loads((folder / "again/results.json").read_text()) == results((1, 3))
-    arguments = ["--again", "results.json", "again/results.json", "--output", "again"]
+    arguments = ["--cost", "results.json", "again/results.json", "--output", "again"]
     arguments += ["--methods", "plain", "nats-warm", "path"]
     assert tool_here(monkeypatch, folder, "tools/study.py", *arguments) is None
     assert capsys.readouterr().out == "wrote again/cost.png\n"
@@ -146,6 +147,54 @@ def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     (folder / "odd.json").write_text('{"methods": 3}')
     left = tool_here(monkeypatch, folder, "tools/study.py", "--again", "odd.json")
     assert left == 2 and "odd.json: not the results of a study" in capsys.readouterr().err
+
+
+def test_a_study_that_several_machines_ran(monkeypatch, capsys, tmp_path):
+    def part(name, seeds, methods):
+        def repeated(values):
+            if isinstance(values, dict):
+                return {key: repeated(value) for key, value in values.items()}
+            return values * len(seeds) if isinstance(values, list) else values
+
+        content = {**repeated(results((1, 3), methods)), "seeds": seeds}
+        for method in content["methods"].values():
+            method["AP"] = [10.0 * seed for seed in seeds]
+        (tmp_path / name).write_text(json.dumps(content))
+
+    part("two.json", [0, 1], ("plain", "nats-warm"))
+    part("one.json", [3], ("plain", "nats-warm", "random"))
+    part("late.json", [1, 0], ("random",))
+    part("far.json", [5], ("random",))
+    files = ["two.json", "one.json", "late.json"]
+    assert tool_here(monkeypatch, tmp_path, "tools/study.py", "--again", *files) is None
+    shown = capsys.readouterr().out
+    assert "3 seeds" in shown and "seed 3" in shown
+    written = json.loads((tmp_path / "output/study/results.json").read_text())
+    assert written["seeds"] == [0, 1, 3] and list(written["methods"])[2] == "random"
+    for method in written["methods"].values():
+        assert method["AP"] == [0, 10, 30]
+        assert len(method["classes"]["red_blue"]) == len(method["architectures"]) == 3
+    assert written["searches"]["nats"]["entropy"] == [0.4] * 3
+    for files, words in (
+        (
+            ["two.json", "late.json", "two.json"],
+            "two.json: plain of seed 0 is in another file, too",
+        ),
+        (["two.json", "far.json"], "no seed has results of all methods"),
+    ):
+        assert tool_here(monkeypatch, tmp_path, "tools/study.py", "--again", *files) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, seeds", [("3", [0, 1, 2]), ("2-3", [2, 3]), ("7-7", [7])])
+def test_seeds_of_a_study(text, seeds):
+    assert list(runpy.run_path(str(REPOSITORY / "tools/study.py"))["_seeds"](text)) == seeds
+
+
+@pytest.mark.parametrize("text", ["0", "3-2", "-1", "1-", "x", "1-2-3"])
+def test_no_seeds_of_a_study(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="a range like 2-3"):
+        runpy.run_path(str(REPOSITORY / "tools/study.py"))["_seeds"](text)
 
 
 def test_the_demo_says_whether_the_search_was_right():

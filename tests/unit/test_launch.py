@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from detectron2_nats import NATSError
+from detectron2_nats.config import load_config
 from detectron2_nats.engine import launch
 from detectron2_nats.engine.stopping import STOPPED_EXIT_CODE
 
@@ -130,3 +131,13 @@ def test_the_device_chooses_the_groups_backend(monkeypatch, device, expected):
     monkeypatch.setattr(launch.comm, "create_local_process_group", lambda size: None)
     launch._join_group(device, 1, 2, rank=1, world_size=2)
     assert chosen == expected
+
+
+@pytest.mark.parametrize("capability, emulated", [("AVX2", True), ("AVX512", False)])
+def test_emulated_bfloat16_is_told(monkeypatch, capability, emulated):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    options = ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION"]
+    assert launch._emulates_bfloat16(load_config("", [*options, "bfloat16"])) == emulated
+    assert not launch._emulates_bfloat16(load_config("", [*options, "float16"]))
+    options += ["bfloat16", "MODEL.DEVICE", "cuda"]
+    assert not launch._emulates_bfloat16(load_config("", options))

@@ -68,7 +68,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
     logging.getLogger("detectron2_nats").parent = logging.getLogger("detectron2")
     if no_cuda:
         logger.warning(f"computing on the CPU, because PyTorch finds no GPU: {_why_no_cuda()}")
+    if _emulates_bfloat16(cfg):
+        logger.warning(
+            "this CPU has no bfloat16: PyTorch emulates it, several times slower than float32. "
+            "Stop, and start with SOLVER.AMP.ENABLED False"
+        )
     return cfg
+
+
+def _emulates_bfloat16(cfg: CfgNode) -> bool:
+    amp = cfg.SOLVER.AMP
+    wanted = cfg.MODEL.DEVICE == "cpu" and amp.ENABLED and amp.PRECISION == "bfloat16"
+    return wanted and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def train_or_evaluate(
