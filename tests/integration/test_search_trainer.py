@@ -369,7 +369,8 @@ def test_cudas_generators_keep_each_ranks_own_seed(tiny_config, tmp_path, monkey
     seeds = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     trainer = make_trainer(tiny_config, tmp_path / "one")
-    assert seeds == [trainer.cfg.SEED]  # as make_trainer, or default_setup on each rank
+    # as make_trainer, or default_setup on each rank; Detectron2's newest does it twice, once by str
+    assert set(map(int, seeds)) == {trainer.cfg.SEED}
     other = make_trainer(tiny_config, tmp_path / "other")
     assert_equal(snapshot(trainer)[0], snapshot(other)[0], "the start")
 
