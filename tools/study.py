@@ -719,12 +719,8 @@ def _mean_and_deviation(values: List[float], digits: int = 1) -> str:
 
 
 def _seeds(text: str) -> range:
-    match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", text)
-    seeds = range(0)
-    if match and match[2] is None:
-        seeds = range(int(match[1]))
-    elif match:
-        seeds = range(int(match[1]), int(match[2]) + 1)
+    match = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,3})", text)
+    seeds = range(int(match[1] or 0), int(match[2]) + bool(match[1])) if match else range(0)
     if seeds:
         return seeds
     raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seeds, or a range like 2-3")
