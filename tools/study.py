@@ -43,9 +43,10 @@ EPILOG = """
 methods:
   plain        the detector without a search
   plain-long   the same, for as many iterations as search and retraining together
-  plain-1.5x   the same, for 1.5 times as many iterations; any factor. A search's iteration takes
-               longer than one of training, so equal time needs more than plain-long
   random       each channel group draws its dilation, anew for each seed
+  plain-1.5x, random-1.5x
+               those two, for 1.5 times as many iterations; any factor. A search's iteration takes
+               longer than one of training, so equal time needs more than plain-long
   path         path-level search: one choice per conv
   transposed   what nats-voted found, with height and width of each dilation swapped
   nats-paper   the search, with channels sorted by dilation
@@ -94,6 +95,7 @@ METHODS = {
     "nats-voted": "nats",
     "nats-warm": "nats",
 }
+LONGER = re.compile(r"(plain|random)-(\d{1,3}(?:\.\d{1,3})?)x")
 DEFAULT_METHODS = ("plain", "plain-long", "random", "nats-paper", "nats-voted", "nats-warm")
 
 
@@ -290,7 +292,7 @@ class Study:
                 content = {"model": frozen, "__author__": "detectron2-nats"}
                 write_atomically(weights, lambda file: torch.save(content, file))
                 opts += ["MODEL.WEIGHTS", weights]
-            if method != "plain" and kind(method) == "plain":
+            if method == "plain-long" or length(method) is not None:
                 opts += self._schedule(self._iterations(method))
             return ["train_net.py", *self._common(config), *opts]
 
@@ -300,7 +302,7 @@ class Study:
         return ["--config-file", config, "--resume", "--num-gpus", str(self.args.num_gpus)]
 
     def _iterations(self, method: str) -> int:
-        """Of plain-long or plain-1.5x."""
+        """Of plain-long, plain-1.5x or random-1.5x."""
         iterations = load_config(self.args.config_file, self.args.opts).SOLVER.MAX_ITER
         if method == "plain-long":
             search = load_config(self.args.search_config, self.args.opts)
@@ -501,15 +503,16 @@ def _detections(model: torch.nn.Module, images: list) -> None:
 
 def kind(method: str) -> str:
     """A method without its margin or length."""
-    if method == "plain-long" or length(method) is not None:
+    if method == "plain-long":
         return "plain"
-    return method.partition("@")[0]
+    longer = LONGER.fullmatch(method)
+    return longer[1] if longer else method.partition("@")[0]
 
 
 def length(method: str) -> Optional[float]:
-    """1.5 for plain-1.5x, None for others."""
-    match = re.fullmatch(r"plain-(\d{1,3}(?:\.\d{1,3})?)x", method)
-    return float(match[1]) if match else None
+    """1.5 for plain-1.5x and random-1.5x, None for others."""
+    longer = LONGER.fullmatch(method)
+    return float(longer[2]) if longer else None
 
 
 def margin(method: str) -> float:
@@ -741,8 +744,8 @@ def _method(text: str) -> str:
         known = False
     if not known:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected one of {', '.join(METHODS)}, plain-1.5x; transposed and nats- "
-            "take @MARGIN. KEY VALUE pairs come after another option than --methods"
+            f"{text!r}: expected one of {', '.join(METHODS)}, plain-1.5x, random-1.5x; transposed "
+            "and nats- take @MARGIN. KEY VALUE pairs come after another option than --methods"
         )
     return text
 

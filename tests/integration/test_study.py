@@ -48,9 +48,11 @@ def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
     "method, kind, known",
     [
         ("plain-1.5x", "plain", True),
+        ("random-2x", "random", True),
         ("plain-long", "plain", True),
         ("plain-0x", "plain", False),
         ("plain-x", "plain-x", False),
+        ("nats-voted-2x", "nats-voted-2x", False),
         ("nats-warm@0.1", "nats-warm", True),
         ("nats-warm@1", "nats-warm", False),
         ("plain@0.1", "plain", False),
