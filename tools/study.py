@@ -34,7 +34,13 @@ from detectron2_nats.config import config_differences, load_config
 from detectron2_nats.data.registry import register_datasets
 from detectron2_nats.engine.stopping import STOPPED_EXIT_CODE
 from detectron2_nats.errors import NATSError, one_line
-from detectron2_nats.export import export_config, frozen_weights, read_search, write_config
+from detectron2_nats.export import (
+    export_config,
+    frozen_weights,
+    read_search,
+    write_config,
+    write_weights,
+)
 from detectron2_nats.files import write_atomically
 from detectron2_nats.results import comparison, plot
 from detectron2_nats.results.cost import backbone_cost, detector_flops, interleaved_seconds
@@ -288,9 +294,7 @@ class Study:
                 write_config(export_config(base, architecture), config)
             if kind(method) == "nats-warm":
                 weights = os.path.join(folder, "frozen.pth")
-                frozen = frozen_weights(*read_search(search.folder), architecture)
-                content = {"model": frozen, "__author__": "detectron2-nats"}
-                write_atomically(weights, lambda file: torch.save(content, file))
+                write_weights(frozen_weights(*read_search(search.folder), architecture), weights)
                 opts += ["MODEL.WEIGHTS", weights]
             if method == "plain-long" or length(method) is not None:
                 opts += self._schedule(self._iterations(method))

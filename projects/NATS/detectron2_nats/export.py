@@ -11,7 +11,7 @@ from detectron2.modeling import Backbone, build_backbone
 from .architecture import Architecture
 from .config import load_config
 from .errors import NATSError, one_line
-from .files import OneLine, write_yaml
+from .files import OneLine, write_atomically, write_yaml
 from .transform import apply_architecture, conv3x3_layers, frozen_state_dict
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "read_search",
     "settings_of",
     "write_config",
+    "write_weights",
 ]
 
 
@@ -90,6 +91,12 @@ def write_config(cfg: CfgNode, path: str) -> None:
         "# cfg = get_cfg(); detectron2_nats.add_nats_config(cfg)\n"
     )
     write_yaml(path, {"VERSION": 2, **difference}, comment)
+
+
+def write_weights(weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Write a detector's weights as a file for ``MODEL.WEIGHTS``."""
+    content = {"model": weights, "__author__": "detectron2-nats"}
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def settings_of(cfg: CfgNode) -> Dict[str, Any]:

@@ -21,8 +21,7 @@ from .decidedness import Decidedness, all_votes
 from .engine.loader import build_resumable_loader, dataset_dicts
 from .engine.resumable import Phase, ResumableTrainer
 from .errors import NATSError
-from .export import export_config, load_detector_config, write_config
-from .files import write_atomically
+from .export import export_config, load_detector_config, write_config, write_weights
 from .transform import frozen_state_dict, searched_layers
 
 __all__ = ["SearchTrainer"]
@@ -186,9 +185,7 @@ class SearchTrainer(ResumableTrainer):
             cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "retrain")
             if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
                 cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
-                frozen = frozen_state_dict(self.model, architecture)
-                content = {"model": frozen, "__author__": "detectron2-nats"}
-                write_atomically(cfg.MODEL.WEIGHTS, lambda file: torch.save(content, file))
+                write_weights(frozen_state_dict(self.model, architecture), cfg.MODEL.WEIGHTS)
             write_config(cfg, retrain)
             decidedness = self.decidedness()
             logger.log(

@@ -2,15 +2,18 @@
 
 import argparse
 import os
-from functools import partial
 from typing import Optional
-
-import torch
 
 from ..architecture import Architecture
 from ..command import paths_of, run_tool, tool_parser, write
-from ..export import detector_of, export_config, frozen_weights, read_search, write_config
-from ..files import write_atomically
+from ..export import (
+    detector_of,
+    export_config,
+    frozen_weights,
+    read_search,
+    write_config,
+    write_weights,
+)
 from ..transform import searched_layers
 
 EPILOG = """
@@ -44,10 +47,8 @@ def main(args: argparse.Namespace) -> None:
     cfg = export_config(detector_of(folder, args.config_file), architecture)
     if args.weights:
         frozen = frozen_weights(checkpoint, backbone, architecture)
-        content = {"model": frozen, "__author__": "detectron2-nats"}
         cfg.MODEL.WEIGHTS = args.weights
-        save = partial(torch.save, content)
-        write(args.weights, lambda: write_atomically(args.weights, save))
+        write(args.weights, lambda: write_weights(frozen, args.weights))
     path = args.output or os.path.join(folder, "retrain.yaml")
     write(path, lambda: write_config(cfg, path))
 
