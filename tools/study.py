@@ -534,6 +534,8 @@ def read_results(path: str) -> Dict[str, Any]:
         raise NATSError(f"{path}: cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise NATSError(f"{path}: not the results of a study: {one_line(error)}") from None
+    if not results["methods"] or not results["seeds"]:
+        raise NATSError(f"{path}: contains no results yet")
     return results
 
 

@@ -147,6 +147,9 @@ def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     (folder / "odd.json").write_text('{"methods": 3}')
     left = tool_here(monkeypatch, folder, "tools/study.py", "--again", "odd.json")
     assert left == 2 and "odd.json: not the results of a study" in capsys.readouterr().err
+    (folder / "new.json").write_text('{"methods": {}, "searches": {}, "seeds": [0]}')
+    left = tool_here(monkeypatch, folder, "tools/study.py", "--again", "new.json")
+    assert left == 2 and "new.json: contains no results yet" in capsys.readouterr().err
 
 
 def test_a_study_that_several_machines_ran(monkeypatch, capsys, tmp_path):
