@@ -50,9 +50,6 @@ methods:
   plain        the detector without a search
   plain-long   the same, for as many iterations as search and retraining together
   random       each channel group draws its dilation, anew for each seed
-  plain-1.5x, random-1.5x
-               those two, for 1.5 times as many iterations; any factor. A search's iteration takes
-               longer than one of training, so equal time needs more than plain-long
   path         path-level search: one choice per conv
   transposed   what nats-voted found, with height and width of each dilation swapped
   nats-paper   the search, with channels sorted by dilation
@@ -60,6 +57,8 @@ methods:
   nats-warm    the same architecture, retrained from the super-network's own weights
   NAME         the architecture of --architecture NAME=FILE, the same for each seed
 transposed and the nats- methods take a margin (SEARCH.DECODE_MARGIN) after an @: nats-warm@0.1.
+All take a length: plain-1.5x and random-1.5x are retrained for 1.5 times as many iterations. A
+search's iteration takes longer than one of training, so equal time needs more than plain-long.
 
 examples:
   on bars, whose right answer is known, with two seeds and two runs at a time:
@@ -101,7 +100,8 @@ METHODS = {
     "nats-voted": "nats",
     "nats-warm": "nats",
 }
-LONGER = re.compile(r"(plain|random)-(\d{1,3}(?:\.\d{1,3})?)x")
+# name, margin, length
+METHOD = re.compile(r"(.*?)(?:@(0?\.\d+|0))?(?:-(\d{1,3}(?:\.\d{1,3})?)x)?", re.DOTALL)
 DEFAULT_METHODS = ("plain", "plain-long", "random", "nats-paper", "nats-voted", "nats-warm")
 
 
@@ -296,8 +296,7 @@ class Study:
                 weights = os.path.join(folder, "frozen.pth")
                 write_weights(frozen_weights(*read_search(search.folder), architecture), weights)
                 opts += ["MODEL.WEIGHTS", weights]
-            if method == "plain-long" or length(method) is not None:
-                opts += self._schedule(self._iterations(method))
+            opts += self._schedule(method)
             return ["train_net.py", *self._common(config), *opts]
 
         return Task("retraining", folder, prepare, [search] if search else [])
@@ -305,18 +304,14 @@ class Study:
     def _common(self, config: str) -> List[str]:
         return ["--config-file", config, "--resume", "--num-gpus", str(self.args.num_gpus)]
 
-    def _iterations(self, method: str) -> int:
-        """Of plain-long, plain-1.5x or random-1.5x."""
-        iterations = load_config(self.args.config_file, self.args.opts).SOLVER.MAX_ITER
+    def _schedule(self, method: str) -> List[str]:
+        """The retraining's schedule, stretched to the method's length."""
+        solver, factor = load_config(self.args.config_file, self.args.opts).SOLVER, length(method)
         if method == "plain-long":
-            search = load_config(self.args.search_config, self.args.opts)
-            return iterations + search.SOLVER.MAX_ITER
-        return round(iterations * length(method))
-
-    def _schedule(self, iterations: int) -> List[str]:
-        """The retraining's schedule, stretched."""
-        solver = load_config(self.args.config_file, self.args.opts).SOLVER
-        steps = tuple(round(step * iterations / solver.MAX_ITER) for step in solver.STEPS)
+            search = load_config(self.args.search_config, self.args.opts).SOLVER
+            factor = 1 + search.MAX_ITER / solver.MAX_ITER
+        steps = tuple(round(step * factor) for step in solver.STEPS)
+        iterations = round(solver.MAX_ITER * factor)
         return ["SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", repr(steps)]
 
     def _architecture(self, method: str, seed: int) -> Optional[Architecture]:
@@ -507,21 +502,18 @@ def _detections(model: torch.nn.Module, images: list) -> None:
 
 def kind(method: str) -> str:
     """A method without its margin or length."""
-    if method == "plain-long":
-        return "plain"
-    longer = LONGER.fullmatch(method)
-    return longer[1] if longer else method.partition("@")[0]
-
-
-def length(method: str) -> Optional[float]:
-    """1.5 for plain-1.5x and random-1.5x, None for others."""
-    longer = LONGER.fullmatch(method)
-    return float(longer[2]) if longer else None
+    name = METHOD.fullmatch(method)[1]
+    return "plain" if name == "plain-long" else name
 
 
 def margin(method: str) -> float:
     """The margin with which a method decodes."""
-    return float(method.partition("@")[2] or 0)
+    return float(METHOD.fullmatch(method)[2] or 0)
+
+
+def length(method: str) -> float:
+    """Iterations of its retraining relative to the config's; 1.5 for plain-1.5x."""
+    return float(METHOD.fullmatch(method)[3] or 1)
 
 
 def read_results(path: str) -> Dict[str, Any]:
@@ -736,22 +728,23 @@ def _seeds(text: str) -> range:
 
 
 def _named_file(text: str):
-    name, separator, path = text.partition("=")
-    if not separator or not name or not path or kind(name) in METHODS or "/" in name:
+    name, _, path = text.partition("=")
+    taken = kind(name) in METHODS or kind(name) != name
+    if not name or not path or taken or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE, NAME not being a method")
     return name, path
 
 
 def _method(text: str) -> str:
-    allowed = METHODS[kind(text)] == "nats" if kind(text) in METHODS and "@" in text else True
-    try:
-        known = kind(text) in METHODS and allowed and 0 <= margin(text) < 1 and length(text) != 0
-    except ValueError:
-        known = False
+    name, decoded_with, longer = METHOD.fullmatch(text).groups()
+    known = name in METHODS and (decoded_with is None or METHODS[name] == "nats")
+    if longer:
+        known &= float(longer) > 0 and name != "plain-long"
     if not known:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected one of {', '.join(METHODS)}, plain-1.5x, random-1.5x; transposed "
-            "and nats- take @MARGIN. KEY VALUE pairs come after another option than --methods"
+            f"{text!r}: expected one of {', '.join(METHODS)}; with a length, like plain-1.5x; "
+            "transposed and nats- also with @MARGIN. KEY VALUE pairs come after another option "
+            "than --methods"
         )
     return text
 
