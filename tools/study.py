@@ -57,8 +57,8 @@ methods:
   nats-warm    the same architecture, retrained from the super-network's own weights
   NAME         the architecture of --architecture NAME=FILE, the same for each seed
 transposed and the nats- methods take a margin (SEARCH.DECODE_MARGIN) after an @: nats-warm@0.1.
-All but NAME take a length: plain-1.5x, random-1.5x are retrained for 1.5 times as many iterations. A
-search's iteration takes longer than one of training, so equal time needs more than plain-long.
+All but NAME take a length: plain-1.5x, random-1.5x are retrained for 1.5 times as many iterations.
+A search's iteration takes longer than one of training, so equal time needs more than plain-long.
 
 examples:
   on bars, whose right answer is known, with two seeds and two runs at a time:
