@@ -42,11 +42,11 @@ def test_a_difference_is_named_on_both_ranks(tiny_config, tmp_path):
         assert message.startswith(f"α differs between the ranks in {LAYER}. Resume")
 
 
-def a_few_steps(config, folder):
+def a_few_steps(config, folder, *opts):
     """The end of three iterations, with gradients as views and as copies."""
     ends = []
     for views in (True, False):
-        trainer = make_trainer(config, folder)
+        trainer = make_trainer(config, folder, *opts)
         wrapper = trainer.weights.losses
         assert wrapper.gradient_as_bucket_view
         if not views:
@@ -56,14 +56,17 @@ def a_few_steps(config, folder):
         with EventStorage(1) as trainer.storage:
             for trainer.iter in range(1, 4):  # α steps among them
                 trainer.run_step()
+        check_ranks_agree(trainer.searched)
         state = [trainer.weights.optimizer.state_dict(), trainer.alpha.optimizer.state_dict()]
         ends.append({"model": trainer.model.state_dict(), "optimizers": state})
     assert_equal(*ends, "end")
     return True
 
 
-def test_gradients_as_views_give_the_same_bits(tiny_config, tmp_path):
-    assert on_two_ranks(a_few_steps, tiny_config, str(tmp_path)) == [True, True]
+@pytest.mark.parametrize("sample", [False, True])  # sampled, the ranks draw different networks
+def test_gradients_as_views_give_the_same_bits(tiny_config, tmp_path, sample):
+    opts = ["MODEL.NATS.SAMPLE", sample]
+    assert on_two_ranks(a_few_steps, tiny_config, str(tmp_path), *opts) == [True, True]
 
 
 def rehearsal(config, folder):

@@ -45,12 +45,22 @@ def steps(trainer, first, count):
             trainer.run_step()
 
 
+SAMPLED = ["MODEL.NATS.SAMPLE", True]
+mixed_or_sampled = pytest.mark.parametrize("opts", [[], SAMPLED], ids=["mixed", "sampled"])
+
+
 @pytest.fixture
 def trainer(tiny_config, tmp_path):
     return make_trainer(tiny_config, tmp_path / "run")
 
 
-def test_a_weight_step_leaves_alpha_bit_identical(trainer):
+@pytest.fixture(params=[[], SAMPLED], ids=["mixed", "sampled"])
+def either_trainer(request, tiny_config, tmp_path):
+    return make_trainer(tiny_config, tmp_path / "run", *request.param)
+
+
+def test_a_weight_step_leaves_alpha_bit_identical(either_trainer):
+    trainer = either_trainer
     assert trainer.alpha_start == 2
     before = snapshot(trainer)
     steps(trainer, 0, 2)  # before ALPHA_START: weight steps only
@@ -89,7 +99,8 @@ def test_threads_are_the_runs_own_unless_the_user_sets_them(
         torch.set_num_threads(before)
 
 
-def test_an_alpha_step_leaves_the_rest_bit_identical(trainer):
+def test_an_alpha_step_leaves_the_rest_bit_identical(either_trainer):
+    trainer = either_trainer
     steps(trainer, 0, 1)
     trainer.model.train()
     before = snapshot(trainer)
@@ -117,7 +128,8 @@ def test_a_whole_iteration_is_a_weight_step_then_an_alpha_step(trainer, tiny_con
     assert not any(torch.equal(a[1][k], b[1][k]) for k in a[1])
 
 
-def test_each_parameter_is_in_one_optimizer(trainer):
+def test_each_parameter_is_in_one_optimizer(either_trainer):
+    trainer = either_trainer
     weights = {id(p) for p in trainer.weights.parameters}
     alphas = {id(p) for p in trainer.alpha.parameters}
     assert not weights & alphas
@@ -163,8 +175,9 @@ def test_the_result_is_what_alpha_says(tiny_config, tmp_path):
     assert names == [f"architecture_{i:07d}.yaml" for i in (1, 3, 5)]
 
 
-def test_retraining_may_start_from_the_supernetworks_weights(tiny_config, tmp_path):
-    opts = ["SEARCH.RETRAIN_WEIGHTS", "supernet", "SEARCH.ALPHA_LR", 0.5]
+@mixed_or_sampled
+def test_retraining_may_start_from_the_supernetworks_weights(tiny_config, tmp_path, opts):
+    opts = [*opts, "SEARCH.RETRAIN_WEIGHTS", "supernet", "SEARCH.ALPHA_LR", 0.5]
     trainer = make_trainer(tiny_config, tmp_path / "run", *opts)
     trainer.train()
     found = Architecture.load(str(tmp_path / "run/architecture.yaml"))
@@ -211,9 +224,10 @@ def test_bad_settings_come_to_light_before_the_search(tiny_config, tmp_path, key
         make_trainer(tiny_config, tmp_path / "run", f"SEARCH.{key}", value)
 
 
+@mixed_or_sampled
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumes_bit_for_bit(tiny_config, tmp_path, workers):
-    opts = ["DATALOADER.NUM_WORKERS", workers]
+def test_resumes_bit_for_bit(tiny_config, tmp_path, workers, opts):
+    opts = [*opts, "DATALOADER.NUM_WORKERS", workers]
     whole = make_trainer(tiny_config, tmp_path / "whole", *opts)
     whole.train()
     part = make_trainer(tiny_config, tmp_path / "part", *opts)
@@ -285,8 +299,9 @@ RETINANET += ["MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "MODEL.FPN.NO
         ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""],
         ["SOLVER.AMP.ENABLED", True],
         RETINANET,
+        SAMPLED,
     ],
-    ids=["BN", "loader processes", "FrozenBN", "float16", "RetinaNet"],
+    ids=["BN", "loader processes", "FrozenBN", "float16", "RetinaNet", "sampled"],
 )
 def test_a_rehearsal_changes_nothing(tiny_config, tmp_path, opts):
     opts = [*opts, "SOLVER.MAX_ITER", 4]  # the second has the first α step

@@ -131,9 +131,11 @@ def test_bad_group_keys(num_groups, channels_per_group, message):
         search_space_from_config(cfg)
 
 
-def test_share_weights_key():
-    supernet = build_backbone(nats(case_cfg("R50"), SHARE_WEIGHTS=True))
-    assert all(conv.replicas is None for conv in searched_layers(supernet).values())
+@pytest.mark.parametrize("key", ["SHARE_WEIGHTS", "SAMPLE"])
+def test_keys_without_replicas(key):
+    supernet = build_backbone(nats(case_cfg("R50"), **{key: True}))
+    for conv in searched_layers(supernet).values():
+        assert conv.replicas is None and conv.sample == (key == "SAMPLE")
     assert not any("replicas" in key for key in supernet.state_dict())
 
 

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.engine import DefaultTrainer
 from detectron2_nats import add_nats_config
-from detectron2_nats.config import with_norms_for
+from detectron2_nats.config import config_differences, load_config, with_norms_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -243,3 +243,12 @@ def test_own_data():
     assert search.DATASETS.REGISTER[1] == ["my_calib", "calib.json", "images"]
     assert search.DATASETS.TRAIN == ("my_train",)
     assert list(search.DATASETS.CALIBRATION) == ["my_calib"]
+
+
+def test_a_key_that_an_older_version_had_not_is_no_difference():
+    cfg = load_config("configs/quickstart/search.yaml")
+    older = cfg.clone()
+    del older.MODEL.NATS["SAMPLE"]
+    assert config_differences(older.dump(), cfg) == []
+    cfg.MODEL.NATS.SAMPLE = True
+    assert config_differences(older.dump(), cfg) == ["MODEL.NATS.SAMPLE: False, now True"]

@@ -41,13 +41,14 @@ def plain_conv(stride=1, base=1, groups=1, bias=False, norm=None, activation=Non
     return conv.double()
 
 
-def mixed_conv(num_groups=4, genotypes=GENOTYPES, share_weights=False, **kwargs):
+def mixed_conv(num_groups=4, genotypes=GENOTYPES, share_weights=False, sample=False, **kwargs):
     """A super-network's conv with random α and replicas that differ."""
     conv = MixedDilationConv2d(
         plain_conv(**kwargs),
         genotypes=genotypes,
         num_groups=num_groups,
         share_weights=share_weights,
+        sample=sample,
     )
     conv.alpha.data.normal_()
     if conv.replicas is not None:
@@ -116,6 +117,84 @@ def test_mixture_is_the_papers(kwargs, num_groups, share_weights, recomputed):
             torch.testing.assert_close(gradient, gradients[name], **TIGHT, msg=name)
     with torch.no_grad():
         torch.testing.assert_close(conv(x), expected, **TIGHT)
+
+
+def drawn_segments(conv):
+    """What the next pass in training will draw."""
+    with torch.random.fork_rng():
+        drawn = torch.multinomial(conv.alpha.softmax(dim=1), 1)[:, 0].tolist()
+    return drawn, [(conv.out_channels // conv.num_groups, *conv.genotypes[g]) for g in drawn]
+
+
+@pytest.mark.parametrize("num_groups", [2, 4])
+@pytest.mark.parametrize("kwargs", CONVS, ids=str)
+def test_a_sampled_step_trains_the_frozen_network_of_a_draw(kwargs, num_groups):
+    norm = dict(norm=nn.BatchNorm2d(16), activation=torch.relu)
+    conv = mixed_conv(num_groups, sample=True, **norm, **kwargs)
+    conv.alpha.requires_grad_(False)
+    assert conv.replicas is None
+    seen = set()
+    for _ in range(5):
+        drawn, segments = drawn_segments(conv)
+        seen.add(tuple(drawn))
+        frozen = GroupedDilationConv2d(copy.deepcopy(conv), segments)
+        y, expected = conv(input_()), frozen(input_())
+        assert torch.equal(y, expected)
+        conv.zero_grad()
+        for module, output in ((conv, y), (frozen, expected)):
+            output.square().sum().backward()
+        assert torch.equal(conv.weight.grad, frozen.weight.grad)
+        assert torch.equal(conv.norm.running_mean, frozen.norm.running_mean)
+    assert len(seen) > 1
+    conv.eval()
+    voted = [(16 // num_groups, *GENOTYPES[g]) for g in conv.alpha.argmax(dim=1).tolist()]
+    frozen = GroupedDilationConv2d(copy.deepcopy(conv), voted)
+    assert torch.equal(conv(input_()), frozen(input_()))
+
+
+@pytest.mark.parametrize("num_groups", [2, 4])
+@pytest.mark.parametrize("kwargs", CONVS, ids=str)
+def test_a_sampled_alpha_step_is_straight_through(kwargs, num_groups, recomputed):
+    """The value is the draw's; α's gradient is that of a mixture whose output lies at the draw."""
+    conv = mixed_conv(num_groups, sample=True, **kwargs)
+    drawn, segments = drawn_segments(conv)
+    y = conv(input_())
+    frozen = GroupedDilationConv2d(copy.deepcopy(conv), segments)
+    torch.testing.assert_close(y, frozen(input_()), **TIGHT)
+    y.pow(3).sum().backward()  # a loss whose gradient depends on where the output lies
+
+    towards = 3 * y.detach() ** 2
+    outputs = [
+        direct_mixture(
+            input_(), [conv.weight] * 4, hot.expand(num_groups, 4), GENOTYPES, **options(kwargs)
+        )
+        for hot in torch.eye(4, dtype=torch.float64).log()
+    ]
+    gain = torch.stack([(towards * y_g.detach()).sum((0, 2, 3)) for y_g in outputs], dim=1)
+    gain = gain.view(num_groups, -1, 4).sum(dim=1)
+    shares = conv.alpha.detach().softmax(dim=1)
+    expected = shares * (gain - (shares * gain).sum(dim=1, keepdim=True))
+    torch.testing.assert_close(conv.alpha.grad, expected, **TIGHT)
+
+
+def test_draws_follow_softmax():
+    conv = mixed_conv(4, sample=True)
+    conv.alpha.requires_grad_(False)
+    counts = torch.zeros(4, len(GENOTYPES))
+    ones = torch.zeros(1, 12, 9, 9, dtype=torch.float64)
+    ones[..., 4, 4] = 1  # a dilation's outputs are where it reaches this pixel
+    lone = {tuple(d): [(16, *d)] for d in GENOTYPES}
+    places = {d: GroupedDilationConv2d(copy.deepcopy(conv), s)(ones) for d, s in lone.items()}
+    for _ in range(400):
+        y = conv(ones)
+        for group in range(4):
+            rows = slice(4 * group, 4 * group + 4)
+            same = [torch.equal(y[:, rows], places[tuple(d)][:, rows]) for d in GENOTYPES]
+            assert sum(same) == 1
+            counts[group, same.index(True)] += 1
+    shares = conv.alpha.softmax(dim=1)
+    # five standard deviations of a binomial
+    assert ((counts / 400 - shares).abs() <= 5 * (shares * (1 - shares) / 400).sqrt()).all()
 
 
 @pytest.mark.parametrize("alpha_trains", [True, False])
@@ -392,6 +471,7 @@ def test_only_3x3_convs_of_same_size_output(kind, conv):
 def test_repr_shows_the_choice():
     assert re.search(r"4 groups of \[\(1, 1\), \(1, 3\)", repr(make("mixed", plain_conv())))
     assert "shared weights" in repr(mixed_conv(share_weights=True))
+    assert "sampled" in repr(mixed_conv(sample=True))
     assert "segments=[(4, 3, 1), (4, 1, 1)" in repr(make("grouped", plain_conv()))
 
 

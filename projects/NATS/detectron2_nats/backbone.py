@@ -25,6 +25,7 @@ def search_space_from_config(cfg: CfgNode) -> SearchSpace:
         num_groups=num_groups if num_groups or not channels_per_group else None,
         channels_per_group=channels_per_group or None,
         share_weights=nats.SHARE_WEIGHTS,
+        sample=nats.SAMPLE,
     )
 
 

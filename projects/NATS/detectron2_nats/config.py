@@ -43,6 +43,9 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.MODEL.NATS.CHANNELS_PER_GROUP = 0
     # Use one weight for all genotypes instead of one replica per genotype.
     cfg.MODEL.NATS.SHARE_WEIGHTS = False
+    # Each step draws one genotype per group, with probability softmax(α), instead of mixing them
+    # all; one weight for all genotypes. Cheaper, and not the paper's: docs/method.md.
+    cfg.MODEL.NATS.SAMPLE = False
 
     # -- data -----------------------------------------------------------------------------------
     # The split that trains α. It must not share any image with DATASETS.TRAIN.
@@ -209,7 +212,8 @@ def config_differences(saved: str, cfg: CfgNode) -> List[str]:
     Args:
         saved: the old config, as dumped.
     """
-    old, new = _flat(CfgNode.load_cfg(saved)), _flat(CfgNode.load_cfg(cfg.dump()))
+    old, new = (_flat(CfgNode.load_cfg(dump)) for dump in (saved, cfg.dump()))
+    old = {**_flat(load_config("")), **old}  # keys that this version has and the old one had not
     return [
         f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())

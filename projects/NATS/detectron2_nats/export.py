@@ -48,7 +48,7 @@ def load_detector_config(path: str, searched: CfgNode) -> CfgNode:
     cfg.defrost()
     defaults = load_config("")
     cfg.SEARCH, cfg.DATASETS.CALIBRATION = defaults.SEARCH, defaults.DATASETS.CALIBRATION
-    for key in ("STAGES", "SPACE", "NUM_GROUPS", "CHANNELS_PER_GROUP", "SHARE_WEIGHTS"):
+    for key in ("STAGES", "SPACE", "NUM_GROUPS", "CHANNELS_PER_GROUP", "SHARE_WEIGHTS", "SAMPLE"):
         cfg.MODEL.NATS[key] = defaults.MODEL.NATS[key]
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "retrain")
     return cfg

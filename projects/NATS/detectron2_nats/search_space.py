@@ -67,6 +67,7 @@ class SearchSpace:
             `channels_per_group` is given.
         channels_per_group: output channels per group, instead of `num_groups`.
         share_weights: use one weight for all genotypes instead of one replica per genotype.
+        sample: draw one genotype per group at each step instead of mixing them; one weight for all.
 
     Raises:
         NATSError: unknown set, malformed dilation, or both group arguments given.
@@ -77,6 +78,7 @@ class SearchSpace:
     num_groups: Optional[int]
     channels_per_group: Optional[int]
     share_weights: bool
+    sample: bool
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class SearchSpace:
         num_groups: Optional[int] = None,
         channels_per_group: Optional[int] = None,
         share_weights: bool = False,
+        sample: bool = False,
     ):
         known = list(PAPER_SETS["C"])
         is_list = _is_list(stages) and all(stage in known for stage in stages)
@@ -109,7 +112,8 @@ class SearchSpace:
         object.__setattr__(self, "genotypes", _genotypes_per_stage(space, stages))
         object.__setattr__(self, "num_groups", num_groups)
         object.__setattr__(self, "channels_per_group", channels_per_group)
-        object.__setattr__(self, "share_weights", bool(share_weights))
+        object.__setattr__(self, "share_weights", bool(share_weights or sample))
+        object.__setattr__(self, "sample", bool(sample))
 
     def groups_of(self, layer: str, channels: int, conv_groups: int = 1) -> int:
         """Return N for a conv of `channels` output channels in `conv_groups` conv groups (ResNeXt).

@@ -73,6 +73,7 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
                 genotypes=space.genotypes[stage_name],
                 num_groups=num_groups,
                 share_weights=space.share_weights,
+                sample=space.sample,
             )
             swaps.append((block, attribute, mixed))
     for block, attribute, mixed in swaps:
