@@ -288,8 +288,13 @@ class GroupedDilationConv2d(_DilationConv2d):
 
 def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:
     """Consecutive pieces of `tensor` along `dim`; of these sizes, which add up to it."""
+    if len(sizes) == 1:
+        return [tensor]
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():
+        # its backward is one cat(); that of each narrow() fills a gradient of the tensor's size
+        return list(tensor.split(sizes, dim))
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    # narrow(), not split(): exporters fold a weight's narrow() into a constant
+    # exporters fold a weight's narrow() into a constant, not its split()
     return [tensor.narrow(dim, end - size, size) for end, size in zip(ends, sizes)]
 
 
