@@ -23,7 +23,8 @@ Without a GPU everything is skipped, and the report says so.
 exit status: 0 nothing failed, 1 something failed.
 """
 BENCHMARK = (
-    "--device cuda --dtype float32 bfloat16 --what train memory --networks R50 --size 800 1216"
+    "--device cuda --dtype bfloat16 float32 --batch 8 --what train inference memory convs "
+    "--networks R50 --size 800 1200"
 )
 
 

@@ -48,7 +48,10 @@ def one_shot_score(
 def knock_out_score(
     model: nn.Module, architecture: Architecture, batches: Sequence[List[dict]]
 ) -> float:
-    """The loss when one layer is decoded and the others stay mixtures, mean over the layers."""
+    """The loss when one layer is decoded and the others are as in the search, mean over the layers.
+
+    They are mixtures, or draws (``MODEL.NATS.SAMPLE``), which are the same for all architectures.
+    """
     alphas = _one_hot_alphas(model, architecture)
     return float(np.mean([_loss(model, {n: alpha}, batches) for n, alpha in alphas.items()]))
 
