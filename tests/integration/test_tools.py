@@ -284,6 +284,19 @@ def test_the_report_without_a_gpu_says_what_it_skipped(tmp_path, monkeypatch):
         assert re.search(rf"^\| {name}\S* +\| skipped: no usable CUDA", report, re.M), name
 
 
+def test_the_report_keeps_the_tables_of_a_benchmark_that_fails(monkeypatch, tmp_path):
+    script = runpy.run_path(str(REPOSITORY / "tools/gpu_report.py"))
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/benchmark.py").write_text(
+        "import sys\n"
+        "open(sys.argv[-1], 'w').write(f'tables of {sys.argv[-3]} images')\n"
+        "sys.exit(2)\n"
+    )
+    monkeypatch.setitem(script["run_benchmark"].__globals__, "ROOT", str(tmp_path))
+    good, text = script["run_benchmark"](str(tmp_path), 4)
+    assert not good and text == "tables of 4 images\nThe benchmark failed: see its output."
+
+
 def test_the_report_fails_where_a_test_does(monkeypatch, tmp_path):
     script = runpy.run_path(str(REPOSITORY / "tools/gpu_report.py"))
     (tmp_path / "tests/gpu").mkdir(parents=True)

@@ -345,7 +345,7 @@ def test_frozen_conv_keeps_as_little_as_the_plain_one(kwargs, processor):
 
 
 def test_no_piece_gets_a_gradient_of_the_whole_tensors_size():
-    """Voted order cuts weight and outputs into many: a fifth of a step on a GPU, at one image."""
+    """Voted order cuts weight and outputs into many: a tenth of a step on a GPU, at one image."""
     conv = GroupedDilationConv2d(plain_conv(groups=4, bias=True), [(4, *g) for g in GENOTYPES])
     waiting, names = [conv(input_().requires_grad_()).grad_fn], set()
     while waiting:
@@ -423,6 +423,16 @@ def test_script_and_trace(kwargs, processor):
         for _ in range(3):  # the first calls are profiled, the later ones optimised
             torch.testing.assert_close(scripted(input_()), expected, **TIGHT)
             torch.testing.assert_close(traced(input_()), expected, **TIGHT)
+
+
+def test_script_with_gradients():
+    conv = GroupedDilationConv2d(plain_conv(groups=4, bias=True), RUNS)
+    scripted, x = torch.jit.script(conv), input_().requires_grad_()
+    wanted = [x, *conv.parameters()]
+    expected = torch.autograd.grad(conv(x).square().sum(), wanted)
+    for _ in range(3):
+        actual = torch.autograd.grad(scripted(x).square().sum(), wanted)
+        torch.testing.assert_close(actual, expected, **TIGHT)
 
 
 def test_trace_with_gradients(processor):

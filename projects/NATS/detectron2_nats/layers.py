@@ -294,7 +294,7 @@ def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]
         # its backward is one cat(); that of each narrow() fills a gradient of the tensor's size
         return list(tensor.split(sizes, dim))
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    # exporters fold a weight's narrow() into a constant, not its split()
+    # exporters (under no_grad) fold a weight's narrow() into a constant, not its split()
     return [tensor.narrow(dim, end - size, size) for end, size in zip(ends, sizes)]
 
 
