@@ -24,7 +24,7 @@ from ..engine.loader import dataset_dicts
 from ..errors import NATSError
 from ..files import write_atomically
 from ..results.comparison import random_architecture
-from ..results.score import knock_out_score, one_shot_score, scoring_batches
+from ..results.score import one_shot_score, scoring_batches
 from ..transform import searched_layers
 
 EPILOG = """
@@ -34,7 +34,6 @@ examples:
   also an architecture file of your own (voted order, same space), on more images:
     $ %(prog)s output/search --architecture mine.yaml --images 1000
 """
-SCORES = {"one-shot": one_shot_score, "knock-out": knock_out_score}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -70,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     batches = scoring_batches(cfg, records)
     scores = {}
     for name, architecture in architectures.items():
-        scores[name] = SCORES[args.score](model, architecture, batches)
+        scores[name] = one_shot_score(model, architecture, batches)
         print(f"{name}: {scores[name]:.4f}", flush=True)
     found, drawn = scores["found"], [v for k, v in scores.items() if k.startswith("random ")]
     print("\n" + tabulate(sorted(scores.items(), key=lambda item: item[1]), ["", "loss"], "pipe"))
@@ -105,9 +104,6 @@ def run(prog: Optional[str] = None) -> None:
         default=[],
         metavar="FILE",
         help="also score this architecture file; may be repeated",
-    )
-    parser.add_argument(
-        "--score", choices=SCORES, default="one-shot", help="what to compute (%(default)s)"
     )
     parser.add_argument("--output", metavar="JSON", help="file to write (SEARCH/scores.json)")
     run_tool(main, parser.parse_args())

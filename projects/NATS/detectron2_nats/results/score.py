@@ -7,7 +7,7 @@ well it predicts the AP after retraining.
 """
 
 import copy
-from typing import Dict, List, Mapping, Sequence
+from typing import List, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ..errors import NATSError
 from ..layers import MixedDilationConv2d
 from ..transform import searched_layers
 
-__all__ = ["knock_out_score", "one_hot_alpha", "one_shot_score", "scoring_batches"]
+__all__ = ["one_shot_score", "scoring_batches"]
 
 
 def one_shot_score(
@@ -42,18 +42,17 @@ def one_shot_score(
     Raises:
         NATSError: the architecture is not in this super-network's search space.
     """
-    return _loss(model, _one_hot_alphas(model, architecture), batches)
-
-
-def knock_out_score(
-    model: nn.Module, architecture: Architecture, batches: Sequence[List[dict]]
-) -> float:
-    """The loss when one layer is decoded and the others are as in the search, mean over the layers.
-
-    They are mixtures, or draws (``MODEL.NATS.SAMPLE``), which are the same for all architectures.
-    """
-    alphas = _one_hot_alphas(model, architecture)
-    return float(np.mean([_loss(model, {n: alpha}, batches) for n, alpha in alphas.items()]))
+    model = copy.deepcopy(model).train()  # a forward pass changes only the copy
+    devices = range(torch.cuda.device_count()) if next(model.parameters()).is_cuda else []
+    losses = []
+    with torch.no_grad(), EventStorage(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        for name, conv in searched_layers(model).items():
+            conv.alpha.copy_(_one_hot_alpha(architecture, name, conv))
+            conv.training = False  # votes instead of drawing, which would take random numbers
+        for batch in batches:
+            losses.append(float(sum(model(batch).values())))
+    return float(np.mean(losses))
 
 
 def scoring_batches(cfg: CfgNode, records: Sequence[dict]) -> List[List[dict]]:
@@ -64,7 +63,7 @@ def scoring_batches(cfg: CfgNode, records: Sequence[dict]) -> List[List[dict]]:
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
-def one_hot_alpha(
+def _one_hot_alpha(
     architecture: Architecture, layer: str, conv: MixedDilationConv2d
 ) -> torch.Tensor:
     """One conv's α for an architecture, (N, G): 0 for a group's genotype, -inf for the others."""
@@ -84,25 +83,3 @@ def one_hot_alpha(
             )
         alpha[group, conv.genotypes.index(given.pop())] = 0
     return alpha
-
-
-def _one_hot_alphas(model: nn.Module, architecture: Architecture) -> Dict[str, torch.Tensor]:
-    searched = searched_layers(model)
-    return {name: one_hot_alpha(architecture, name, conv) for name, conv in searched.items()}
-
-
-def _loss(
-    model: nn.Module, alphas: Mapping[str, torch.Tensor], batches: Sequence[List[dict]]
-) -> float:
-    """Mean total loss with these α; other layers keep theirs."""
-    model = copy.deepcopy(model).train()  # a forward pass changes only the copy
-    searched = searched_layers(model)
-    devices = range(torch.cuda.device_count()) if next(model.parameters()).is_cuda else []
-    losses = []
-    with torch.no_grad(), EventStorage(), torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        for name, alpha in alphas.items():
-            searched[name].alpha.copy_(alpha)
-        for batch in batches:
-            losses.append(float(sum(model(batch).values())))
-    return float(np.mean(losses))
