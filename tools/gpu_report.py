@@ -13,6 +13,7 @@ from typing import List, Tuple
 import torch
 from tabulate import tabulate
 
+from detectron2_nats.command import whole_number
 from detectron2_nats.files import write_atomically
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir)
@@ -76,5 +77,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--output", default="output/gpu.md", metavar="FILE.md", help="report to write (%(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=8, help="images at a time (%(default)s)")
+    parser.add_argument(
+        "--batch", type=whole_number(16384), default=8, help="images at a time (%(default)s)"
+    )
     sys.exit(main(parser.parse_args()))
