@@ -12,7 +12,7 @@ from detectron2_nats.commands import score
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import export_config, frozen_weights, load_detector_config
 from detectron2_nats.results.comparison import random_architecture
-from detectron2_nats.results.score import one_shot_score, scoring_batches
+from detectron2_nats.results.score import field_verdict, one_shot_score, scoring_batches
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mixed", "sampled"])
@@ -71,6 +71,20 @@ def test_an_architecture_of_another_space_is_refused(trainer, batches):
         one_shot_score(trainer.model, strange, batches)
     with pytest.raises(NATSError, match=r"res3\.0\.conv2: 3 channels in the architecture"):
         one_shot_score(trainer.model, Architecture({"res3.0.conv2": [(3, 1, 1)]}), batches)
+
+
+@pytest.mark.parametrize(
+    "plain, worse, verdict",
+    [
+        (0.9, 4, "a wider field pays"),
+        (0.35, 3, "this does not tell whether a wider field pays"),
+        (0.25, 2, "a wider field does not pay"),
+        (0.05, 0, "a wider field does not pay"),
+    ],
+)
+def test_the_place_of_plain_among_random_ones_is_the_verdict(plain, worse, verdict):
+    sentence = field_verdict(plain, [0.1, 0.4, 0.2, 0.3])
+    assert sentence == f"Plain has a higher loss than {worse} of 4 random architectures: {verdict}."
 
 
 def test_uneven_architectures_differ_more(trainer):

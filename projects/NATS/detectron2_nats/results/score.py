@@ -1,9 +1,9 @@
-"""Is it worth retraining? Score architectures with the super-network that they come from.
+"""Does a wider field pay? Score architectures with the super-network that they come from.
 
 If α is one-hot, each channel group of the super-network uses one replica. The super-network then
 computes what the decoded network with the super-network's own weights would. Its loss on images
-that these weights were not trained on is the architecture's one-shot score. docs/study.md says how
-well it predicts the AP after retraining.
+that these weights were not trained on is the architecture's one-shot score. docs/study.md says what
+it predicts.
 """
 
 import copy
@@ -23,7 +23,7 @@ from ..errors import NATSError
 from ..layers import MixedDilationConv2d
 from ..transform import searched_layers
 
-__all__ = ["one_shot_score", "scoring_batches"]
+__all__ = ["field_verdict", "one_shot_score", "scoring_batches"]
 
 
 def one_shot_score(
@@ -53,6 +53,23 @@ def one_shot_score(
         for batch in batches:
             losses.append(float(sum(model(batch).values())))
     return float(np.mean(losses))
+
+
+def field_verdict(plain: float, drawn: Sequence[float]) -> str:
+    """Whether a wider field pays, in a sentence.
+
+    Args:
+        plain: score of the plain architecture.
+        drawn: scores of random architectures, at least one. Nearly all of them see further.
+    """
+    worse = sum(plain > score for score in drawn)
+    if worse == len(drawn):
+        verdict = "a wider field pays"
+    elif worse <= len(drawn) / 2:
+        verdict = "a wider field does not pay"
+    else:
+        verdict = "this does not tell whether a wider field pays"
+    return f"Plain has a higher loss than {worse} of {len(drawn)} random architectures: {verdict}."
 
 
 def scoring_batches(cfg: CfgNode, records: Sequence[dict]) -> List[List[dict]]:
