@@ -221,7 +221,7 @@ def test_own_data():
     search = load(CONFIGS / "examples" / "own_data.yaml")
     # The search is short, the retraining long and from its weights.
     assert plain.SOLVER.MAX_ITER == 700 and search.SOLVER.MAX_ITER == 300
-    assert search.SEARCH.RETRAIN_WEIGHTS == "supernet"
+    assert search.SEARCH.RETRAIN_WEIGHTS == "supernet" and search.MODEL.NATS.SAMPLE
     assert search.SEARCH.ALPHA_START == pytest.approx(0.33)
     assert search.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR"
     assert search.DATASETS.REGISTER == []
