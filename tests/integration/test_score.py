@@ -1,5 +1,7 @@
 """The one-shot score against the decoded network that it stands for."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,32 @@ def test_uneven_architectures_differ_more(trainer):
         )
 
     assert largest_shares(uneven=True) > largest_shares(uneven=False) + 0.05
+
+
+def test_the_command_scores_one_dilation_everywhere_too(trainer, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "search"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(trainer.cfg.dump())
+    torch.save({"model": trainer.model.state_dict()}, folder / "model_final.pth")
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    mine = tmp_path / "mine.yaml"
+    Architecture.decode(trainer.searched, "voted").save(str(mine))
+    options = ["--random", "2", "--images", "2", "--architecture", str(mine)]
+    written = ["--write", str(tmp_path / "candidates")]
+    monkeypatch.setattr("sys.argv", ["score.py", str(folder), *options, *written])
+    score.run()
+    scores = json.loads((folder / "scores.json").read_text())
+    common = set.intersection(*(set(conv.genotypes) for conv in trainer.searched.values()))
+    wider = common - {(1, 1)}
+    assert wider
+    uniform = {"plain"} | {f"all {h}x{w}" for h, w in wider}
+    assert set(scores) == {"found", "mine.yaml", "random 0", "random 1"} | uniform
+    assert scores["mine.yaml"] == scores["found"] != scores["plain"]
+    worse = sum(scores["plain"] > scores[f"random {seed}"] for seed in range(2))
+    assert f"Plain has a higher loss than {worse} of 2 random" in capsys.readouterr().out
+    for h, w in wider:
+        written = Architecture.load(str(tmp_path / "candidates" / f"all_{h}x{w}.yaml"))
+        assert {segment[1:] for layer in written.layers.values() for segment in layer} == {(h, w)}
 
 
 def test_a_folder_without_a_checkpoint_is_no_search(trainer, tmp_path, monkeypatch, capsys):

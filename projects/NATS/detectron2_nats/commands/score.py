@@ -1,9 +1,10 @@
 """Does a wider field pay? Ask a search's super-network, before you retrain for days.
 
-Each architecture's loss on calibration images is computed with the super-network's own weights, for
-the plain architecture and random ones of the same space. Where plain stands among the random ones
-tells whether your detector gains from seeing further. Which of the wider architectures is the best
-one, the losses do not tell: the weights suit the found one. docs/study.md has the measurements.
+The losses of architectures on calibration images are computed with the super-network's own weights:
+of the found one, the plain one, those with one dilation everywhere, and random ones of the same
+space. Where plain stands among the random ones tells whether your detector gains from seeing
+further. The found one looks better than it is: the weights suit it. docs/study.md has the
+measurements.
 """
 
 import argparse
@@ -30,10 +31,10 @@ from ..transform import searched_layers
 
 EPILOG = """
 examples:
-  what a search found, the plain architecture and 16 random ones:
+  what a search found, one dilation everywhere, and 16 random architectures:
     $ %(prog)s output/search
-  on more images; the random architectures are also written, to retrain one of them:
-    $ %(prog)s output/search --images 1000 --write output/random
+  also a file of your own (voted order, same space), on more images; and write them all:
+    $ %(prog)s output/search --architecture mine.yaml --images 1000 --write output/candidates
 """
 
 
@@ -54,10 +55,13 @@ def main(args: argparse.Namespace) -> None:
         raise NATSError(f"{args.search} contains no checkpoint: search first")
     checkpointer.load(checkpoint, checkpointables=[])
     searched = searched_layers(model)
-    architectures = {
-        "found": Architecture.decode(searched, "voted"),
-        "plain": Architecture({n: [(c.out_channels, 1, 1)] for n, c in searched.items()}),
-    }
+    architectures = {"found": Architecture.decode(searched, "voted")}
+    spaces = [set(conv.genotypes) for conv in searched.values()]
+    for h, w in sorted(set.intersection(*spaces)):
+        uniform = {name: [(conv.out_channels, h, w)] for name, conv in searched.items()}
+        architectures["plain" if h == w == 1 else f"all {h}x{w}"] = Architecture(uniform)
+    for path in args.architecture:
+        architectures[os.path.basename(path)] = Architecture.load(path)
     for seed in range(args.random):
         architectures[f"random {seed}"] = random_architecture(cfg, seed, args.uneven)
     if args.write:
@@ -91,6 +95,13 @@ def run(prog: Optional[str] = None) -> None:
     parser.add_argument("--write", metavar="FOLDER", help="also write the architectures there")
     parser.add_argument(
         "--images", type=number, default=200, help="calibration images, at most (%(default)s)"
+    )
+    parser.add_argument(
+        "--architecture",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also score this architecture file; may be repeated",
     )
     parser.add_argument("--output", metavar="JSON", help="file to write (SEARCH/scores.json)")
     run_tool(main, parser.parse_args())
