@@ -124,6 +124,8 @@ def test_the_command_scores_one_dilation_everywhere_too(trainer, tmp_path, monke
     assert scores["mine.yaml"] == scores["found"] != scores["plain"]
     worse = sum(scores["plain"] > scores[f"random {seed}"] for seed in range(2))
     assert f"Plain has a higher loss than {worse} of 2 random" in capsys.readouterr().out
+    names = {name.replace(" ", "_") for name in set(scores) - {"mine.yaml"}}
+    assert {path.stem for path in (tmp_path / "candidates").iterdir()} == names
     for h, w in wider:
         written = Architecture.load(str(tmp_path / "candidates" / f"all_{h}x{w}.yaml"))
         assert {segment[1:] for layer in written.layers.values() for segment in layer} == {(h, w)}

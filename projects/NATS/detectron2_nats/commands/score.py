@@ -33,7 +33,7 @@ EPILOG = """
 examples:
   what a search found, one dilation everywhere, and 16 random architectures:
     $ %(prog)s output/search
-  also a file of your own (voted order, same space), on more images; and write them all:
+  also a file of your own (voted order, same space), on more images; and write the others:
     $ %(prog)s output/search --architecture mine.yaml --images 1000 --write output/candidates
 """
 
@@ -60,13 +60,13 @@ def main(args: argparse.Namespace) -> None:
     for h, w in sorted(set.intersection(*spaces)):
         uniform = {name: [(conv.out_channels, h, w)] for name, conv in searched.items()}
         architectures["plain" if h == w == 1 else f"all {h}x{w}"] = Architecture(uniform)
-    for path in args.architecture:
-        architectures[os.path.basename(path)] = Architecture.load(path)
     for seed in range(args.random):
         architectures[f"random {seed}"] = random_architecture(cfg, seed, args.uneven)
     if args.write:
         for name, architecture in architectures.items():
             architecture.save(os.path.join(args.write, name.replace(" ", "_") + ".yaml"))
+    for path in args.architecture:
+        architectures[os.path.basename(path)] = Architecture.load(path)
 
     batches = scoring_batches(cfg, records)
     scores = {}
