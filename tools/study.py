@@ -55,9 +55,11 @@ methods:
   nats-paper   the search, with channels sorted by dilation
   nats-voted   the same search, each group keeping its own channels
   nats-warm    the same architecture, retrained from the super-network's own weights
+  path-warm    what path found, likewise
   NAME         the architecture of --architecture NAME=FILE, the same for each seed
+  NAME-warm    likewise, from the weights of the nats- methods' super-network
 transposed and the nats- methods take a margin (SEARCH.DECODE_MARGIN) after an @: nats-warm@0.1.
-All but NAME take a length: plain-1.5x, random-1.5x are retrained for 1.5 times as many iterations.
+All take a length: plain-1.5x, NAME-1.5x=FILE are retrained for 1.5 times as many iterations.
 A search's iteration takes longer than one of training, so equal time needs more than plain-long.
 
 examples:
@@ -99,6 +101,7 @@ METHODS = {
     "nats-paper": "nats",
     "nats-voted": "nats",
     "nats-warm": "nats",
+    "path-warm": "path",
 }
 # name, margin, length
 METHOD = re.compile(r"(.*?)(?:@(0?\.\d+|0))?(?:-(\d{1,3}(?:\.\d{1,3})?)x)?", re.DOTALL)
@@ -266,7 +269,7 @@ class Study:
     def _tasks(self) -> List[Task]:
         tasks = []
         for seed in self.seeds:  # seed by seed, so that complete seeds can be reported
-            needed = [METHODS[kind(method)] for method in self.args.methods]
+            needed = [search_of(method) for method in self.methods]
             searches = {n: self._search(n, seed) for n in ("path", "nats") if n in needed}
             tasks += searches.values()
             tasks += [self._retraining(method, seed, searches) for method in self.methods]
@@ -282,7 +285,7 @@ class Study:
 
     def _retraining(self, method: str, seed: int, searches: Dict[str, Task]) -> Task:
         folder = self.folder(method, seed)
-        search = searches.get(METHODS.get(kind(method), ""))
+        search = searches.get(search_of(method))
 
         def prepare() -> List[str]:
             config = self.args.config_file
@@ -292,7 +295,7 @@ class Study:
                 config = os.path.join(folder, "retrain.yaml")
                 base = load_config(self.args.config_file)
                 write_config(export_config(base, architecture), config)
-            if kind(method) == "nats-warm":
+            if kind(method).endswith("-warm"):
                 weights = os.path.join(folder, "frozen.pth")
                 write_weights(frozen_weights(*read_search(search.folder), architecture), weights)
                 opts += ["MODEL.WEIGHTS", weights]
@@ -321,9 +324,9 @@ class Study:
         if kind(method) == "random":
             cfg = load_config(self.args.search_config, self.args.opts)
             return comparison.random_architecture(cfg, seed)
-        if not METHODS[kind(method)]:
+        if not search_of(method):
             return None
-        search = self.folder(f"search-{METHODS[kind(method)]}", seed)
+        search = self.folder(f"search-{search_of(method)}", seed)
         order = "paper" if kind(method) == "nats-paper" else "voted"
         found = comparison.searched_architecture(search, order, margin(method))
         return found.transposed() if kind(method) == "transposed" else found
@@ -504,6 +507,12 @@ def kind(method: str) -> str:
     """A method without its margin or length."""
     name = METHOD.fullmatch(method)[1]
     return "plain" if name == "plain-long" else name
+
+
+def search_of(method: str) -> str:
+    """The search that a method needs: nats, path, or none."""
+    warm = kind(method).endswith("-warm")
+    return METHODS.get(kind(method), "nats" if warm else "")
 
 
 def margin(method: str) -> float:
@@ -729,7 +738,7 @@ def _seeds(text: str) -> range:
 
 def _named_file(text: str):
     name, _, path = text.partition("=")
-    taken = kind(name) in METHODS or kind(name) != name
+    taken = kind(name) in METHODS or METHOD.fullmatch(name)[2]
     if not name or not path or taken or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE, NAME not being a method")
     return name, path
@@ -759,11 +768,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--methods",
-        nargs="+",
+        nargs="*",
         type=_method,
         default=list(DEFAULT_METHODS),
         metavar="METHOD",
-        help=f"the others are compared with the first (default: {' '.join(DEFAULT_METHODS)})",
+        help="the others are compared with the first; may be empty beside --architecture "
+        f"(default: {' '.join(DEFAULT_METHODS)})",
     )
     parser.add_argument(
         "--architecture",
@@ -797,6 +807,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.again or args.cost) and not (args.config_file and args.search_config):
         parser.error("--config-file and --search-config are needed")
+    if not args.methods and not args.architecture:
+        parser.error("--methods without a method needs an --architecture")
     if args.folds and (args.folds < 2 or not args.annotations or not args.images):
         parser.error("--folds needs at least 2 folds, --annotations and --images")
     if not args.folds and (args.annotations or args.images):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from runs import REPOSITORY, TINY, finish, script, wait_until
 
+from detectron2_nats.architecture import Architecture
 from detectron2_nats.config import load_config
 
 
@@ -56,6 +57,8 @@ def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
         ("nats-voted-2x", "nats-voted", True),
         ("nats-warm@0.1", "nats-warm", True),
         ("nats-warm@.25-1.5x", "nats-warm", True),
+        ("path-warm-1.5x", "path-warm", True),
+        ("path-warm@0.1", "path-warm", False),
         ("nats-warm@1", "nats-warm@1", False),
         ("plain@0.1", "plain", False),
         ("SOLVER.MAX_ITER", "SOLVER.MAX_ITER", False),
@@ -110,6 +113,17 @@ def test_study_goes_on_after_a_kill(tmp_path):
     measured = json.loads((output / "results.json").read_text())["methods"]
     assert measured["plain"]["detector"]["flops"] > measured["plain"]["flops"]
     assert "4 of 4 runs are done" in finish(script("tools/study.py", *arguments))
+    found = Architecture.from_config(measured["nats-voted"]["architectures"][0])
+    found.save(str(tmp_path / "found.yaml"))
+    arguments[arguments.index("--methods") : arguments.index("--seeds")] = [
+        *("--methods", "path-warm", "--architecture", f"found-warm-1.5x={tmp_path / 'found.yaml'}")
+    ]
+    assert "1 of 4 runs are done" in finish(script("tools/study.py", *arguments))
+    cfg = load_config(str(output / "seed_0/found-warm-1.5x/config.yaml"))
+    assert cfg.MODEL.WEIGHTS.endswith("found-warm-1.5x/frozen.pth") and cfg.SOLVER.MAX_ITER == 6
+    assert Architecture.from_config(cfg.MODEL.NATS.ARCHITECTURE).layers == found.layers
+    cfg = load_config(str(output / "seed_0/path-warm/config.yaml"))
+    assert cfg.MODEL.WEIGHTS.endswith("path-warm/frozen.pth") and cfg.SOLVER.MAX_ITER == 4
 
 
 def test_a_run_that_had_ended_when_it_was_told_to_stop(tmp_path):

@@ -334,6 +334,27 @@ def test_frozen_state_dict_wants_the_voted_order():
         frozen_state_dict(model, Architecture.decode(model))
 
 
+def test_frozen_state_dict_of_an_architecture_that_was_never_decoded():
+    """One dilation everywhere, say: a channel's row is its dilation's replica."""
+    model = to_supernet(resnet(BasicBlock), SearchSpace([[[1, 1], [1, 3]]] * 3, num_groups=4))
+    convs = searched_layers(model)
+    for conv in convs.values():
+        nn.init.normal_(conv.replicas)
+
+    def everywhere(h, w):
+        return Architecture({name: [(conv.out_channels, h, w)] for name, conv in convs.items()})
+
+    for h, w in next(iter(convs.values())).genotypes:
+        weights = frozen_state_dict(model, everywhere(h, w))
+        for name, module in model.named_modules():
+            if module in convs.values():
+                replica = module.genotype_weights()[module.genotypes.index((h, w))]
+                assert torch.equal(weights[f"{name}.weight"], replica)
+    for wrong in (everywhere(9, 9), Architecture({name: [(1, 1, 1)] for name in convs})):
+        with pytest.raises(NATSError, match="the architecture has .*, the super-network .* ch"):
+            frozen_state_dict(model, wrong)
+
+
 def test_frozen_state_dict_keeps_what_others_call_alpha():
     model = resnet(BasicBlock)
     model.fc.alpha = nn.Parameter(torch.ones(1))

@@ -156,7 +156,7 @@ def frozen_weights(
     Args:
         state_dict: the searched detector's, with the prefix "backbone." for the backbone.
         backbone: the detector's super-network, with weights.
-        architecture: decoded from it in voted order.
+        architecture: decoded from it in voted order, or of its search space and never decoded.
     """
     rest = {k: v for k, v in state_dict.items() if not k.startswith("backbone.")}
     own = frozen_state_dict(backbone, architecture)

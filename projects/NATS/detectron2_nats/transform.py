@@ -143,12 +143,12 @@ def frozen_state_dict(supernet: nn.Module, architecture: Architecture) -> Dict[s
 
     Args:
         supernet: a whole detector, or its backbone.
-        architecture: decoded from it in voted order.
+        architecture: decoded from it in voted order, or of its search space and never decoded.
 
     Raises:
-        NATSError: `architecture` is in another order.
+        NATSError: `architecture` is in paper order, or not in the search space.
     """
-    if architecture.search.get("order") != "voted":
+    if architecture.search.get("order") == "paper":
         raise NATSError(
             "the super-network's weights fit only an architecture in voted order (in paper order "
             "a channel's dilation is not the one that its weights were trained under)"
@@ -158,5 +158,12 @@ def frozen_state_dict(supernet: nn.Module, architecture: Architecture) -> Dict[s
     for name, conv in searched_layers(supernet).items():
         for part in ("alpha", "replicas"):
             frozen.pop(f"{paths[conv]}.{part}", None)
-        frozen[f"{paths[conv]}.weight"] = conv.frozen_weight(architecture.layers[name])
+        segments = architecture.layers.get(name, ())
+        dilations = {tuple(dilation) for _, *dilation in segments}
+        if sum(c for c, *_ in segments) != conv.out_channels or dilations - {*conv.genotypes}:
+            raise NATSError(
+                f"{name}: the architecture has {segments}, the super-network {conv.out_channels} "
+                f"channels with dilations of {list(conv.genotypes)}"
+            )
+        frozen[f"{paths[conv]}.weight"] = conv.frozen_weight(segments)
     return frozen
