@@ -245,6 +245,8 @@ def workspace(tmp_path_factory) -> Path:
     for name in ("architecture.yaml", "retrain.yaml"):
         shutil.copy(folder / "output/search" / name, folder)
     architecture = Architecture.load(str(folder / "architecture.yaml"))
+    everywhere = {n: [(sum(c for c, *_ in s), 3, 3)] for n, s in architecture.layers.items()}
+    Architecture(everywhere).save(str(folder / "output/search/all_3x3.yaml"))  # a score's
 
     plain = load_config(str(REPOSITORY / "configs/quickstart/base.yaml"))
     searched = load_config(str(folder / "retrain.yaml"))
