@@ -56,8 +56,9 @@ methods:
   nats-voted   the same search, each group keeping its own channels
   nats-warm    the same architecture, retrained from the super-network's own weights
   path-warm    what path found, likewise
+  5x5          one dilation in all searched convs, this one or another
   NAME         the architecture of --architecture NAME=FILE, the same for each seed
-  NAME-warm    likewise, from the weights of the nats- methods' super-network
+  5x5-warm, NAME-warm: likewise, from the weights of the nats- methods' super-network
 transposed and the nats- methods take a margin (SEARCH.DECODE_MARGIN) after an @: nats-warm@0.1.
 All take a length: plain-1.5x, NAME-1.5x=FILE are retrained for 1.5 times as many iterations.
 A search's iteration takes longer than one of training, so equal time needs more than plain-long.
@@ -105,6 +106,7 @@ METHODS = {
 }
 # name, margin, length
 METHOD = re.compile(r"(.*?)(?:@(0?\.\d+|0))?(?:-(\d{1,3}(?:\.\d{1,3})?)x)?", re.DOTALL)
+UNIFORM = re.compile(r"([1-9]\d?)x([1-9]\d?)(?:-warm)?")  # height and width of the dilation
 DEFAULT_METHODS = ("plain", "plain-long", "random", "nats-paper", "nats-voted", "nats-warm")
 
 
@@ -321,9 +323,11 @@ class Study:
         """A method's architecture for a seed; None for the plain detector."""
         if method in self.given:
             return Architecture.load(self.given[method])
+        cfg = load_config(self.args.search_config, self.args.opts)
         if kind(method) == "random":
-            cfg = load_config(self.args.search_config, self.args.opts)
             return comparison.random_architecture(cfg, seed)
+        if uniform := UNIFORM.fullmatch(kind(method)):
+            return comparison.uniform_architecture(cfg, tuple(map(int, uniform.groups())))
         if not search_of(method):
             return None
         search = self.folder(f"search-{search_of(method)}", seed)
@@ -738,7 +742,7 @@ def _seeds(text: str) -> range:
 
 def _named_file(text: str):
     name, _, path = text.partition("=")
-    taken = kind(name) in METHODS or METHOD.fullmatch(name)[2]
+    taken = kind(name) in METHODS or UNIFORM.fullmatch(kind(name)) or METHOD.fullmatch(name)[2]
     if not name or not path or taken or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE, NAME not being a method")
     return name, path
@@ -746,14 +750,15 @@ def _named_file(text: str):
 
 def _method(text: str) -> str:
     name, decoded_with, longer = METHOD.fullmatch(text).groups()
-    known = name in METHODS and (decoded_with is None or METHODS[name] == "nats")
+    known = name in METHODS or bool(UNIFORM.fullmatch(name))
+    known &= decoded_with is None or METHODS.get(name) == "nats"
     if longer:
         known &= float(longer) > 0 and name != "plain-long"
     if not known:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected one of {', '.join(METHODS)}; with a length, like plain-1.5x; "
-            "transposed and nats- also with @MARGIN. KEY VALUE pairs come after another option "
-            "than --methods"
+            f"{text!r}: expected one of {', '.join(METHODS)}, 5x5, 5x5-warm; with a length, "
+            "like plain-1.5x; transposed and nats- also with @MARGIN. KEY VALUE pairs come after "
+            "another option than --methods"
         )
     return text
 

@@ -59,6 +59,10 @@ def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
         ("nats-warm@.25-1.5x", "nats-warm", True),
         ("path-warm-1.5x", "path-warm", True),
         ("path-warm@0.1", "path-warm", False),
+        ("5x5-1.5x", "5x5", True),
+        ("1x3-warm", "1x3-warm", True),
+        ("5x5@0.1", "5x5", False),
+        ("0x3", "0x3", False),
         ("nats-warm@1", "nats-warm@1", False),
         ("plain@0.1", "plain", False),
         ("SOLVER.MAX_ITER", "SOLVER.MAX_ITER", False),
@@ -113,17 +117,29 @@ def test_study_goes_on_after_a_kill(tmp_path):
     measured = json.loads((output / "results.json").read_text())["methods"]
     assert measured["plain"]["detector"]["flops"] > measured["plain"]["flops"]
     assert "4 of 4 runs are done" in finish(script("tools/study.py", *arguments))
+
     found = Architecture.from_config(measured["nats-voted"]["architectures"][0])
     found.save(str(tmp_path / "found.yaml"))
     arguments[arguments.index("--methods") : arguments.index("--seeds")] = [
-        *("--methods", "path-warm", "--architecture", f"found-warm-1.5x={tmp_path / 'found.yaml'}")
+        *("--methods", "3x3-warm", "--architecture", f"found-1.5x={tmp_path / 'found.yaml'}")
     ]
-    assert "1 of 4 runs are done" in finish(script("tools/study.py", *arguments))
-    cfg = load_config(str(output / "seed_0/found-warm-1.5x/config.yaml"))
-    assert cfg.MODEL.WEIGHTS.endswith("found-warm-1.5x/frozen.pth") and cfg.SOLVER.MAX_ITER == 6
+    assert "1 of 3 runs are done" in finish(script("tools/study.py", *arguments))
+    cfg = load_config(str(output / "seed_0/found-1.5x/config.yaml"))
     assert Architecture.from_config(cfg.MODEL.NATS.ARCHITECTURE).layers == found.layers
-    cfg = load_config(str(output / "seed_0/path-warm/config.yaml"))
-    assert cfg.MODEL.WEIGHTS.endswith("path-warm/frozen.pth") and cfg.SOLVER.MAX_ITER == 4
+    assert cfg.SOLVER.MAX_ITER == 6
+    cfg = load_config(str(output / "seed_0/3x3-warm/config.yaml"))
+    dilations = {(h, w) for _, segments in cfg.MODEL.NATS.ARCHITECTURE for _, h, w in segments}
+    assert dilations == {(3, 3)} and cfg.SOLVER.MAX_ITER == 4
+    assert cfg.MODEL.WEIGHTS.endswith("3x3-warm/frozen.pth")
+
+
+def test_which_search_a_method_needs():
+    search_of = runpy.run_path(str(REPOSITORY / "tools/study.py"))["search_of"]
+    for method in ("plain-long", "random-2x", "5x5-1.5x", "mine", "mine-1.5x"):
+        assert search_of(method) == ""
+    for method in ("nats-paper", "nats-warm@0.1-2x", "transposed", "5x5-warm-2x", "mine-warm"):
+        assert search_of(method) == "nats"
+    assert search_of("path-warm") == search_of("path") == "path"
 
 
 def test_a_run_that_had_ended_when_it_was_told_to_stop(tmp_path):

@@ -25,7 +25,7 @@ from ..engine.checkpoint import SafeCheckpointer
 from ..engine.loader import dataset_dicts
 from ..errors import NATSError
 from ..files import write_atomically
-from ..results.comparison import random_architecture
+from ..results.comparison import random_architecture, uniform_architecture
 from ..results.score import field_verdict, one_shot_score, scoring_batches
 from ..transform import searched_layers
 
@@ -58,8 +58,8 @@ def main(args: argparse.Namespace) -> None:
     architectures = {"found": Architecture.decode(searched, "voted")}
     spaces = [set(conv.genotypes) for conv in searched.values()]
     for h, w in sorted(set.intersection(*spaces)):
-        uniform = {name: [(conv.out_channels, h, w)] for name, conv in searched.items()}
-        architectures["plain" if h == w == 1 else f"all {h}x{w}"] = Architecture(uniform)
+        name = "plain" if h == w == 1 else f"all {h}x{w}"
+        architectures[name] = uniform_architecture(cfg, (h, w))
     for seed in range(args.random):
         architectures[f"random {seed}"] = random_architecture(cfg, seed, args.uneven)
     if args.write:

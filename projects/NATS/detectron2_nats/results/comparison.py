@@ -22,6 +22,7 @@ from ..architecture import Architecture, decode_alpha
 from ..errors import NATSError
 from ..export import read_search
 from ..files import write_atomically
+from ..layers import MixedDilationConv2d
 from ..search_space import Dilation
 from ..transform import searched_layers
 
@@ -34,6 +35,7 @@ __all__ = [
     "pooled_ap",
     "random_architecture",
     "searched_architecture",
+    "uniform_architecture",
     "write_folds",
 ]
 
@@ -144,18 +146,32 @@ def random_architecture(cfg: CfgNode, seed: int, uneven: bool = False) -> Archit
     Raises:
         NATSError: `cfg` does not describe a super-network.
     """
-    with torch.device("meta"):
-        searched = searched_layers(build_backbone(cfg))
-    if not searched:
-        raise NATSError("the search config describes no super-network to draw architectures from")
     rng = np.random.default_rng(seed)
     layers = {}
-    for name, conv in searched.items():
+    for name, conv in _searched(cfg).items():
         count = len(conv.genotypes)
         chances = rng.dirichlet(np.ones(count)) if uneven else None
         drawn = np.eye(count)[rng.choice(count, size=conv.num_groups, p=chances)]
         layers[name] = decode_alpha(drawn, conv.genotypes, conv.out_channels, "voted")
     return Architecture(layers, {"method": "random", "seed": seed})
+
+
+def uniform_architecture(cfg: CfgNode, dilation: Dilation) -> Architecture:
+    """One dilation in all convs that `cfg` searches; it need not be in the search space.
+
+    Raises:
+        NATSError: `cfg` does not describe a super-network, or the dilation is malformed.
+    """
+    convs = _searched(cfg)
+    return Architecture({name: [(conv.out_channels, *dilation)] for name, conv in convs.items()})
+
+
+def _searched(cfg: CfgNode) -> Dict[str, MixedDilationConv2d]:
+    with torch.device("meta"):
+        searched = searched_layers(build_backbone(cfg))
+    if not searched:
+        raise NATSError("the search config describes no super-network to draw architectures from")
+    return searched
 
 
 def searched_architecture(folder: str, order: str, margin: float = 0.0) -> Architecture:
