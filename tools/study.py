@@ -773,12 +773,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--methods",
-        nargs="*",
+        nargs="+",
         type=_method,
         default=list(DEFAULT_METHODS),
         metavar="METHOD",
-        help="the others are compared with the first; may be empty beside --architecture "
-        f"(default: {' '.join(DEFAULT_METHODS)})",
+        help=f"the others are compared with the first (default: {' '.join(DEFAULT_METHODS)})",
     )
     parser.add_argument(
         "--architecture",
@@ -812,8 +811,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.again or args.cost) and not (args.config_file and args.search_config):
         parser.error("--config-file and --search-config are needed")
-    if not args.methods and not args.architecture:
-        parser.error("--methods without a method needs an --architecture")
     if args.folds and (args.folds < 2 or not args.annotations or not args.images):
         parser.error("--folds needs at least 2 folds, --annotations and --images")
     if not args.folds and (args.annotations or args.images):
