@@ -272,7 +272,7 @@ def test_two_machines(undisturbed_pair, tiny_config, tmp_path):
 
 
 def test_torchrun_restarts_after_a_rank_died(undisturbed_pair, tiny_config, tmp_path):
-    arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
     launcher = (*TORCHRUN, "--max-restarts", "2")
     process = script("search_net.py", *arguments, launcher=launcher)
     wait_for(tmp_path / "model_0000001.pth", process)
@@ -282,6 +282,47 @@ def test_torchrun_restarts_after_a_rank_died(undisturbed_pair, tiny_config, tmp_
     output = finish(process)
     assert re.search(r"Starting training from iteration [1-9]", output)
     assert_same_run(undisturbed_pair, tmp_path)
+
+
+def test_torchrun_restarts_only_what_may_resume(tiny_config, tmp_path):
+    """A restart of what was refused in the folder of an earlier run must not take that run over."""
+    arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    launcher = (*TORCHRUN, "--max-restarts", "1")
+    output = run("search_net.py", *arguments, launcher=launcher, status=1)
+    assert "error: torchrun --max-restarts also needs --resume" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_yaml_stays_what_made_the_checkpoints(undisturbed, tiny_config, tmp_path):
+    """Exports and scores rely on it."""
+    config, arguments = undisturbed / "config.yaml", ["--config-file", tiny_config]
+    arguments += ["OUTPUT_DIR", str(undisturbed)]
+    before = config.read_text()
+    output = run("search_net.py", *arguments, "MODEL.NATS.SPACE", "B", status=2)
+    assert "contains checkpoints of an earlier run" in output
+    output = run("search_net.py", "--resume", *arguments, "MODEL.NATS.SPACE", "B", status=2)
+    assert "a search with other settings: MODEL.NATS.SPACE: 'A', now 'B'" in output
+    opts = ["DATASETS.TEST", "('nats_embedded_val',)", "TEST.DETECTIONS_PER_IMAGE", "1"]
+    opts += ["MODEL.WEIGHTS", str(undisturbed / "model_final.pth")]
+    run("search_net.py", "--eval-only", *arguments, *opts)
+    assert config.read_text() == before
+    run("search_net.py", "--resume", *arguments, "SOLVER.CHECKPOINT_PERIOD", "3")
+    assert config.read_text() == before.replace("CHECKPOINT_PERIOD: 2", "CHECKPOINT_PERIOD: 3")
+    config.write_text(before)
+
+
+def test_stopped_while_its_ranks_wait_for_another_machine(tiny_config, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    arguments = ["--num-gpus", "1", "--num-machines", "2", "--dist-url", address]
+    arguments += ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    process = script("search_net.py", *arguments)
+    port = f":{int(address.rpartition(':')[2]):04X} "
+    sockets = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    wait_until(lambda: any(port in s.read_text() for s in sockets), process)  # rank 0 listens
+    process.send_signal(signal.SIGTERM)
+    finish(process, status=75)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tiny_config, tmp_path):

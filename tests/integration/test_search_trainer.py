@@ -519,6 +519,15 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
     assert cfg.SOLVER.BASE_LR == pytest.approx(0.005)
     assert cfg.SOLVER.BASE_LR_END == pytest.approx(0.00005)
     assert cfg.SEARCH.ALPHA_IMS_PER_BATCH == 2
+    assert cfg.SEARCH.ALPHA_LR == pytest.approx(0.005)  # twice as many α steps: as far as before
+
+
+def test_a_small_batch_of_the_alpha_step_is_not_scaled_to_none(tiny_config):
+    """0 would mean as many images as for a weight step."""
+    for given, expected in ((1, 1), (0, 0)):
+        opts = ["SOLVER.REFERENCE_WORLD_SIZE", 8, "SEARCH.ALPHA_IMS_PER_BATCH", given]
+        cfg = load_config(tiny_config, [*opts, "SOLVER.IMS_PER_BATCH", 16])
+        assert scaled_to_processes(cfg, 1).SEARCH.ALPHA_IMS_PER_BATCH == expected
 
 
 def as_on_processes(count, monkeypatch):
@@ -561,6 +570,9 @@ def test_goes_on_with_another_number_of_processes(
     assert start / rest.max_iter == pytest.approx(2 / 3, abs=0.1)
     images = rest.cfg.SOLVER.IMS_PER_BATCH
     assert images == 2 * after
+    if kind == "search":
+        (adam,) = rest.alpha.optimizer.param_groups
+        assert adam["lr"] == rest.cfg.SEARCH.ALPHA_LR == pytest.approx(0.01 * after / 2)
     assert abs(start * images - half * first.cfg.SOLVER.IMS_PER_BATCH) <= images / 2
     for old, new in zip(first.phases(), rest.phases()):
         seen = new.loader.batches * images
@@ -585,6 +597,8 @@ def test_goes_on_with_another_number_of_processes(
         (["DATALOADER.SAMPLER_TRAIN", "Magic"], "SAMPLER_TRAIN 'Magic'"),
         (["SEARCH.RETRAIN_CONFIG", "nowhere.yaml"], "config nowhere.yaml not found"),
         (["RUN.KEEP_CHECKPOINTS", 0], "KEEP_CHECKPOINTS 0: expected at least 1"),
+        (["RUN.LOG_PERIOD", 0], "LOG_PERIOD 0: expected at least 1"),
+        (["RUN.RANK_CHECK_PERIOD", 0], "RANK_CHECK_PERIOD 0: expected at least 1"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "weights not found: nowhere.pth"),
         (["MODEL.BACKBONE.FREEZE_AT", 3], "stage res3 is frozen .*FREEZE_AT"),
         (["MODEL.NATS.NUM_GROUPS", 5], "NUM_GROUPS 5 does not divide"),
@@ -623,6 +637,26 @@ def test_refuses_the_folder_of_another_search(tiny_config, tmp_path):
     # what does not change the result may change
     again = make_trainer(tiny_config, tmp_path / "run", "DATALOADER.NUM_WORKERS", 1)
     assert again.start_iter == 6
+
+
+def test_a_training_goes_on_at_the_rate_that_it_is_resumed_with(tiny_config, tmp_path):
+    """The checkpoint contains the optimizer's old one."""
+    plain = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "SOLVER.WARMUP_ITERS", 0]
+    first = make_trainer(tiny_config, tmp_path, *plain, kind="train")
+    first._hooks = first._hooks[:-1]  # no writer
+    step = first.run_step
+    first.run_step = lambda: 1 / 0 if first.iter == 2 else step()  # dies there
+    with pytest.raises(ZeroDivisionError):
+        first.train()
+    (old,) = {group["lr"] for group in first.optimizer.param_groups}
+    changed = ["SOLVER.BASE_LR", 0.001, "SOLVER.BASE_LR_END", 1e-5, "SOLVER.WEIGHT_DECAY", 0.5]
+    rest = make_trainer(tiny_config, tmp_path, *plain, *changed, kind="train")
+    assert rest.start_iter == 2
+    groups = rest.optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([old / 10] * len(groups))
+    assert 0.5 in {group["weight_decay"] for group in groups}
+    same = make_trainer(tiny_config, tmp_path, *plain, kind="train")
+    assert {group["lr"] for group in same.optimizer.param_groups} == {old}
 
 
 def test_a_new_run_leaves_an_earlier_ones_checkpoints_alone(tiny_config, tmp_path):

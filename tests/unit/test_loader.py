@@ -267,6 +267,21 @@ def test_errors_of_the_code_are_not_swallowed(dicts, monkeypatch):
         take(build(dicts), 1)
 
 
+def test_a_read_that_fails_once_is_repeated(dicts, warnings, monkeypatch):
+    """A disk behind a network: the file itself is good."""
+    expected = take(build(dicts), 6)
+    read, failures = loader_module.utils.read_image, iter([OSError("Stale file handle")])
+
+    def fails_once(*args, **kwargs):
+        for error in failures:
+            raise error
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(loader_module.utils, "read_image", fails_once)
+    assert_same(expected, take(build(dicts), 6))
+    assert next(failures, None) is None and not lines(warnings)
+
+
 class Record(dict):
     """A dict that can be watched."""
 

@@ -171,7 +171,10 @@ def scaled_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
         scaled.defrost()
         factor = scaled.SOLVER.IMS_PER_BATCH / cfg.SOLVER.IMS_PER_BATCH
         scaled.SOLVER.BASE_LR_END *= factor
-        scaled.SEARCH.ALPHA_IMS_PER_BATCH = round(cfg.SEARCH.ALPHA_IMS_PER_BATCH * factor)
+        scaled.SEARCH.ALPHA_LR *= factor  # α moves by rate × steps, and the steps are scaled
+        if cfg.SEARCH.ALPHA_IMS_PER_BATCH:
+            images = max(1, round(cfg.SEARCH.ALPHA_IMS_PER_BATCH * factor))
+            scaled.SEARCH.ALPHA_IMS_PER_BATCH = images
         scaled.freeze()
     return scaled
 

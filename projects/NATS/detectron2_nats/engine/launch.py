@@ -2,12 +2,13 @@
 
 import argparse
 import atexit
+import contextlib
 import logging
 import os
 import sys
 import traceback
 from datetime import timedelta
-from typing import Callable, NoReturn, Optional, Type
+from typing import Callable, Iterator, NoReturn, Optional, Type
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from detectron2.utils import comm
 from ..config import load_config
 from ..data.registry import check_datasets, register_datasets
 from ..errors import NATSError, one_line
+from ..files import read_bounded, write_atomically
 from .checkpoint import SafeCheckpointer
 from .lock import lock_folder
 from .resumable import ResumableTrainer
@@ -64,7 +66,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         lock_folder(cfg.OUTPUT_DIR)
     if args.config_file and not os.path.isfile(args.config_file):
         args.config_file = ""  # a zoo name: default_setup would open it as a file
-    default_setup(cfg, args)
+    with _unchanged(_config_path(cfg)):  # default_setup overwrites it
+        default_setup(cfg, args)
     logging.getLogger("detectron2_nats").parent = logging.getLogger("detectron2")
     if no_cuda:
         logger.warning(f"computing on the CPU, because PyTorch finds no GPU: {_why_no_cuda()}")
@@ -74,6 +77,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "Stop, and start with SOLVER.AMP.ENABLED False"
         )
     return cfg
+
+
+def _config_path(cfg: CfgNode) -> str:
+    """config.yaml: how the checkpoints in the folder were made. Exports and scores rely on it."""
+    return os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+
+
+@contextlib.contextmanager
+def _unchanged(path: str) -> Iterator[None]:
+    """In the main process: if the file is there, write it again as it was."""
+    earlier = read_bounded(path) if comm.is_main_process() and os.path.isfile(path) else None
+    yield
+    if earlier is not None:
+        write_atomically(path, lambda file: file.write(earlier))
 
 
 def _emulates_bfloat16(cfg: CfgNode) -> bool:
@@ -93,6 +110,8 @@ def train_or_evaluate(
         return trainer_class.test(cfg, model)
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process():  # not before: an earlier run in the folder may not be continued so
+        write_atomically(_config_path(cfg), cfg.dump())
     return trainer.train()
 
 
@@ -125,7 +144,9 @@ def run_script(
     except NATSError as error:
         sys.exit(_report(error))
     except ProcessExitedException as error:
-        sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else 1)
+        # a signal kills ranks that do not handle it yet, because they are still starting
+        killed = STOPPED_EXIT_CODE if stop_requested() else 1
+        sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else killed)
     except ProcessRaisedException as error:
         print(error, file=sys.stderr)
         sys.exit(1)
@@ -163,16 +184,20 @@ def _worker(local_rank: int, main, args, device: str) -> None:
 def _run_under_torchrun(main, args) -> None:
     die_with_parent()
     handle_signals("alone")
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and not args.resume and not args.eval_only:
+        raise NATSError(
+            "torchrun --max-restarts also needs --resume: a restart would find the checkpoints of "
+            "an earlier run. Without any, --resume starts from the beginning"
+        )
     local_rank, processes = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     device = _device_of_group(args, processes)
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    # torchrun keeps its store over a restart. Without a prefix of its own, the new group would find
-    # the addresses of the dead one.
     store, rank, world_size = next(dist.rendezvous("env://"))
-    store = PrefixStore(f"restart_{restarts}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps this store over a restart. Without a prefix of its own, the new group would
+        # find the addresses of the dead one.
+        store = PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     _join_group(device, local_rank, processes, store=store, rank=rank, world_size=world_size)
-    if restarts:
-        args.resume = True  # a rank died, and torchrun has restarted the group
     _call(main, args)
 
 
@@ -254,8 +279,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, MemoryError) or any(word in str(error) for word in words):
         less = (
             "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True "
-            "or, in a search, SEARCH.ALPHA_IMS_PER_BATCH 1 or MODEL.NATS.SHARE_WEIGHTS True, and "
-            "start a new run"
+            "or, in a search, SEARCH.ALPHA_IMS_PER_BATCH to the number of processes or "
+            "MODEL.NATS.SHARE_WEIGHTS True, and start a new run"
         )
         print(f"error: out of memory: {less}", file=sys.stderr, flush=True)
     return 1

@@ -75,7 +75,7 @@ def _mapped(mapper: Callable[[dict], Any], record: dict):
         return mapper(record), []
     except Exception as error:
         if not _is_bad_image(record, error):
-            raise
+            return mapper(record), []  # a disk that failed once; the code's own faults come again
         return None, [(record["file_name"], one_line(error))]
 
 

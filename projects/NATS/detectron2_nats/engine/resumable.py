@@ -112,6 +112,17 @@ class Phase:
             self._iterator = None
 
     @property
+    def settings(self) -> List[Dict[str, Any]]:
+        """Rate, weight decay and so on of each group of parameters."""
+        groups = self.optimizer.param_groups
+        return [{k: v for k, v in group.items() if k != "params"} for group in groups]
+
+    @settings.setter
+    def settings(self, values: List[Dict[str, Any]]) -> None:
+        for group, own in zip(self.optimizer.param_groups, values):
+            group.update(own)
+
+    @property
     def parameters(self) -> List[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -174,8 +185,9 @@ class ResumableTrainer(DefaultTrainer):
         self.weights = self.new_phase("", _distributed(self._loss_module), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, run=weakref.proxy(self))
-        if cfg.RUN.KEEP_CHECKPOINTS < 1:
-            raise NATSError(f"RUN.KEEP_CHECKPOINTS {cfg.RUN.KEEP_CHECKPOINTS}: expected at least 1")
+        for key in ("KEEP_CHECKPOINTS", "LOG_PERIOD", "RANK_CHECK_PERIOD"):
+            if cfg.RUN[key] < 1:
+                raise NATSError(f"RUN.{key} {cfg.RUN[key]}: expected at least 1")
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._stop_now = False
@@ -258,13 +270,13 @@ class ResumableTrainer(DefaultTrainer):
     def rehearse_step(self, phase: Phase) -> str:
         """Compute the gradient of the next step of `phase`, then restore everything it changed.
 
-        Call it on all ranks. The run then continues as if nothing had happened, bit for bit.
+        Call it on all ranks, in :func:`.alpha.alpha_training`. The run then continues as if nothing
+        had happened, bit for bit.
 
         Returns:
             Time and peak memory, as text.
         """
         states, loader_state = random_states(self._device), phase.loader.state_dict()
-        self._forward_state.save()
         on_gpu = self._device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -279,7 +291,6 @@ class ResumableTrainer(DefaultTrainer):
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - start
         phase.optimizer.zero_grad(set_to_none=True)
-        self._forward_state.restore()
         phase.loader.load_state_dict(loader_state)
         set_random_states(states, self._device)
         if on_gpu:
@@ -314,8 +325,9 @@ class ResumableTrainer(DefaultTrainer):
             last = self.checkpointer.get_checkpoint_file() or "none yet"
             raise NATSError(
                 f"{phase.bad_in_row} {name} steps in a row had a loss or gradient that is not "
-                f"finite, up to iteration {self.iter}: lower the learning rate or check the data, "
-                f"then continue with --resume. Last good checkpoint: {last}"
+                f"finite, up to iteration {self.iter}: check the data and continue with --resume, "
+                "or start a new run at a lower learning rate, in another OUTPUT_DIR with "
+                f"MODEL.WEIGHTS set to the last good checkpoint, {last}"
             )
 
     # -- checkpoints ------------------------------------------------------------------------------
@@ -367,13 +379,20 @@ class ResumableTrainer(DefaultTrainer):
         if len(computers) == comm.get_world_size():
             compute_as(computers[comm.get_rank()], self.cfg.MODEL.DEVICE)
         rates = list(self.scheduler.base_lrs)
+        settings = [phase.settings for phase in self.phases()]
         loaded = self.checkpointer.load(usable)
         self.start_iter = loaded["iteration"] + 1
         if loaded["batch_scale"] != self._batch_scale:
-            self._rescale_steps(loaded["batch_scale"] / self._batch_scale, rates)
+            self._rescale_steps(loaded["batch_scale"] / self._batch_scale)
+        # A checkpoint contains the settings of the run that wrote it, too. This run's apply.
+        for phase, own in zip(self.phases(), settings):
+            phase.settings = own
+        self.scheduler.base_lrs = rates
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr()):
+            group["lr"] = rate
         self.iter = self.start_iter - 1
 
-    def _rescale_steps(self, factor: float, rates: List[float]) -> None:
+    def _rescale_steps(self, factor: float) -> None:
         """Continue at the same image, although a step now has another number of images.
 
         ``SOLVER.REFERENCE_WORLD_SIZE`` scales batch, learning rates and length to the number of
@@ -381,13 +400,9 @@ class ResumableTrainer(DefaultTrainer):
 
         Args:
             factor: steps of this run per step of the checkpoint.
-            rates: the base learning rates for the current number of processes.
         """
-        old, scheduler = self.start_iter, self.scheduler
-        self.start_iter = min(round(old * factor), self.max_iter)
-        scheduler.base_lrs, scheduler.last_epoch = rates, self.start_iter
-        for group, base, rate in zip(self.optimizer.param_groups, rates, scheduler.get_lr()):
-            group["initial_lr"], group["lr"] = base, rate
+        old = self.start_iter
+        self.start_iter = self.scheduler.last_epoch = min(round(old * factor), self.max_iter)
         for phase in self.phases():
             phase.loader.batches = round(phase.loader.batches * factor)
         for hook in self._hooks:
