@@ -9,6 +9,7 @@ numbers behind both, and the architectures).
 import argparse
 import ctypes
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -20,14 +21,15 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
+import numpy as np
 import torch
 from tabulate import tabulate
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.command import tool_parser, whole_number
 from detectron2_nats.config import config_differences, load_config
@@ -44,6 +46,7 @@ from detectron2_nats.export import (
 from detectron2_nats.files import write_atomically
 from detectron2_nats.results import comparison, plot
 from detectron2_nats.results.cost import backbone_cost, detector_flops, interleaved_seconds
+from detectron2_nats.transform import frozen_state_dict
 
 EPILOG = """
 methods:
@@ -107,6 +110,15 @@ METHODS = {
 # name, margin, length
 METHOD = re.compile(r"(.*?)(?:@(0?\.\d+|0))?(?:-(\d{1,3}(?:\.\d{1,3})?)x)?", re.DOTALL)
 UNIFORM = re.compile(r"([1-9]\d?)x([1-9]\d?)(?:-warm)?")  # height and width of the dilation
+# Settings (or beginnings of their names) that change no result of a run.
+FREE_KEYS = (
+    "OUTPUT_DIR",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.DEVICE",
+    "RUN.",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "VIS_PERIOD",
+)
 DEFAULT_METHODS = ("plain", "plain-long", "random", "nats-paper", "nats-voted", "nats-warm")
 
 
@@ -136,19 +148,26 @@ class Task:
 
     @property
     def done(self) -> bool:
-        return self.cost().get("done", False)
+        return self.cost()["done"]
 
     @property
     def console(self) -> str:
         return os.path.join(self.folder, "console.txt")
 
     def cost(self) -> dict:
-        """What it took so far, over all starts: {"seconds", "cpu_seconds", "done"}."""
+        """What it took so far, over all starts: {"seconds", "cpu_seconds", "done", "lost"}.
+
+        lost: the number of starts of which nothing is known, because the study was killed.
+        """
         path = os.path.join(self.folder, "cost.json")
         if not os.path.isfile(path):
-            return {}
+            return {"seconds": 0, "cpu_seconds": 0, "done": False, "lost": 0}
         with open(path) as file:
-            return json.load(file)
+            return {"lost": 0, **json.load(file)}
+
+    def _write_cost(self, **changes) -> None:
+        path = os.path.join(self.folder, "cost.json")
+        write_atomically(path, json.dumps({**self.cost(), **changes}))
 
     def start(self, environment: Dict[str, str]) -> None:
         os.makedirs(self.folder, exist_ok=True)
@@ -166,6 +185,7 @@ class Task:
                 preexec_fn=_stop_with_parent if sys.platform.startswith("linux") else None,
             )
         self.started = time.perf_counter()
+        self._write_cost(lost=self.cost()["lost"] + 1)  # until its end is seen
 
     def poll(self) -> Optional[int]:
         """The exit status if it has ended, else None. Its cost is then written to cost.json."""
@@ -177,14 +197,12 @@ class Task:
         code = os.waitstatus_to_exitcode(status)
         self.process.returncode = code
         cost = self.cost()
-        seconds = time.perf_counter() - self.started
-        cpu_seconds = usage.ru_utime + usage.ru_stime
-        cost = {
-            "seconds": cost.get("seconds", 0) + seconds,
-            "cpu_seconds": cost.get("cpu_seconds", 0) + cpu_seconds,
-            "done": code == 0,
-        }
-        write_atomically(os.path.join(self.folder, "cost.json"), json.dumps(cost))
+        self._write_cost(
+            seconds=cost["seconds"] + time.perf_counter() - self.started,
+            cpu_seconds=cost["cpu_seconds"] + usage.ru_utime + usage.ru_stime,
+            done=code == 0,
+            lost=cost["lost"] - 1,
+        )
         return code
 
 
@@ -206,18 +224,23 @@ class Study:
         self.seeds = args.seeds
         self.given = dict(args.architecture)
         self.methods = [*args.methods, *self.given]
-        for path in self.given.values():
-            Architecture.load(path)  # find a malformed file now
+        cfg = load_config(args.config_file, args.opts)
+        if not args.folds and len(cfg.DATASETS.TEST) != 1:
+            raise NATSError(f"DATASETS.TEST {cfg.DATASETS.TEST}: expected one data set, or --folds")
         self.settings = {
-            "config": load_config(args.config_file, args.opts).dump(),
+            "config": cfg.dump(),
             "search_config": load_config(args.search_config, args.opts).dump(),
             "folds": args.folds,
             "annotations": args.annotations,
             "images": args.images,
         }
-        self._check_same_study()
         if args.folds:
             annotations = comparison.merged_annotations(args.annotations)
+            content = json.dumps(annotations, sort_keys=True).encode()
+            self.settings["content of the annotations"] = hashlib.sha256(content).hexdigest()[:16]
+        self._check_same_study()
+        self._check_architectures()
+        if args.folds:
             comparison.write_folds(annotations, args.folds, self.path("data"))
         self.tasks = self._tasks()
 
@@ -226,6 +249,32 @@ class Study:
 
     def folder(self, method: str, seed: int) -> str:
         return self.path(f"seed_{seed}", method)
+
+    def _check_architectures(self) -> None:
+        """Find now what would fail after the search, and files that have changed since a run."""
+        base = load_config(self.args.config_file, self.args.opts)
+        with torch.device("meta"):
+            supernet = build_backbone(load_config(self.args.search_config, self.args.opts))
+        for method in self.methods:
+            if method not in self.given and not UNIFORM.fullmatch(kind(method)):
+                continue
+            try:
+                architecture = self._architecture(method, 0)
+                export_config(base, architecture)
+                if kind(method).endswith("-warm"):
+                    frozen_state_dict(supernet, architecture)
+            except NATSError as error:
+                raise NATSError(f"{method}: {error}") from None
+            for seed in self.seeds:
+                path = os.path.join(self.folder(method, seed), "retrain.yaml")
+                if not os.path.isfile(path):
+                    continue
+                trained = Architecture.from_config(load_config(path).MODEL.NATS.ARCHITECTURE)
+                if trained != architecture.restrict(trained.stages):
+                    raise NATSError(
+                        f"{self.given[method]} is another architecture than that in {path}, "
+                        "which was trained: give it another name"
+                    )
 
     def _check_same_study(self) -> None:
         """Refuse the folder of another study. Seeds and methods may be added later."""
@@ -237,7 +286,7 @@ class Study:
         with open(path) as file:
             old = json.load(file)
         for key, value in self.settings.items():
-            if old.get(key) == value:
+            if old.get(key, value) == value:  # older versions wrote fewer
                 continue
             detail = f"{old.get(key)!r}, now {value!r}"
             if "config" in key:
@@ -245,8 +294,8 @@ class Study:
                     self.args.search_config if "search" in key else self.args.config_file,
                     self.args.opts,
                 )
-                differences = config_differences(old[key], cfg)
-                if not differences:  # only paths etc. differ
+                differences = config_differences(old[key], cfg, FREE_KEYS)
+                if not differences:
                     continue
                 detail = "; ".join(differences[:5])
             raise NATSError(f"{path} is of another study: {key}: {detail}. Choose another --output")
@@ -295,7 +344,7 @@ class Study:
             architecture = self._architecture(method, seed)
             if architecture is not None:
                 config = os.path.join(folder, "retrain.yaml")
-                base = load_config(self.args.config_file)
+                base = load_config(self.args.config_file, self.args.opts)
                 write_config(export_config(base, architecture), config)
             if kind(method).endswith("-warm"):
                 weights = os.path.join(folder, "frozen.pth")
@@ -434,6 +483,7 @@ class Study:
                     "milliseconds": 1e3 * statistics.median(whole for _, whole in seconds[method]),
                 },
                 "cpu_seconds": [self._task(folder).cost()["cpu_seconds"] for folder in folders],
+                "lost_starts": [self._task(folder).cost()["lost"] for folder in folders],
                 "architectures": [a.to_config() if a else None for a in architectures],
             }
         searches = {}
@@ -445,6 +495,7 @@ class Study:
                     "entropy": [last_metric(folder, "alpha/entropy") for folder in folders],
                     "leading": [last_metric(folder, "alpha/leading") for folder in folders],
                     "cpu_seconds": [self._task(folder).cost()["cpu_seconds"] for folder in folders],
+                    "lost_starts": [self._task(folder).cost()["lost"] for folder in folders],
                     "architectures": [architecture.to_config() for architecture in found],
                 }
         return {"seeds": seeds, "methods": methods, "searches": searches}
@@ -478,6 +529,8 @@ class Study:
         for method in self.methods:
             folder = self.folder(method, seed)
             cfg = load_config(os.path.join(folder, "config.yaml"))
+            if not torch.cuda.is_available():
+                cfg.MODEL.DEVICE = "cpu"
             register_datasets(cfg)
             if images is None:
                 loader = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])
@@ -548,11 +601,16 @@ def together(paths: List[str]) -> Dict[str, Any]:
     """One study, of which several machines ran different seeds or methods.
 
     Returns:
-        The results of the seeds that all methods have. Times are those of each method's first file.
+        The results of the seeds that all methods have. Other values are those of each method's
+        first file; time ratios of the first that has the same first method, to which they are.
     """
     parts = [read_results(path) for path in paths]
     if len(parts) == 1:
         return parts[0]
+    first, *others = [next(iter(part["methods"])) for part in parts]
+    for part, reference in zip(parts[1:], others):
+        for result in part["methods"].values():
+            result["time_ratio"] = result["time_ratio"] if reference == first else None
     cells: Dict[str, Dict[str, Dict[int, Any]]] = {"methods": {}, "searches": {}}
     for path, part in zip(paths, parts):
         for group, place in itertools.product(cells, range(len(part["seeds"]))):
@@ -582,23 +640,29 @@ def _of_seed(values: Any, place: int) -> Any:
 
 
 def _joined(parts: List[Any]) -> Any:
-    """The lists of equal structures one after the other; of other values the first."""
+    """The lists of equal structures one after the other; of other values the first known one."""
     if isinstance(parts[0], dict):
         names = [name for name in parts[0] if all(name in part for part in parts)]
         return {name: _joined([part[name] for part in parts]) for name in names}
-    return sum(parts, []) if isinstance(parts[0], list) else parts[0]
+    if isinstance(parts[0], list):
+        return sum(parts, [])
+    return next((part for part in parts if part is not None), None)
 
 
 def costs(paths: List[str], methods: List[str]) -> Dict[str, Dict[str, Any]]:
     """`FILE: METHOD` → {"AP", "flops", "milliseconds"} of the detectors of several studies."""
     points = {}
-    for path in paths:
+    names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
+    for path, name in zip(paths, names):
+        name = path if names.count(name) > 1 else name  # every study writes a results.json
         results = read_results(path)["methods"]
         for method in (m for m in methods if m in results):
             if "detector" not in results[method]:
                 raise NATSError(f"{path}: an older version wrote no cost of the detector into it")
-            name = f"{os.path.splitext(os.path.basename(path))[0]}: {method}"
-            points[name] = {"AP": results[method]["AP"], **results[method]["detector"]}
+            points[f"{name}: {method}"] = {
+                "AP": results[method]["AP"],
+                **results[method]["detector"],
+            }
     if not points:
         raise NATSError(f"{', '.join(paths)}: no results of {', '.join(methods)}")
     return points
@@ -628,8 +692,9 @@ def report(results: Dict[str, Any], folder: str) -> str:
             row[f"AP − {reference} [95 %]"] = _interval(differences[reference].get(method))
         row["parameters"] = f"{result['parameters']:,}"
         row["GFLOPs"] = f"{result['flops'] / 1e9:.3g}"
-        row["backbone time"] = f"{result['time_ratio']:.3f}×"
-        row["training, CPU min"] = f"{statistics.mean(result['cpu_seconds']) / 60:.1f}"
+        ratio = result["time_ratio"]
+        row["backbone time"] = "—" if ratio is None else f"{ratio:.3f}×"
+        row["training, CPU min"] = _minutes(result)
         rows.append(row)
     lines = [
         f"{len(seeds)} seeds; mean ± standard deviation over them, differences paired by seed.",
@@ -671,7 +736,7 @@ def _search_table(searches: Dict[str, Any]) -> List[str]:
         row.append(", ".join(f"{h}×{w} {s:.0%}" for (h, w), s in shares.items() if s >= 0.01))
         if len(found) > 1:
             row += [f"{share:.0%}" for share in comparison.agreement(found)]
-        row.append(f"{statistics.mean(search['cpu_seconds']) / 60:.1f}")
+        row.append(_minutes(search))
         rows.append(row)
     if not rows:
         return []
@@ -680,13 +745,20 @@ def _search_table(searches: Dict[str, Any]) -> List[str]:
     return [_table(rows, [*headers, "CPU min"])]
 
 
+def _minutes(result: Dict[str, Any]) -> str:
+    """CPU minutes, mean over the seeds; a lower bound where starts have been lost."""
+    bound = "≥ " if any(result.get("lost_starts", ())) else ""
+    return f"{bound}{statistics.mean(result['cpu_seconds']) / 60:.1f}"
+
+
 def _class_table(methods: Dict[str, Any]) -> List[str]:
     """Which classes gain, and which pay for it? Means over the seeds."""
     classes = next(iter(methods.values())).get("classes", {})
     if len(classes) < 2:
         return []
     rows = [
-        [method, *(f"{statistics.mean(result['classes'][name]):.1f}" for name in classes)]
+        # NaN where a fold has no box of the class
+        [method, *(f"{np.nanmean(result['classes'][name]):.1f}" for name in classes)]
         for method, result in methods.items()
     ]
     return [_table(rows, ["AP of each class", *classes]), ""]
@@ -696,8 +768,7 @@ def _per_class(folders: List[str]) -> Dict[str, List[float]]:
     """Class → AP of each run; no class where not all runs have the same ones."""
     prefix, found = "bbox/AP-", []
     for folder in folders:
-        with open(os.path.join(folder, "metrics.json")) as file:
-            last = [m for m in map(json.loads, file) if "bbox/AP" in m][-1]
+        last = [m for m in _metrics(folder) if "bbox/AP" in m][-1]
         found.append({k[len(prefix) :]: v for k, v in last.items() if k.startswith(prefix)})
     names = found[0] if all(f.keys() == found[0].keys() for f in found) else ()
     return {name: [classes[name] for classes in found] for name in names}
@@ -705,12 +776,20 @@ def _per_class(folders: List[str]) -> Dict[str, List[float]]:
 
 def last_metric(folder: str, name: str) -> float:
     """The last value of a metric in a run's metrics.json."""
-    path = os.path.join(folder, "metrics.json")
     try:
-        with open(path) as file:
-            return [m[name] for m in map(json.loads, file) if name in m][-1]
+        return [m[name] for m in _metrics(folder) if name in m][-1]
     except (OSError, IndexError):
-        raise NATSError(f"{path} contains no {name}: does the config name DATASETS.TEST?") from None
+        raise NATSError(f"{folder}/metrics.json contains no {name}") from None
+
+
+def _metrics(folder: str) -> Iterator[Dict[str, float]]:
+    """The lines of a run's metrics.json, but for those that a kill has cut off."""
+    with open(os.path.join(folder, "metrics.json")) as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
 
 
 def _table(rows: List[List[str]], headers: List[str]) -> str:

@@ -91,7 +91,7 @@ FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.
 SMALL = {
     "examples/timm_search.py": ["--iterations", "3", "--size", "64"],
     "examples/torchvision_search.py": ["--iterations", "3", "--size", "64", "--images", "2"],
-    "tools/plot.py": ["--images", "1", "--field-size", "64"],
+    "tools/plot.py": ["--images", "1", "--field-size", "40"],
     "tools/analyze.py": ["--size", "64", "96"],
     "examples/lazyconfig_search.py": [
         *("train.init_checkpoint=", "train.max_iter=5", "dataloader.train.num_workers=0"),

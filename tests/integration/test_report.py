@@ -93,8 +93,19 @@ def test_of_a_study(study):
     results = json.loads((study / "results.json").read_text())
     for name, method in results["methods"].items():
         assert name in page.text and f"{method['AP'][0]:.1f}" in page.text
+    assert "nats-warm is the best of 3 searched methods, which flatters it." in page.text
     assert page.text.index("nats-warm − plain: +49.5 AP") < page.text.index("Accuracy and cost")
     assert path.read_text().count('class="verdict"') == 1
+
+
+def test_the_gain_is_to_what_trained_as_long(tmp_path):
+    """Equal time is called plain-1.75x there."""
+    results = REPOSITORY / "docs/results/blood_cells_res2_short.json"
+    shutil.copy(results, tmp_path / "results.json")
+    write_report(str(tmp_path), str(tmp_path / "page.html"))
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert "nats-warm − plain-1.75x: -0.5 AP (one seed)." in text
+    assert "nats-warm − plain: +7.0 AP" in text and "flatters" not in text
 
 
 def test_takes_nothing_from_the_folder_that_it_is_called_in(study, tmp_path, monkeypatch):

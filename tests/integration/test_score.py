@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.commands import score
 from detectron2_nats.errors import NATSError
-from detectron2_nats.export import export_config, frozen_weights, load_detector_config
+from detectron2_nats.export import export_config, frozen_weights, searched_detector
 from detectron2_nats.results.comparison import random_architecture
 from detectron2_nats.results.score import field_verdict, one_shot_score, scoring_batches
 
@@ -42,7 +42,7 @@ def batches(trainer):
 
 def test_score_is_the_loss_of_the_decoded_network(trainer, batches):
     found = Architecture.decode(trainer.searched, "voted")
-    frozen = build_model(export_config(load_detector_config("", trainer.cfg), found))
+    frozen = build_model(export_config(searched_detector(trainer.cfg), found))
     weights = frozen_weights(trainer.model.state_dict(), trainer.model.backbone, found)
     frozen.load_state_dict(weights)
     frozen.train()
@@ -109,9 +109,11 @@ def test_the_command_scores_one_dilation_everywhere_too(trainer, tmp_path, monke
     (folder / "config.yaml").write_text(trainer.cfg.dump())
     torch.save({"model": trainer.model.state_dict()}, folder / "model_final.pth")
     (folder / "last_checkpoint").write_text("model_final.pth")
-    mine = tmp_path / "mine.yaml"
-    Architecture.decode(trainer.searched, "voted").save(str(mine))
-    options = ["--random", "2", "--images", "2", "--architecture", str(mine)]
+    found = Architecture.decode(trainer.searched, "voted")
+    mine, other = (str(tmp_path / part / "architecture.yaml") for part in ("mine", "other"))
+    found.save(mine)
+    random_architecture(trainer.cfg, 0).save(other)
+    options = ["--random", "2", "--images", "2", "--architecture", mine, "--architecture", other]
     written = ["--write", str(tmp_path / "candidates")]
     monkeypatch.setattr("sys.argv", ["score.py", str(folder), *options, *written])
     score.run()
@@ -120,11 +122,12 @@ def test_the_command_scores_one_dilation_everywhere_too(trainer, tmp_path, monke
     wider = common - {(1, 1)}
     assert wider
     uniform = {"plain"} | {f"all {h}x{w}" for h, w in wider}
-    assert set(scores) == {"found", "mine.yaml", "random 0", "random 1"} | uniform
-    assert scores["mine.yaml"] == scores["found"] != scores["plain"]
+    assert set(scores) == {"found", mine, other, "random 0", "random 1"} | uniform
+    assert scores[mine] == scores["found"] != scores["plain"]
+    assert scores[other] == scores["random 0"]
     worse = sum(scores["plain"] > scores[f"random {seed}"] for seed in range(2))
     assert f"Plain has a higher loss than {worse} of 2 random" in capsys.readouterr().out
-    names = {name.replace(" ", "_") for name in set(scores) - {"mine.yaml"}}
+    names = {name.replace(" ", "_") for name in set(scores) - {mine, other}}
     assert {path.stem for path in (tmp_path / "candidates").iterdir()} == names
     for h, w in wider:
         written = Architecture.load(str(tmp_path / "candidates" / f"all_{h}x{w}.yaml"))

@@ -16,6 +16,7 @@ from runs import REPOSITORY, TINY, finish, script, wait_until
 
 from detectron2_nats.architecture import Architecture
 from detectron2_nats.config import load_config
+from detectron2_nats.errors import NATSError
 
 
 def children_of(process):
@@ -97,6 +98,7 @@ def test_study_goes_on_after_a_kill(tmp_path):
     arguments += ["--config-file", str(tmp_path / "plain.yaml")]
     arguments += ["--search-config", str(tmp_path / "search.yaml")]
     arguments += ["SOLVER.MAX_ITER", "4", "DATASETS.TEST", "('nats_embedded_val',)"]
+    arguments += ["MODEL.RESNETS.STEM_OUT_CHANNELS", "12"]
     process = script("tools/study.py", *arguments)
     console = output / "seed_0" / "search-nats" / "console.txt"
     wait_until(lambda: console.exists() and "Starting training" in console.read_text(), process)
@@ -110,6 +112,8 @@ def test_study_goes_on_after_a_kill(tmp_path):
     printed = finish(script("tools/study.py", *arguments))
     assert "0 of 4 runs are done" in printed and "[4/4]" in printed
     table = (output / "study.md").read_text()
+    (search,) = [line for line in table.splitlines() if line.startswith("| nats  ")]
+    assert "≥" in search and table.count("≥") == 1  # nobody saw how much the killed one took
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
     assert rows.count("nats-voted") == 2 and "1 seeds" in table  # in both tables
     assert (output / "study.png").stat().st_size > 1000
@@ -124,6 +128,8 @@ def test_study_goes_on_after_a_kill(tmp_path):
         *("--methods", "3x3-warm", "--architecture", f"found-1.5x={tmp_path / 'found.yaml'}")
     ]
     assert "1 of 3 runs are done" in finish(script("tools/study.py", *arguments))
+    cfg = load_config(str(output / "seed_0/found-1.5x/retrain.yaml"))  # complete by itself
+    assert cfg.MODEL.RESNETS.STEM_OUT_CHANNELS == 12
     cfg = load_config(str(output / "seed_0/found-1.5x/config.yaml"))
     assert Architecture.from_config(cfg.MODEL.NATS.ARCHITECTURE).layers == found.layers
     assert cfg.SOLVER.MAX_ITER == 6
@@ -131,6 +137,80 @@ def test_study_goes_on_after_a_kill(tmp_path):
     dilations = {(h, w) for _, segments in cfg.MODEL.NATS.ARCHITECTURE for _, h, w in segments}
     assert dilations == {(3, 3)} and cfg.SOLVER.MAX_ITER == 4
     assert cfg.MODEL.WEIGHTS.endswith("3x3-warm/frozen.pth")
+    turned = {name: segments[::-1] for name, segments in found.layers.items()}
+    Architecture(turned).save(str(tmp_path / "found.yaml"))
+    changed = finish(script("tools/study.py", *arguments), status=2)
+    assert "found.yaml is another architecture than that in" in changed
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """(tools/study.py, a function: options → its study in tmp_path, of which nothing is run)."""
+    (tmp_path / "search.yaml").write_text(f"VERSION: 2\n{TINY}")
+    (tmp_path / "plain.yaml").write_text(
+        "_BASE_: search.yaml\nMODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone}}\n"
+    )
+    module = runpy.run_path(str(REPOSITORY / "tools/study.py"))
+
+    def study(*opts, test="('nats_embedded_val',)"):
+        arguments = ["--config-file", "plain.yaml", "--search-config", "search.yaml", *opts]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "argv", ["tools/study.py", *arguments, "DATASETS.TEST", test])
+            return module["Study"](module["parse_args"]())
+
+    return module, study
+
+
+def test_what_would_fail_after_the_search_fails_now(prepared, tmp_path):
+    _, study = prepared
+    one = ("--methods", "plain", "--seeds", "1")
+    with pytest.raises(NATSError, match="expected one data set, or --folds"):
+        study(*one, test="()")
+    with pytest.raises(NATSError, match=r"2x2-warm: res3.0.conv2: .*16, 2, 2"):  # set A has no (2, 2)
+        study("--methods", "2x2-warm", "--seeds", "1")
+    study("--methods", "2x2", "3x3-warm", "--seeds", "1")
+    Architecture({"res3.0.conv2": [(16, 3, 3)]}).save(str(tmp_path / "part.yaml"))
+    with pytest.raises(NATSError, match="mine: .*res3.1.conv2"):
+        study(*one, "--architecture", "mine=part.yaml")
+
+
+def test_another_study_in_the_same_folder_is_refused(prepared, tmp_path):
+    """What decides the AP must be equal for all of its runs."""
+    _, study = prepared
+    one = ("--methods", "plain", "--seeds", "1")
+    study(*one)
+    study(*one, "MODEL.DEVICE", "cpu", "RUN.LOG_PERIOD", "7")
+    for change in (["MODEL.WEIGHTS", "other.pkl"], ["TEST.DETECTIONS_PER_IMAGE", "7"]):
+        with pytest.raises(NATSError, match=f"is of another study: config: {change[0]}"):
+            study(*one, *change)
+    with pytest.raises(NATSError, match="is of another study: config: DATASETS.TEST"):
+        study(*one, test="('nats_embedded_calibration',)")
+
+
+def test_other_annotations_of_the_same_name_are_refused(prepared, tmp_path):
+    """Other folds would test images that earlier runs were trained on."""
+    _, study = prepared
+    boxes = {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(9)], "annotations": []}
+    boxes["categories"] = [{"id": 1, "name": "one"}]
+    (tmp_path / "all.json").write_text(json.dumps(boxes))
+    folds = ("--seeds", "1", "--folds", "3", "--annotations", "all.json", "--images", "here")
+    study("--methods", "plain", *folds)
+    fold = (tmp_path / "output/study/data/fold_0/test.json").read_text()
+    study("--methods", "plain", *folds)
+    boxes["images"].append({"id": 9, "file_name": "9.png"})
+    (tmp_path / "all.json").write_text(json.dumps(boxes))
+    with pytest.raises(NATSError, match="another study: content of the annotations"):
+        study("--methods", "plain", *folds)
+    assert (tmp_path / "output/study/data/fold_0/test.json").read_text() == fold
+
+
+def test_a_line_that_a_kill_has_cut_off(prepared, tmp_path):
+    module, _ = prepared
+    (tmp_path / "metrics.json").write_text('{"bbox/AP": 3.5}\n{"bbox/AP": 4')
+    assert module["last_metric"](str(tmp_path), "bbox/AP") == 3.5
+    with pytest.raises(NATSError, match="metrics.json contains no bbox/AP75"):
+        module["last_metric"](str(tmp_path), "bbox/AP75")
 
 
 def test_which_search_a_method_needs():

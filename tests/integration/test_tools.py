@@ -144,6 +144,12 @@ def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     assert tool_here(monkeypatch, folder, "tools/study.py", *arguments) is None
     assert capsys.readouterr().out == "wrote again/cost.png\n"
     assert (folder / "again/cost.png").stat().st_size > 1000
+    costs = runpy.run_path(str(REPOSITORY / "tools/study.py"))["costs"]
+    assert list(costs(["results.json", "again/results.json"], ["plain"])) == [
+        "results.json: plain",
+        "again/results.json: plain",
+    ]
+    assert list(costs(["results.json"], ["plain"])) == ["results: plain"]
     (folder / "odd.json").write_text('{"methods": 3}')
     left = tool_here(monkeypatch, folder, "tools/study.py", "--again", "odd.json")
     assert left == 2 and "odd.json: not the results of a study" in capsys.readouterr().err
@@ -174,6 +180,13 @@ def test_a_study_that_several_machines_ran(monkeypatch, capsys, tmp_path):
     assert "3 seeds" in shown and "seed 3" in shown
     written = json.loads((tmp_path / "output/study/results.json").read_text())
     assert written["seeds"] == [0, 1, 3] and list(written["methods"])[2] == "random"
+    # in late.json random's time was compared with itself
+    assert [m["time_ratio"] for m in written["methods"].values()] == [1.1, 1.1, 1.1]
+    part("other.json", [0, 1], ("random", "5x5"))
+    files = ["two.json", "other.json"]
+    assert tool_here(monkeypatch, tmp_path, "tools/study.py", "--again", *files) is None
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert ["1.100×" in row for row in rows[1:5]] == [True, True, False, False]
     for method in written["methods"].values():
         assert method["AP"] == [0, 10, 30]
         assert len(method["classes"]["red_blue"]) == len(method["architectures"]) == 3

@@ -1,7 +1,7 @@
 """Every config key of the project, with its default and meaning; read and compare configs."""
 
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -209,18 +209,19 @@ _FREE_KEYS = (
 )
 
 
-def config_differences(saved: str, cfg: CfgNode) -> List[str]:
+def config_differences(saved: str, cfg: CfgNode, free: Sequence[str] = _FREE_KEYS) -> List[str]:
     """A line "KEY: old, now new" for each setting that changes what is computed.
 
     Args:
         saved: the old config, as dumped.
+        free: settings, or beginnings of their names, that may differ.
     """
     old, new = (_flat(CfgNode.load_cfg(dump)) for dump in (saved, cfg.dump()))
     old = {**_flat(load_config("")), **old}  # keys that this version has and the old one had not
     return [
         f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
+        if old.get(key) != new.get(key) and not key.startswith(tuple(free))
     ]
 
 

@@ -18,8 +18,8 @@ __all__ = [
     "detector_of",
     "export_config",
     "frozen_weights",
-    "load_detector_config",
     "read_search",
+    "searched_detector",
     "settings_of",
     "write_config",
     "write_weights",
@@ -37,14 +37,12 @@ def detector_of(folder: str, path: str) -> CfgNode:
     config = os.path.join(folder, "config.yaml")
     if not os.path.isfile(config):
         raise NATSError(f"{folder or '.'} has no config.yaml: name the detector with --config-file")
-    return load_detector_config("", load_config(config))
+    return searched_detector(load_config(config))
 
 
-def load_detector_config(path: str, searched: CfgNode) -> CfgNode:
-    """The config of the detector to export: a file, a zoo name, or "" for the searched one."""
-    if path:
-        return load_config(path)
-    cfg = searched.clone()
+def searched_detector(cfg: CfgNode) -> CfgNode:
+    """The config of the detector that a search's config searches."""
+    cfg = cfg.clone()
     cfg.defrost()
     defaults = load_config("")
     cfg.SEARCH, cfg.DATASETS.CALIBRATION = defaults.SEARCH, defaults.DATASETS.CALIBRATION

@@ -15,13 +15,13 @@ from detectron2.utils.events import get_event_storage
 
 from .alpha import alpha_parameters, alpha_training
 from .architecture import Architecture, intensities
-from .config import config_differences
+from .config import config_differences, load_config
 from .data.overlap import check_disjoint, warn_of_test_images
 from .decidedness import Decidedness, all_votes
 from .engine.loader import build_resumable_loader, dataset_dicts
 from .engine.resumable import Phase, ResumableTrainer
 from .errors import NATSError
-from .export import export_config, load_detector_config, write_config, write_weights
+from .export import export_config, searched_detector, write_config, write_weights
 from .transform import frozen_state_dict, searched_layers
 
 __all__ = ["SearchTrainer"]
@@ -54,7 +54,8 @@ class SearchTrainer(ResumableTrainer):
                 f"SEARCH.RETRAIN_WEIGHTS {cfg.SEARCH.RETRAIN_WEIGHTS!r}: expected base or supernet"
             )
         # Fail on a wrong path now, not days later
-        self.retrain_base = load_detector_config(cfg.SEARCH.RETRAIN_CONFIG, cfg)
+        other = cfg.SEARCH.RETRAIN_CONFIG
+        self.retrain_base = load_config(other) if other else searched_detector(cfg)
         super().__init__(cfg)
         cfg = self.cfg  # scaled to the number of processes
         # The same for settings that cannot be decoded, and for a result that cannot fit

@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
         for name, architecture in architectures.items():
             architecture.save(os.path.join(args.write, name.replace(" ", "_") + ".yaml"))
     for path in args.architecture:
-        architectures[os.path.basename(path)] = Architecture.load(path)
+        architectures[path] = Architecture.load(path)
 
     batches = scoring_batches(cfg, records)
     scores = {}

@@ -87,6 +87,7 @@ def compared(args: argparse.Namespace) -> Dict[str, Any]:
     cfg = networks["plain"].cfg
     records, class_names = _test_images(cfg, args.dataset, _FIELD_IMAGES)
     side = args.field_size or min(512, max(256, cfg.INPUT.MIN_SIZE_TEST // 32 * 32))
+    side = -(-side // 32) * 32  # an FPN adds its levels, which must fit
     fields = {name: network.receptive_fields(records, side) for name, network in networks.items()}
     records, class_names = _test_images(cfg, args.dataset, args.images)
     pictures = [detection_utils.read_image(r["file_name"], "RGB") for r in records]

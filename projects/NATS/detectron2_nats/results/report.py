@@ -25,7 +25,9 @@ from .comparison import dilation_shares, paired_interval
 
 __all__ = ["write_report"]
 
-_SEARCHES = ("seed_0/search-nats", "seed_0/search-path")
+_REFERENCE = re.compile(r"(plain|random|\d+x\d+)(-long|-[\d.]+x)?")
+"""A study's methods without a search, of any length."""
+
 _PICTURES = {
     "receptive_fields": "Effective receptive field of each stage: which pixels its central output "
     "depends on.",
@@ -58,7 +60,9 @@ def write_report(folder: str, path: str, title: str = "") -> None:
         NATSError: the folder contains neither a search nor a study, or a file is not readable.
     """
     results = _json(os.path.join(folder, "results.json"))
-    searches = [folder, *(os.path.join(folder, name) for name in _SEARCHES)]
+    searches = [folder]
+    for name in ("nats", "path"):
+        searches += sorted(glob.glob(os.path.join(glob.escape(folder), "seed_*", f"search-{name}")))
     search = next((s for s in searches if os.path.isfile(os.path.join(s, "architecture.yaml"))), "")
     if not results and not search:
         raise NATSError(
@@ -88,7 +92,7 @@ def write_report(folder: str, path: str, title: str = "") -> None:
         template = jinja2.Environment(autoescape=True).from_string(file.read())
     page = template.render(
         title=title or f"Dilation search: {os.path.basename(os.path.abspath(folder))}",
-        verdict=verdict or ["It was not recorded how decided the search is."],
+        verdict=verdict or ["It was not recorded how decided a search is, or there was none."],
         sure=sure,
         sections=sections,
     )
@@ -106,16 +110,18 @@ def _json(path: str) -> Optional[Dict[str, Any]]:
 
 
 def _gain(results: Dict[str, Any]) -> List[str]:
-    """How the best searched method of a study compares with the references."""
+    """How the best searched method of a study compares with all that need no search."""
     methods = {name: result["AP"] for name, result in results["methods"].items()}
     searched = [name for name in methods if name.startswith("nats")]
     if not searched:
         return []
     best = max(searched, key=lambda name: sum(methods[name]))
     sentences = []
-    for reference in ("plain", "plain-long", "random"):
-        if reference not in methods:
-            continue
+    if len(searched) > 1:
+        sentences.append(
+            f"{best} is the best of {len(searched)} searched methods, which flatters it."
+        )
+    for reference in filter(_REFERENCE.fullmatch, methods):
         mean, half = paired_interval([a - b for a, b in zip(methods[best], methods[reference])])
         interval = "one seed" if len(methods[best]) == 1 else f"95 % interval ± {half:.1f}"
         sentences.append(f"{best} − {reference}: {mean:+.1f} AP ({interval}).")
@@ -202,7 +208,8 @@ def _provenance(folder: str) -> List[_Part]:
     commands = [line for line in map(_first_line, consoles) if line.startswith("$ ")]
     config = os.path.join(folder, "config.yaml")
     if commands:
-        parts.append(_Part("The runs of seed 0:", text="\n".join(commands)))
+        seed = os.path.basename(os.path.dirname(os.path.abspath(folder)))
+        parts.append(_Part(f"The runs of {seed.replace('_', ' ')}:", text="\n".join(commands)))
     elif os.path.isfile(config):
         command = f"$ python search_net.py --config-file {config} OUTPUT_DIR output/again"
         parts.append(_Part("To repeat the search:", text=command))
