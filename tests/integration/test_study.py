@@ -167,7 +167,7 @@ def test_what_would_fail_after_the_search_fails_now(prepared, tmp_path):
     one = ("--methods", "plain", "--seeds", "1")
     with pytest.raises(NATSError, match="expected one data set, or --folds"):
         study(*one, test="()")
-    with pytest.raises(NATSError, match=r"2x2-warm: res3.0.conv2: .*16, 2, 2"):  # set A has no (2, 2)
+    with pytest.raises(NATSError, match=r"2x2-warm: res3.0.conv2: .*16, 2, 2"):  # not in set A
         study("--methods", "2x2-warm", "--seeds", "1")
     study("--methods", "2x2", "3x3-warm", "--seeds", "1")
     Architecture({"res3.0.conv2": [(16, 3, 3)]}).save(str(tmp_path / "part.yaml"))
