@@ -69,7 +69,7 @@ RULES = [
     (r"^make [a-z-]+$", "make"),
     (r"^source \.venv/bin/activate$", "activate"),
     (r"^pip install -r \S+$", "requirements"),
-    (r"^torchrun ", "torchrun"),
+    (r"^(TORCH_\w+=1 )?torchrun ", "torchrun"),
     (r"^tensorboard --logdir ", "tensorboard"),
     # COCO, its weights, or several machines
     (r"^python (search_net|train_net)\.py .*configs/(search|retrain|study)/", "parsed"),
@@ -425,7 +425,8 @@ def check_tensorboard(command: str, here: Path) -> None:
 def check_torchrun(command: str, here: Path) -> None:
     from torch.distributed.run import get_args_parser
 
-    args = get_args_parser().parse_args(shlex.split(command)[1:])
+    words = shlex.split(command)
+    args = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     script = args.training_script
     if args.module:
         script = {"detectron2_nats.commands.search": "search_net.py"}[script]
