@@ -274,8 +274,8 @@ class Study:
                 trained = Architecture.from_config(load_config(path).MODEL.NATS.ARCHITECTURE)
                 if trained != architecture.restrict(trained.stages):
                     raise NATSError(
-                        f"{self.given[method]} is another architecture than that in {path}, "
-                        "which was trained: give it another name"
+                        f"{self.given.get(method, method)} is another architecture than that in "
+                        f"{path}, which was trained: give it another name"
                     )
 
     def _check_same_study(self) -> None:
