@@ -880,7 +880,9 @@ def parse_args() -> argparse.Namespace:
     parser, count = tool_parser(__doc__, EPILOG), whole_number(1000)
     parser.add_argument("--config-file", help="config of the detector: a path or a zoo name")
     parser.add_argument("--search-config", help="config of its search")
-    parser.add_argument("--output", default="output/study", help="folder (%(default)s)")
+    parser.add_argument(
+        "--output", help="folder (output/study; of --again and --cost: output/again)"
+    )
     parser.add_argument(
         "--seeds", type=_seeds, default="3", help="how many, from 0 on; or which, like 2-3 (3)"
     )
@@ -922,7 +924,10 @@ def parse_args() -> argparse.Namespace:
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for both configs"
     )
     args = parser.parse_args()
-    if not (args.again or args.cost) and not (args.config_file and args.search_config):
+    without_runs = args.again or args.cost
+    # not where a study may be, whose tables would be lost
+    args.output = args.output or ("output/again" if without_runs else "output/study")
+    if not without_runs and not (args.config_file and args.search_config):
         parser.error("--config-file and --search-config are needed")
     if args.folds and (args.folds < 2 or not args.annotations or not args.images):
         parser.error("--folds needs at least 2 folds, --annotations and --images")

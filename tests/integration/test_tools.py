@@ -178,7 +178,8 @@ def test_a_study_that_several_machines_ran(monkeypatch, capsys, tmp_path):
     assert tool_here(monkeypatch, tmp_path, "tools/study.py", "--again", *files) is None
     shown = capsys.readouterr().out
     assert "3 seeds" in shown and "seed 3" in shown
-    written = json.loads((tmp_path / "output/study/results.json").read_text())
+    assert not (tmp_path / "output/study").exists()  # where studies are by default
+    written = json.loads((tmp_path / "output/again/results.json").read_text())
     assert written["seeds"] == [0, 1, 3] and list(written["methods"])[2] == "random"
     # in late.json random's time was compared with itself
     assert [m["time_ratio"] for m in written["methods"].values()] == [1.1, 1.1, 1.1]
