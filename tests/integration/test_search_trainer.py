@@ -659,6 +659,21 @@ def test_a_training_goes_on_at_the_rate_that_it_is_resumed_with(tiny_config, tmp
     assert {group["lr"] for group in same.optimizer.param_groups} == {old}
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["MODEL.BACKBONE.FREEZE_AT", 3],  # fewer parameters
+        ["MODEL.RESNETS.NORM", "FrozenBN"],  # none of the norms'
+        ["MODEL.ROI_HEADS.NUM_CLASSES", 9],  # of another shape
+    ],
+)
+def test_a_training_is_not_resumed_with_other_parameters(tiny_config, tmp_path, changed):
+    plain = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]
+    make_trainer(tiny_config, tmp_path, *plain, kind="train").save_checkpoint("model_0000001")
+    with pytest.raises(NATSError, match="is of other parameters: .* another OUTPUT_DIR"):
+        make_trainer(tiny_config, tmp_path, *plain, *changed, kind="train")
+
+
 def test_a_new_run_leaves_an_earlier_ones_checkpoints_alone(tiny_config, tmp_path):
     """It would prune them by their numbers, and a resume would take them for its own."""
     trainer = make_trainer(tiny_config, tmp_path)

@@ -374,6 +374,14 @@ class ResumableTrainer(DefaultTrainer):
                 "Choose another OUTPUT_DIR, or give it as MODEL.WEIGHTS without --resume"
             )
         self.check_same_run(saved["config"])
+        old_optimizer = saved["run"]["phases"]["weights"]["optimizer"]
+        if _sizes(saved["model"], old_optimizer) != _sizes(
+            self.model.state_dict(), self.optimizer.state_dict()
+        ):
+            raise NATSError(
+                f"{usable} is of other parameters: of the settings that the warnings name, one "
+                "cannot change on --resume. Change it back, or choose another OUTPUT_DIR"
+            )
         computers = saved["computed_by"]
         del saved
         if len(computers) == comm.get_world_size():
@@ -513,6 +521,14 @@ def _distributed(module: nn.Module) -> nn.Module:
     # Views: else each gradient is kept twice, once in the bucket that the ranks exchange
     return DistributedDataParallel(
         module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def _sizes(weights: Dict[str, torch.Tensor], optimizer: Dict[str, Any]):
+    """What a run and its checkpoint must have in common, from both state dicts."""
+    return (
+        {name: tensor.shape for name, tensor in weights.items()},
+        [len(group["params"]) for group in optimizer["param_groups"]],
     )
 
 
