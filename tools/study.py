@@ -60,7 +60,6 @@ methods:
   nats-warm    the same architecture, retrained from the super-network's own weights
   path-warm    what path found, likewise
   5x5          one dilation in all searched convs, this one or another
-  uniform      likewise, the dilation that tools/score.py finds best in the super-network of nats-
   NAME         the architecture of --architecture NAME=FILE, the same for each seed
   5x5-warm, NAME-warm: likewise, from the weights of the nats- methods' super-network
 transposed and the nats- methods take a margin (SEARCH.DECODE_MARGIN) after an @: nats-warm@0.1.
@@ -107,7 +106,6 @@ METHODS = {
     "nats-voted": "nats",
     "nats-warm": "nats",
     "path-warm": "path",
-    "uniform": "nats",
 }
 # name, margin, length
 METHOD = re.compile(r"(.*?)(?:@(0?\.\d+|0))?(?:-(\d{1,3}(?:\.\d{1,3})?)x)?", re.DOTALL)
@@ -133,7 +131,7 @@ class Task:
     """One run of a script.
 
     Attributes:
-        kind: "search", "score" or "retraining"; runs of a kind take about the same time.
+        kind: "search" or "retraining"; runs of a kind take about the same time.
         folder: its OUTPUT_DIR, named after method and seed.
         prepare: called before the start; returns the command.
         after: runs that must be done before.
@@ -325,13 +323,7 @@ class Study:
             needed = [search_of(method) for method in self.methods]
             searches = {n: self._search(n, seed) for n in ("path", "nats") if n in needed}
             tasks += searches.values()
-            scores = {}
-            if "uniform" in map(kind, self.methods):
-                scores["uniform"] = self._score(seed, searches["nats"])
-                tasks += scores.values()
-            for method in self.methods:
-                after = [scores.get(kind(method)), searches.get(search_of(method))]
-                tasks.append(self._retraining(method, seed, [task for task in after if task]))
+            tasks += [self._retraining(method, seed, searches) for method in self.methods]
         return tasks
 
     def _search(self, name: str, seed: int) -> Task:
@@ -342,15 +334,9 @@ class Study:
         command = ["search_net.py", *self._common(self.args.search_config), *opts]
         return Task("search", folder, lambda: command)
 
-    def _score(self, seed: int, search: Task) -> Task:
-        folder = self.folder("score-nats", seed)
-        written = ["--write", folder, "--output", os.path.join(folder, "scores.json")]
-        few = ["--random", "1", "--images", "100"]  # its time counts
-        command = ["tools/score.py", search.folder, *few, *written]
-        return Task("score", folder, lambda: command, [search])
-
-    def _retraining(self, method: str, seed: int, after: List[Task]) -> Task:
+    def _retraining(self, method: str, seed: int, searches: Dict[str, Task]) -> Task:
         folder = self.folder(method, seed)
+        search = searches.get(search_of(method))
 
         def prepare() -> List[str]:
             config = self.args.config_file
@@ -362,13 +348,12 @@ class Study:
                 write_config(export_config(base, architecture), config)
             if kind(method).endswith("-warm"):
                 weights = os.path.join(folder, "frozen.pth")
-                search = self.folder(f"search-{search_of(method)}", seed)
-                write_weights(frozen_weights(*read_search(search), architecture), weights)
+                write_weights(frozen_weights(*read_search(search.folder), architecture), weights)
                 opts += ["MODEL.WEIGHTS", weights]
             opts += self._schedule(method)
             return ["train_net.py", *self._common(config), *opts]
 
-        return Task("retraining", folder, prepare, after)
+        return Task("retraining", folder, prepare, [search] if search else [])
 
     def _common(self, config: str) -> List[str]:
         return ["--config-file", config, "--resume", "--num-gpus", str(self.args.num_gpus)]
@@ -394,8 +379,6 @@ class Study:
             return comparison.uniform_architecture(cfg, tuple(map(int, uniform.groups())))
         if not search_of(method):
             return None
-        if kind(method) == "uniform":
-            return best_uniform(self.folder("score-nats", seed))
         search = self.folder(f"search-{search_of(method)}", seed)
         order = "paper" if kind(method) == "nats-paper" else "voted"
         found = comparison.searched_architecture(search, order, margin(method))
@@ -454,10 +437,8 @@ class Study:
 
     def _line(self, task: Task) -> str:
         name = os.path.relpath(task.folder, self.args.output)
-        ap = ""
-        if task.kind == "retraining":
-            ap = f"AP {last_metric(task.folder, 'bbox/AP'):.1f} "
-        return f"{name}: {ap}in {task.cost()['seconds']:.0f} s"
+        result = f"AP {last_metric(task.folder, 'bbox/AP'):.1f} " if task.kind != "search" else ""
+        return f"{name}: {result}in {task.cost()['seconds']:.0f} s"
 
     def _left(self, waiting: List[Task], running: List[Task]) -> str:
         times: Dict[str, List[float]] = {}
@@ -501,7 +482,7 @@ class Study:
                     "flops": flops[method],
                     "milliseconds": 1e3 * statistics.median(whole for _, whole in seconds[method]),
                 },
-                "cpu_seconds": [self._cpu_seconds(method, seed) for seed in seeds],
+                "cpu_seconds": [self._task(folder).cost()["cpu_seconds"] for folder in folders],
                 "lost_starts": [self._task(folder).cost()["lost"] for folder in folders],
                 "architectures": [a.to_config() if a else None for a in architectures],
             }
@@ -518,12 +499,6 @@ class Study:
                     "architectures": [architecture.to_config() for architecture in found],
                 }
         return {"seeds": seeds, "methods": methods, "searches": searches}
-
-    def _cpu_seconds(self, method: str, seed: int) -> float:
-        """Of a retraining, and of the score that it needed."""
-        folders = [self.folder(method, seed)]
-        folders += [self.folder("score-nats", seed)] if kind(method) == "uniform" else []
-        return sum(self._task(folder).cost()["cpu_seconds"] for folder in folders)
 
     def _task(self, folder: str) -> Optional[Task]:
         return next((task for task in self.tasks if task.folder == folder), None)
@@ -595,15 +570,6 @@ def search_of(method: str) -> str:
     """The search that a method needs: nats, path, or none."""
     warm = kind(method).endswith("-warm")
     return METHODS.get(kind(method), "nats" if warm else "")
-
-
-def best_uniform(folder: str) -> Architecture:
-    """The one dilation everywhere that has the lowest loss, of what tools/score.py wrote there."""
-    with open(os.path.join(folder, "scores.json")) as file:
-        scores = json.load(file)
-    uniform = [name for name in scores if name == "plain" or name.startswith("all ")]
-    best = min(uniform, key=scores.get)
-    return Architecture.load(os.path.join(folder, f"{best.replace(' ', '_')}.yaml"))
 
 
 def margin(method: str) -> float:
@@ -864,7 +830,7 @@ def _named_file(text: str):
 def _method(text: str) -> str:
     name, decoded_with, longer = METHOD.fullmatch(text).groups()
     known = name in METHODS or bool(UNIFORM.fullmatch(name))
-    known &= decoded_with is None or (METHODS.get(name) == "nats" and name != "uniform")
+    known &= decoded_with is None or METHODS.get(name) == "nats"
     if longer:
         known &= float(longer) > 0 and name != "plain-long"
     if not known:

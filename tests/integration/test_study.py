@@ -63,8 +63,6 @@ def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
         ("5x5-1.5x", "5x5", True),
         ("1x3-warm", "1x3-warm", True),
         ("5x5@0.1", "5x5", False),
-        ("uniform-1.45x", "uniform", True),
-        ("uniform@0.1", "uniform", False),
         ("0x3", "0x3", False),
         ("nats-warm@1", "nats-warm@1", False),
         ("plain@0.1", "plain", False),
@@ -127,22 +125,9 @@ def test_study_goes_on_after_a_kill(tmp_path):
     found = Architecture.from_config(measured["nats-voted"]["architectures"][0])
     found.save(str(tmp_path / "found.yaml"))
     arguments[arguments.index("--methods") : arguments.index("--seeds")] = [
-        *("--methods", "3x3-warm", "uniform"),
-        *("--architecture", f"found-1.5x={tmp_path / 'found.yaml'}"),
+        *("--methods", "3x3-warm", "--architecture", f"found-1.5x={tmp_path / 'found.yaml'}")
     ]
-    assert "1 of 5 runs are done" in finish(script("tools/study.py", *arguments))
-    scores = json.loads((output / "seed_0/score-nats/scores.json").read_text())
-    uniform = {"plain": (1, 1), "all 3x3": (3, 3)}  # all searched convs of set A have these
-    assert uniform.keys() <= scores.keys() and "random 0" in scores
-    cfg = load_config(str(output / "seed_0/uniform/config.yaml"))
-    chosen = {(h, w) for _, segments in cfg.MODEL.NATS.ARCHITECTURE for _, h, w in segments}
-    assert chosen == {uniform[min(uniform, key=scores.get)]}
-    measured = json.loads((output / "results.json").read_text())["methods"]
-    costs = [
-        json.loads((output / f"seed_0/{n}/cost.json").read_text())
-        for n in ("uniform", "score-nats")
-    ]
-    assert measured["uniform"]["cpu_seconds"] == [sum(cost["cpu_seconds"] for cost in costs)]
+    assert "1 of 3 runs are done" in finish(script("tools/study.py", *arguments))
     cfg = load_config(str(output / "seed_0/found-1.5x/retrain.yaml"))  # complete by itself
     assert cfg.MODEL.RESNETS.STEM_OUT_CHANNELS == 12
     cfg = load_config(str(output / "seed_0/found-1.5x/config.yaml"))

@@ -112,7 +112,7 @@ def _json(path: str) -> Optional[Dict[str, Any]]:
 def _gain(results: Dict[str, Any]) -> List[str]:
     """How the best searched method of a study compares with all that need no search."""
     methods = {name: result["AP"] for name, result in results["methods"].items()}
-    searched = [name for name in methods if name.startswith(("nats", "uniform"))]
+    searched = [name for name in methods if name.startswith("nats")]
     if not searched:
         return []
     best = max(searched, key=lambda name: sum(methods[name]))
