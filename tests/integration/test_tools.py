@@ -239,7 +239,8 @@ def test_analyze(folder):
     [
         ("plot", "nowhere", "nowhere: cannot be read: No such file or directory"),
         ("plot", "search --output a_file", "a_file: cannot be written"),
-        ("plot", "search --plain tiny.yaml a_file", "give both --plain and --searched"),
+        ("plot", "search --searched tiny.yaml a_file", "is drawn beside --plain: give both"),
+        ("plot", "", "give a search's output folder, an architecture file, or --plain"),
         ("analyze", "ic_conv.json", "not an architecture file"),
         ("analyze", "search --config-file none.yaml", "config none.yaml not found"),
         ("import_architecture", "a_file --output x.yaml", "a_file: not readable as JSON"),

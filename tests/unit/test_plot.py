@@ -8,8 +8,11 @@ import pytest
 import torch
 from oracles import build_plain, image, random_architecture
 
+from detectron2.structures import BoxMode
 from detectron2_nats import Architecture, NATSError, apply_architecture
+from detectron2_nats.config import load_config
 from detectron2_nats.results import plot
+from detectron2_nats.results.detectors import object_sizes
 
 
 def line(iteration, entropy, votes):
@@ -116,3 +119,15 @@ def test_detections():
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     some, none = ["disc 0.90", "7 0.50"], ["nothing detected"]
     assert texts == [some, none, none, some]
+
+
+def test_object_sizes_are_those_that_the_network_is_given():
+    cfg = load_config("", ["INPUT.MIN_SIZE_TEST", "100", "INPUT.MAX_SIZE_TEST", "150"])
+    boxes = [[0, 0, 80, 40]] * 5 + [[5, 5, 40, 160]] * 5
+    annotations = [{"bbox": b, "bbox_mode": BoxMode.XYWH_ABS} for b in boxes]
+    wide = {"height": 200, "width": 400, "annotations": annotations}  # shown at 75 x 150
+    tall = {"height": 100, "width": 50}
+    assert object_sizes(cfg, [wide, tall]) == (
+        "objects' longer sides: half up to 45 px, eight of ten 30 to 60"
+    )
+    assert object_sizes(cfg, [tall]) == ""

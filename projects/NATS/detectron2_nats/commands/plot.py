@@ -11,6 +11,8 @@ from ..results import plot
 
 EPILOG = """
 examples:
+  before a search, how far does a network see? receptive_fields.png, from any weights:
+    $ %(prog)s --plain configs/quickstart/bars.yaml nats://embedded_r50.pth --output output/pictures
   architecture.png and history.png of a search:
     $ %(prog)s output/search --output output/pictures
   architecture.svg of an architecture file:
@@ -24,19 +26,23 @@ examples:
 
 def main(args: argparse.Namespace) -> None:
     formats = ["png", "svg"] if args.format == "both" else [args.format]
-    if (args.plain is None) != (args.searched is None):
-        raise NATSError("give both --plain and --searched, or neither")
+    if args.searched and not args.plain:
+        raise NATSError("--searched is drawn beside --plain: give both")
+    if not args.source and not args.plain:
+        raise NATSError("give a search's output folder, an architecture file, or --plain")
     folder, path = paths_of(args.source)
-    architecture = Architecture.load(path)
-    figures = {"architecture": plot.plot_architecture(architecture, args.title)}
+    figures = {}
+    if args.source:
+        architecture = Architecture.load(path)
+        figures["architecture"] = plot.plot_architecture(architecture, args.title)
     metrics = os.path.join(folder, "metrics.json")
     if os.path.isdir(args.source) and os.path.isfile(metrics):
         verdict = architecture.search.get("decidedness", {}).get("verdict", "")
         figures["history"] = plot.plot_history(plot.read_history(metrics), args.title or verdict)
     if args.plain:
-        from ..results.detectors import compared  # the rest needs no Detectron2
+        from ..results.detectors import detector_figures  # the rest needs no Detectron2
 
-        figures.update(compared(args))
+        figures.update(detector_figures(args))
     output = args.output or os.path.join(folder, "pictures")
     paths = []
     for name, figure in figures.items():
@@ -51,7 +57,9 @@ def main(args: argparse.Namespace) -> None:
 def run(prog: Optional[str] = None) -> None:
     """The command; `prog` is its name in the help."""
     parser = tool_parser(__doc__, EPILOG, prog)
-    parser.add_argument("source", help="a search's output folder, or an architecture file")
+    parser.add_argument(
+        "source", nargs="?", default="", help="a search's output folder, or an architecture file"
+    )
     parser.add_argument("--output", default="", help="folder to write (default: SOURCE/pictures)")
     parser.add_argument(
         "--format", choices=["png", "svg", "both"], default="png", help="of the files (png)"
@@ -59,7 +67,7 @@ def run(prog: Optional[str] = None) -> None:
     parser.add_argument("--title", default="", help="a line above each picture")
     pair = {"nargs": 2, "metavar": ("CONFIG", "WEIGHTS")}
     parser.add_argument("--plain", **pair, help="config and weights of the plain detector")
-    parser.add_argument("--searched", **pair, help="config and weights of the searched detector")
+    parser.add_argument("--searched", **pair, help="of the searched detector, to compare")
     parser.add_argument("--dataset", default="", help="where images are from (DATASETS.TEST)")
     parser.add_argument(
         "--images",

@@ -1,4 +1,4 @@
-"""Compare two detectors: their receptive fields, and what they detect."""
+"""How far a detector sees; and what two of them detect, side by side."""
 
 import argparse
 from typing import Any, Dict, List
@@ -16,6 +16,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
 
 from ..config import load_config
 from ..data.registry import check_datasets, register_datasets
@@ -23,7 +24,7 @@ from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError
 from . import plot
 
-__all__ = ["compared"]
+__all__ = ["detector_figures", "object_sizes"]
 
 _FIELD_IMAGES = 16
 """Receptive fields are averaged over this many images."""
@@ -81,34 +82,68 @@ class _Network:
         return plot.effective_receptive_fields(self.model.backbone, batch)
 
 
-def compared(args: argparse.Namespace) -> Dict[str, Any]:
-    """Name → figure, for the two detectors that the options of tools/plot.py name."""
-    networks = {"plain": _Network(*args.plain), "searched": _Network(*args.searched)}
+def detector_figures(args: argparse.Namespace) -> Dict[str, Any]:
+    """Name → figure, for the one or two detectors that the options of tools/plot.py name."""
+    pairs = {"plain": args.plain, "searched": args.searched}
+    networks = {name: _Network(*pair) for name, pair in pairs.items() if pair}
     cfg = networks["plain"].cfg
-    records, class_names = _test_images(cfg, args.dataset, _FIELD_IMAGES)
+    records, class_names = _test_records(cfg, args.dataset)
     side = args.field_size or min(512, max(256, cfg.INPUT.MIN_SIZE_TEST // 32 * 32))
     side = -(-side // 32) * 32  # an FPN adds its levels, which must fit
-    fields = {name: network.receptive_fields(records, side) for name, network in networks.items()}
-    records, class_names = _test_images(cfg, args.dataset, args.images)
-    pictures = [detection_utils.read_image(r["file_name"], "RGB") for r in records]
-    detections = {
-        name: [network.detect(r, args.threshold) for r in records]
-        for name, network in networks.items()
-    }
-    return {
-        "receptive_fields": plot.plot_receptive_fields(fields, args.title),
-        "detections": plot.plot_detections(pictures, detections, class_names, args.title),
-    }
+    chosen = _evenly(records, _FIELD_IMAGES)
+    fields = {name: network.receptive_fields(chosen, side) for name, network in networks.items()}
+    for name, stages in fields.items():
+        seen = ", ".join(f"{stage} {plot.mass_side(field)}" for stage, field in stages.items())
+        print(f"{name} sees, in pixels: {seen}")
+    objects = object_sizes(cfg, records)
+    if objects:
+        print(objects)
+    figures = {"receptive_fields": plot.plot_receptive_fields(fields, args.title or objects)}
+    if args.searched:
+        chosen = _evenly(records, args.images)
+        pictures = [detection_utils.read_image(r["file_name"], "RGB") for r in chosen]
+        detections = {
+            name: [network.detect(r, args.threshold) for r in chosen]
+            for name, network in networks.items()
+        }
+        figures["detections"] = plot.plot_detections(pictures, detections, class_names, args.title)
+    return figures
 
 
-def _test_images(cfg: CfgNode, dataset: str, count: int):
-    """`count` records, spread evenly over the data set, and the names of its classes."""
+def _test_records(cfg: CfgNode, dataset: str):
+    """The records of the data set, and the names of its classes."""
     register_datasets(cfg)
     name = dataset or (cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "")
     if not name:
         raise NATSError("DATASETS.TEST is empty: name the images with --dataset")
     check_datasets([name], "--dataset")
     records = get_detection_dataset_dicts(name, filter_empty=False)
+    return records, MetadataCatalog.get(name).get("thing_classes", [])
+
+
+def _evenly(records: List[dict], count: int) -> List[dict]:
+    """`count` records, spread evenly."""
     chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
-    class_names = MetadataCatalog.get(name).get("thing_classes", [])
-    return [records[i] for i in chosen], class_names
+    return [records[i] for i in chosen]
+
+
+def object_sizes(cfg: CfgNode, records: List[dict]) -> str:
+    """How long the objects' longer sides are, in pixels of the images that the network is given.
+
+    Returns:
+        One line; "" if the data set has no boxes.
+    """
+    sides = []
+    for record in records:
+        height, width = record["height"], record["width"]
+        scale = min(
+            cfg.INPUT.MIN_SIZE_TEST / min(height, width),
+            cfg.INPUT.MAX_SIZE_TEST / max(height, width),
+        )
+        for annotation in record.get("annotations", []):
+            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            sides.append(scale * max(box[2] - box[0], box[3] - box[1]))
+    if not sides:
+        return ""
+    low, half, high = np.quantile(sides, (0.1, 0.5, 0.9))
+    return f"objects' longer sides: half up to {half:.0f} px, eight of ten {low:.0f} to {high:.0f}"

@@ -287,7 +287,8 @@ def plot_receptive_fields(
     """
     networks = list(fields)
     stages = [s for s in fields[networks[0]] if all(s in fields[n] for n in networks)]
-    figure = _figure(1.2 + 2.3 * len(stages), 0.9 + 2.45 * len(networks), title)
+    # not narrower than its texts
+    figure = _figure(max(5.5, 1.2 + 2.3 * len(stages)), 0.9 + 2.45 * len(networks), title)
     grid = figure.subplots(len(networks), len(stages), squeeze=False)
     for column, stage in enumerate(stages):
         for row, network in enumerate(networks):
