@@ -68,6 +68,9 @@ def run(prog: Optional[str] = None) -> None:
     pair = {"nargs": 2, "metavar": ("CONFIG", "WEIGHTS")}
     parser.add_argument("--plain", **pair, help="config and weights of the plain detector")
     parser.add_argument("--searched", **pair, help="of the searched detector, to compare")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="change both detectors' configs"
+    )
     parser.add_argument("--dataset", default="", help="where images are from (DATASETS.TEST)")
     parser.add_argument(
         "--images",

@@ -38,8 +38,8 @@ class _Network:
         model: in eval mode.
     """
 
-    def __init__(self, config: str, weights: str):
-        self.cfg = load_config(config)
+    def __init__(self, config: str, weights: str, opts: List[str]):
+        self.cfg = load_config(config, opts)
         if not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
         self.model = build_model(self.cfg).eval()
@@ -85,7 +85,7 @@ class _Network:
 def detector_figures(args: argparse.Namespace) -> Dict[str, Any]:
     """Name → figure, for the one or two detectors that the options of tools/plot.py name."""
     pairs = {"plain": args.plain, "searched": args.searched}
-    networks = {name: _Network(*pair) for name, pair in pairs.items() if pair}
+    networks = {name: _Network(*pair, args.opts) for name, pair in pairs.items() if pair}
     cfg = networks["plain"].cfg
     records, class_names = _test_records(cfg, args.dataset)
     side = args.field_size or min(512, max(256, cfg.INPUT.MIN_SIZE_TEST // 32 * 32))
