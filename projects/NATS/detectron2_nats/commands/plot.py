@@ -60,7 +60,9 @@ def run(prog: Optional[str] = None) -> None:
     parser.add_argument(
         "source", nargs="?", default="", help="a search's output folder, or an architecture file"
     )
-    parser.add_argument("--output", default="", help="folder to write (default: SOURCE/pictures)")
+    parser.add_argument(
+        "--output", default="", help="folder to write (SOURCE/pictures, or pictures)"
+    )
     parser.add_argument(
         "--format", choices=["png", "svg", "both"], default="png", help="of the files (png)"
     )
