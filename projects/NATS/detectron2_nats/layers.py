@@ -6,9 +6,10 @@ Both take over the parameters of the plain conv that they replace, under the sam
 is renamed, split or permuted, so plain checkpoints load into either as they are.
 """
 
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -17,6 +18,16 @@ from .errors import NATSError
 from .search_space import Dilation
 
 __all__ = ["MixedDilationConv2d", "GroupedDilationConv2d"]
+
+# What torch.fx takes as one call: inside, they look at values that it does not have.
+torch.fx.wrap("to_fast_layout")
+torch.fx.wrap("_convolve")
+
+_HOOKS = [
+    f"_{when}hooks{how}"
+    for when in ("forward_", "forward_pre_", "backward_", "backward_pre_")
+    for how in ("", "_with_kwargs", "_always_called")
+] + ["_is_full_backward_hook"]
 
 
 class _DilationConv2d(nn.Conv2d):
@@ -53,6 +64,9 @@ class _DilationConv2d(nn.Conv2d):
         self.weight = conv.weight
         self.bias = conv.bias
         self.training = conv.training  # the norm keeps its own mode
+        for hooks in _HOOKS:  # the same dicts: who registered a hook can still remove it
+            if hooks in conv.__dict__:
+                self.__dict__[hooks] = conv.__dict__[hooks]
 
     def _effective(self, genotype: Dilation) -> Tuple[int, int]:
         """A base dilation (DC5's res5) multiplies the genotype's."""
@@ -158,7 +172,7 @@ class MixedDilationConv2d(_DilationConv2d):
             if not alpha_step:
                 per_group = self.out_channels // self.num_groups
                 segments = [(per_group, *self.genotypes[g]) for g in chosen.flatten().tolist()]
-                return GroupedDilationConv2d(self, segments)(x)
+                return GroupedDilationConv2d(self, segments).forward(x)  # hooks have been called
             one_hot = torch.zeros_like(shares).scatter_(1, chosen.view(-1, 1), 1)
             shares = one_hot + (shares - shares.detach())  # the value is one_hot's, bit for bit
         if alpha_step:  # α's gradient needs each y^g
@@ -200,18 +214,6 @@ class MixedDilationConv2d(_DilationConv2d):
         return f"{super().extra_repr()}, {self.num_groups} groups of {list(self.genotypes)}{how}"
 
 
-class Branch(NamedTuple):
-    """The segments of one dilation.
-
-    Attributes:
-        dilation: (d_h, d_w), a base dilation included.
-        places: which ones these are, counted in channel order.
-    """
-
-    dilation: List[int]
-    places: List[int]
-
-
 class GroupedDilationConv2d(_DilationConv2d):
     """The frozen network's conv: each output channel has its own dilation (section 3.3).
 
@@ -227,7 +229,7 @@ class GroupedDilationConv2d(_DilationConv2d):
         NATSError: the segments do not add up, or cut a conv group.
     """
 
-    _branches: List[Branch]  # declared here for TorchScript
+    _inputs: List[int]  # declared here: TorchScript cannot tell the type of an empty list
 
     def __init__(self, conv: nn.Conv2d, segments: Sequence[Tuple[int, int, int]]):
         super().__init__(conv)
@@ -243,16 +245,31 @@ class GroupedDilationConv2d(_DilationConv2d):
 
         # lists of ints, so that TorchScript can read them
         self._outputs: List[int] = [channels for channels, _, _ in self.segments]
-        self._inputs: List[int] = [
+        self._inputs = [
             channels // rows_per_group * (self.in_channels // self.groups)
             for channels in self._outputs
+            if self.groups > 1
         ]
-        places = {}  # dilation → its segments
+        places = {}  # dilation → its segments, counted in channel order
         for place, (_, *dilation) in enumerate(self.segments):
             places.setdefault(tuple(dilation), []).append(place)
-        self._branches = [Branch(list(self._effective(d)), p) for d, p in places.items()]
+        self._dilations: List[List[int]] = [list(self._effective(d)) for d in places]
+        self._places: List[List[int]] = list(places.values())
         self._all_plain: bool = list(places) == [(1, 1)]
         self._fast_layouts: List[bool] = fast_layouts(len(places))
+
+    def _conv_forward(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """Where PyTorch's convs convolve, for who calls it with a weight of his own."""
+        if self._all_plain:  # the plain conv's gradients too, bit for bit
+            return F.conv2d(
+                input, weight, bias, self.stride, self.padding, self.dilation, self.groups
+            )
+        x = to_fast_layout(input, self._fast_layouts)
+        return _convolve(
+            x, weight, bias, self.stride, self._dilations, self._places, self._outputs, self._inputs
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -262,28 +279,44 @@ class GroupedDilationConv2d(_DilationConv2d):
         Returns:
             (B, C_out, H / stride, W / stride).
         """
-        if self._all_plain:  # the plain conv's gradients too, bit for bit
-            return self._finish(self._conv_forward(x, self.weight, self.bias))
-        x = to_fast_layout(x, self._fast_layouts)
-        rows = _cut(self.weight, self._outputs, 0)
-        bias = self.bias  # TorchScript looks at an attribute anew each time
-        shifts = _cut(bias, self._outputs, 0) if bias is not None else []
-        slices = _cut(x, self._inputs, 1) if self.groups > 1 else []
-        outputs = [x] * len(rows)  # one per segment, each replaced in the loop
-        for branch in self._branches:
-            weight = _joined([rows[i] for i in branch.places], 0)
-            shift = _joined([shifts[i] for i in branch.places], 0) if len(shifts) > 0 else None
-            read = _joined([slices[i] for i in branch.places], 1) if len(slices) > 0 else x
-            groups = read.shape[1] // weight.shape[1]
-            dilation = branch.dilation
-            y = F.conv2d(read, weight, shift, self.stride, dilation, dilation, groups)
-            pieces = _cut(y, [self._outputs[i] for i in branch.places], 1)
-            for i, piece in zip(branch.places, pieces):
-                outputs[i] = piece
-        return self._finish(_joined(outputs, 1))
+        return self._finish(self._conv_forward(x, self.weight, self.bias))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, segments={self.segments}"
+
+
+def _convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    stride: List[int],
+    dilations: List[List[int]],
+    places: List[List[int]],
+    outputs: List[int],
+    inputs: List[int],
+) -> torch.Tensor:
+    """One conv per dilation, over the rows that have it; outputs in channel order (section 3.3).
+
+    Args:
+        dilations: (d_h, d_w) of each conv, a base dilation included.
+        places: which segments have it.
+        outputs, inputs: number of channels that each segment writes, and reads; `inputs` is empty
+            where each reads all.
+    """
+    grouped = len(inputs) > 0
+    rows = _cut(weight, outputs, 0)
+    shifts = _cut(bias, outputs, 0) if bias is not None else []
+    slices = _cut(x, inputs, 1) if grouped else []
+    found = [x] * len(outputs)  # one per segment, each replaced in the loop
+    for dilation, own in zip(dilations, places):
+        own_rows = _joined([rows[i] for i in own], 0)
+        own_shifts = _joined([shifts[i] for i in own], 0) if bias is not None else None
+        read = _joined([slices[i] for i in own], 1) if grouped else x
+        groups = read.shape[1] // own_rows.shape[1]
+        y = F.conv2d(read, own_rows, own_shifts, stride, dilation, dilation, groups)
+        for i, piece in zip(own, _cut(y, [outputs[i] for i in own], 1)):
+            found[i] = piece
+    return _joined(found, 1)
 
 
 def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:

@@ -95,6 +95,19 @@ def named_convs(stage_name: str, stage: nn.Module) -> Iterator[Tuple[str, nn.Mod
                 yield f"{stage_name}.{index}.{attribute}", block, attribute
 
 
+def other_convs(stage_name: str, stage: nn.Module) -> Dict[str, str]:
+    """Layer name → what it is, of each 3×3 conv on a stage's main path that cannot be changed."""
+    found = {}
+    for index, block in enumerate(stage):
+        for attribute in ("conv1", "conv2"):
+            conv = getattr(block, attribute)
+            if getattr(conv, "kernel_size", None) in (3, (3, 3)) and not is_plain_conv(conv):
+                computed = isinstance(conv, nn.Conv2d) and "weight" not in conv._parameters
+                kind = "its weight is computed (weight_norm, pruning, …)" if computed else ""
+                found[f"{stage_name}.{index}.{attribute}"] = kind or type(conv).__name__
+    return found
+
+
 def is_plain_conv(conv: nn.Module) -> bool:
     """Whether it does what `nn.Conv2d` does, with its weight as it is (not standardised, say)."""
     if isinstance(conv, (MixedDilationConv2d, GroupedDilationConv2d)):
@@ -103,7 +116,7 @@ def is_plain_conv(conv: nn.Module) -> bool:
         isinstance(conv, nn.Conv2d)
         and type(conv).forward.__module__ in _PLAIN_FORWARDS
         and type(conv)._conv_forward is nn.Conv2d._conv_forward
-        and isinstance(conv.weight, nn.Parameter)  # a parametrised weight is computed
+        and "weight" in conv._parameters  # else it is computed, anew at each pass
     )
 
 

@@ -4,6 +4,7 @@ Knows modules, not configs. Works on anything that holds residual stages (:mod:`
 of Detectron2, torchvision, timm or mmdet, an FPN around one, a whole detector, a LazyConfig model.
 """
 
+import logging
 from typing import Dict, Union
 
 import torch
@@ -13,7 +14,14 @@ from .architecture import Architecture
 from .errors import NATSError
 from .layers import GroupedDilationConv2d, MixedDilationConv2d
 from .search_space import SearchSpace
-from .stages import conv3x3_layers, named_convs, residual_stages, searched_layers, what_is_in
+from .stages import (
+    conv3x3_layers,
+    named_convs,
+    other_convs,
+    residual_stages,
+    searched_layers,
+    what_is_in,
+)
 
 __all__ = [
     "apply_architecture",
@@ -22,6 +30,9 @@ __all__ = [
     "searched_layers",
     "to_supernet",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 def _check_plain(name: str, conv: nn.Module) -> None:
@@ -78,7 +89,17 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
             swaps.append((block, attribute, mixed))
     for block, attribute, mixed in swaps:
         setattr(block, attribute, mixed)
+    _warn_of_others({name: stages[name] for name in space.stages})
     return backbone
+
+
+def _warn_of_others(stages: Dict[str, nn.Module]) -> None:
+    others: Dict[str, str] = {}
+    for name, stage in stages.items():
+        others.update(other_convs(name, stage))
+    if others:
+        listed = ", ".join(f"{name} ({kind})" for name, kind in others.items())
+        logger.warning(f"left as they are, since only plain convs are understood: {listed}")
 
 
 def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, str]) -> nn.Module:
@@ -100,8 +121,10 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     for stage_name, stage in residual_stages(backbone).items():
         found = {name: place for name, *place in named_convs(stage_name, stage)}
         present.update(found)
-        if not found and stage_name in architecture.stages:
-            without.append(f". {stage_name} holds {what_is_in(stage)}")
+        if stage_name in architecture.stages:
+            if not found:
+                without.append(f". {stage_name} holds {what_is_in(stage)}")
+            without += [f". {n}: {kind}" for n, kind in other_convs(stage_name, stage).items()][:3]
     unknown = [name for name in architecture.layers if name not in present]
     missing = [
         name
@@ -133,6 +156,8 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
             raise NATSError(f"the architecture does not fit {name}: {error}") from None
     for block, attribute, grouped in swaps:
         setattr(block, attribute, grouped)
+    stages = residual_stages(backbone)
+    _warn_of_others({name: stages[name] for name in architecture.stages})
     return backbone
 
 
