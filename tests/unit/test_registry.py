@@ -1,17 +1,22 @@
-"""Own data sets: registration, and bad annotations."""
+"""Own data sets: registration, and what is checked before a run."""
 
 import json
-import logging
-import math
-import re
 
 import pytest
+from PIL import Image
+from test_annotations import coco
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2_nats import NATSError, add_nats_config
-from detectron2_nats.data.registry import check_datasets, register_datasets
+from detectron2_nats.config import load_config
+from detectron2_nats.data.registry import (
+    check_data,
+    check_datasets,
+    check_registered_classes,
+    evaluated_name,
+    register_datasets,
+)
 
 NAME = "nats_test_registry"
 
@@ -22,38 +27,6 @@ def forget():
     for name in [n for n in DatasetCatalog.list() if n.startswith(NAME)]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-
-
-@pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
-    return caplog
-
-
-def lines(warnings):
-    return [r.getMessage() for r in warnings.records if r.name.startswith("detectron2_nats")]
-
-
-def coco(count=10, **changes):
-    """`count` images of one box each, of two categories."""
-    content = {
-        "images": [
-            {"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in range(count)
-        ],
-        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
-        "annotations": [
-            {
-                "id": 100 + i,
-                "image_id": i,
-                "category_id": (3, 7)[i % 2],
-                "bbox": [1, 2, 10, 20],
-                "area": 200,
-                "iscrowd": 0,
-            }
-            for i in range(count)
-        ],
-    }
-    return {**content, **changes}
 
 
 def register(tmp_path, content=None, share=0.2, name=NAME):
@@ -70,7 +43,7 @@ def register(tmp_path, content=None, share=0.2, name=NAME):
     return cfg, path
 
 
-def test_registers_and_loads(tmp_path, warnings):
+def test_registers_and_loads(tmp_path):
     cfg, path = register(tmp_path)
     check_datasets([NAME], "DATASETS.TRAIN")
     records = DatasetCatalog.get(NAME)
@@ -78,14 +51,7 @@ def test_registers_and_loads(tmp_path, warnings):
     assert [r["annotations"][0]["category_id"] for r in records] == [0, 1] * 5
     meta = MetadataCatalog.get(NAME)
     assert meta.thing_classes == ["cat", "dog"] and meta.evaluator_type == "coco"
-    assert not lines(warnings)
     register_datasets(cfg)  # the same again is fine
-
-
-def test_reads_as_detectron2_does(tmp_path):
-    _, path = register(tmp_path)
-    expected = load_coco_json(str(path), str(tmp_path), "nats_test_registry_plain")
-    assert DatasetCatalog.get(NAME) == expected
 
 
 def test_a_taken_name(tmp_path):
@@ -144,78 +110,139 @@ def test_unknown_names():
         check_datasets(["mine"], "DATASETS.TRAIN")
 
 
-# -- bad annotations ------------------------------------------------------------------------------
-
-BAD = [
-    ({"bbox": [1, 2, 0, 20]}, r"box \[1, 2, 0, 20\] has no size"),
-    ({"bbox": [1, 2, 10, -1]}, "has no size"),
-    ({"bbox": [1, 2, 10]}, r"box \[1, 2, 10\] is not \[x, y, width, height\]"),
-    ({"bbox": [1, 2, 10, math.nan]}, r"is not \[x, y, width, height\]"),
-    ({"bbox": [1, 2, 10, math.inf]}, r"is not \[x, y, width, height\]"),
-    ({"category_id": 4}, "category 4 is not in the list of categories"),
-    ({"image_id": 99}, "image id 99 is not listed"),
-]
-
-
-@pytest.mark.parametrize("change, reason", BAD)
-def test_a_bad_annotation_is_skipped_with_one_warning(tmp_path, warnings, change, reason):
-    content = coco()
-    for i in (4, 5):
-        content["annotations"][i].update(change)
-    register(tmp_path, content)
-    records = DatasetCatalog.get(NAME)
-    assert [len(r["annotations"]) for r in records] == [1] * 4 + [0] * 2 + [1] * 4
-    (line,) = lines(warnings)
-    where = "no listed image" if "image_id" in change else "4.png"
-    path = tmp_path / "annotations.json"
-    assert line.startswith(
-        f"{path}: 2 of 10 annotations cannot be used, the first (id 104, {where})"
-    )
-    assert re.search(reason, line)
+def test_a_folder_for_a_file(tmp_path):
+    cfg, path = register(tmp_path)
+    MetadataCatalog.remove(NAME)
+    MetadataCatalog.get(NAME).set(json_file=str(tmp_path), image_root=str(path))
+    with pytest.raises(NATSError, match="is a folder and .* a file: .* comes before the image"):
+        check_datasets([NAME], "DATASETS.TRAIN")
+    MetadataCatalog.remove(NAME)
+    MetadataCatalog.get(NAME).set(json_file=str(tmp_path), image_root=str(tmp_path))
+    with pytest.raises(NATSError, match="annotation file not found"):
+        check_datasets([NAME], "DATASETS.TRAIN")
 
 
-@pytest.mark.parametrize("change, reason", BAD)
-def test_too_many_bad_annotations_stop_the_run(tmp_path, change, reason):
-    content = coco()
-    for i in (4, 5, 6):
-        content["annotations"][i].update(change)
-    register(tmp_path, content)
-    with pytest.raises(NATSError, match="annotations.json: 3 of 10 .*RUN.MAX_BAD_DATA") as caught:
-        DatasetCatalog.get(NAME)
-    assert "\n" not in str(caught.value)
-    caught.match(reason)
+def test_a_corrected_file_is_read_anew(tmp_path):
+    cfg, path = register(tmp_path)
+    DatasetCatalog.get(NAME)
+    path.write_text(json.dumps(coco(categories=[{"id": 3, "name": "a"}, {"id": 7, "name": "b"}])))
+    DatasetCatalog.get(NAME)
+    assert MetadataCatalog.get(NAME).thing_classes == ["a", "b"]
 
 
+# -- before a run ---------------------------------------------------------------------------------
+
+
+def run_config(tmp_path, *opts, count=4, **contents):
+    """A config whose data sets TRAIN, CALIBRATION and TEST have these contents, and images."""
+    for i in range(count):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{i}.png")
+    cfg = load_config("", ["MODEL.ROI_HEADS.NUM_CLASSES", "2", "RUN.MAX_BAD_DATA", "0.3", *opts])
+    for key in ("TRAIN", "CALIBRATION", "TEST"):
+        path = tmp_path / f"{key}.json"
+        path.write_text(json.dumps({**coco(count), **contents.get(key, {})}))
+        cfg.DATASETS.REGISTER.append([f"{NAME}_{key}", str(path), str(tmp_path)])
+        cfg.DATASETS[key] = (f"{NAME}_{key}",)
+    register_datasets(cfg)
+    return cfg
+
+
+ALL = ("TRAIN", "CALIBRATION", "TEST")
+
+
+def categories(*names):
+    return [{"id": id, "name": name} for id, name in zip((3, 7, 9), names)]
+
+
+def test_good_data_pass(tmp_path):
+    check_data(run_config(tmp_path), ALL, ["cat", "dog"])
+    check_registered_classes(run_config(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["CALIBRATION", "TEST"])
 @pytest.mark.parametrize(
-    "content",
+    "names, message",
     [
-        b"",
-        b"{",
-        b"[" * 100000,
-        b"\x89PNG\xff",
-        [],
-        "text",
-        None,
-        {"images": []},
-        coco(images=[{"id": 1}]),
-        coco(images=7),
-        coco(images=[3]),
-        coco(categories=[{}]),
-        coco(categories=[{"id": []}]),
-        coco(annotations=[{}]),
-        coco(annotations=[7]),
-        coco(annotations=5),
-        coco(annotations={"a": 1}),
-        coco(annotations=[{"id": 1, "image_id": 1, "category_id": 3, "bbox": None}]),
-        coco(annotations=[{"id": 1, "image_id": 1, "category_id": 3, "bbox": ["a"] * 4}]),
-        coco(annotations=[{"id": 1, "image_id": [1], "category_id": 3, "bbox": [1, 2, 3, 4]}]),
-        coco(annotations=[{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}]),
-        coco(annotations=[{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}] * 2),
-        coco(images=[{"id": 1, "file_name": "1.png"}], annotations=[]),
+        (("dog", "cat"), "class 0 is 'dog', of .*_TRAIN it is 'cat'"),
+        (("cat", "cow"), "class 1 is 'cow', of .*_TRAIN it is 'dog'"),
+        (("cat", "dog", "cow"), "class 2 is 'cow', of .*_TRAIN it is not there"),
     ],
 )
-def test_what_is_not_coco(tmp_path, content):
-    register(tmp_path, b"null" if content is None else content)
-    with pytest.raises(NATSError, match="annotations.json: not COCO's annotation format") as caught:
-        DatasetCatalog.get(NAME)
-    assert "\n" not in str(caught.value)
+def test_classes_that_differ_between_the_splits(tmp_path, key, names, message):
+    cfg = run_config(tmp_path, **{key: {"categories": categories(*names)}})
+    with pytest.raises(NATSError, match=f"DATASETS.{key}: {NAME}_{key}: {message}.*same ids"):
+        check_data(cfg, ALL)
+    with pytest.raises(NATSError, match="DATASETS.TEST: .*: class .|3 classes"):
+        check_data(cfg, ["TEST"])  # only the number can be known
+        check_registered_classes(cfg)
+
+
+def test_a_split_with_only_the_classes_that_occur(tmp_path):
+    content = coco(4)
+    few = [{**a, "category_id": 7} for a in content["annotations"]]
+    cfg = run_config(tmp_path, TEST={"categories": [{"id": 7, "name": "dog"}], "annotations": few})
+    with pytest.raises(NATSError, match="DATASETS.TEST.* class 0 is 'dog', .* it is 'cat'"):
+        check_data(cfg, ALL)
+
+
+def test_the_classes_of_a_checkpoint(tmp_path):
+    with pytest.raises(NATSError, match="DATASETS.TEST: .* 'cat', of the detector it is 'dog'"):
+        check_data(run_config(tmp_path), ["TEST"], ["dog", "cat"])
+
+
+@pytest.mark.parametrize("count", [1, 3, 80])
+@pytest.mark.parametrize(
+    "architecture, node",
+    [
+        ("GeneralizedRCNN", "ROI_HEADS"),
+        ("PanopticFPN", "ROI_HEADS"),
+        ("RetinaNet", "RETINANET"),
+        ("ProposalNetwork", ""),
+    ],
+)
+def test_the_number_of_classes(tmp_path, architecture, node, count):
+    cfg = run_config(tmp_path, "MODEL.META_ARCHITECTURE", architecture)
+    if not node:
+        check_data(cfg, ALL)
+        return
+    cfg.MODEL[node].NUM_CLASSES = count
+    with pytest.raises(
+        NATSError, match=f"2 classes, the model {count}: set MODEL.{node}.NUM_CLASSES 2"
+    ):
+        check_data(cfg, ALL)
+
+
+def test_the_number_of_classes_of_stuff(tmp_path):
+    cfg = run_config(tmp_path, "MODEL.META_ARCHITECTURE", "PanopticFPN")
+    MetadataCatalog.get(f"{NAME}_TEST").stuff_classes = ["sky"] * 5
+    with pytest.raises(NATSError, match="5 classes, .*: set MODEL.SEM_SEG_HEAD.NUM_CLASSES 5"):
+        check_data(cfg, ["TEST"])
+
+
+def test_keypoints(tmp_path):
+    cfg = run_config(tmp_path, "MODEL.KEYPOINT_ON", "True")
+    with pytest.raises(NATSError, match="keypoints need names and a map"):
+        check_data(cfg, ALL)
+    check_data(cfg, ["TEST"])
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 5
+    with pytest.raises(NATSError, match="5 numbers in TEST.KEYPOINT_OKS_SIGMAS"):
+        check_data(cfg, ["TEST"])
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1] * 5
+    check_data(cfg, ["TEST"])
+
+
+def test_what_an_evaluator_reads(tmp_path):
+    cfg = run_config(
+        tmp_path,
+        TEST={"annotations": [{**a, "id": i} for i, a in enumerate(coco(4)["annotations"])]},
+    )
+    DatasetCatalog.get(f"{NAME}_TEST")
+    assert evaluated_name(cfg, f"{NAME}_TRAIN", str(tmp_path)) == f"{NAME}_TRAIN"
+    assert evaluated_name(cfg, "coco_2017_val", str(tmp_path)) == "coco_2017_val"
+    for _ in range(2):  # at each evaluation
+        cleaned = MetadataCatalog.get(evaluated_name(cfg, f"{NAME}_TEST", str(tmp_path / "new")))
+    with open(cleaned.json_file) as file:
+        assert [a["id"] for a in json.load(file)["annotations"]] == [1, 2, 3, 4]
+    assert cleaned.thing_classes == ["cat", "dog"]
+    assert cleaned.thing_dataset_id_to_contiguous_id == {3: 0, 7: 1}
+    MetadataCatalog.pop(cleaned.name)

@@ -1,13 +1,15 @@
 """Every config key of the project, with its default and meaning; read and compare configs."""
 
+import difflib
 import os
 from typing import Any, Dict, List, Sequence
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
-from .errors import NATSError
+from .errors import NATSError, shown
 from .files import read_yaml
 
 __all__ = [
@@ -20,6 +22,10 @@ __all__ = [
 ]
 
 DEFAULT_NUM_GROUPS = 16
+
+# What Detectron2 knows by name, and keeps in no registry.
+_SCHEDULERS = ["WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"]
+_NORMS = ["", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"]
 
 
 def add_nats_config(cfg: CfgNode) -> None:
@@ -111,6 +117,11 @@ def load_config(path: str, opts=()) -> CfgNode:
     """
     cfg = get_cfg()
     add_nats_config(cfg)
+    if path.endswith(".py"):
+        raise NATSError(
+            f"{path} is a LazyConfig: this command takes YAML. For models of LazyConfigs see "
+            "examples/lazyconfig_search.py"
+        )
     if os.path.isfile(path):
         _check_bases(path)
         _merge(path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
@@ -118,8 +129,57 @@ def load_config(path: str, opts=()) -> CfgNode:
         # Detectron2's own configs are trusted like its code, and RetinaNet's needs an unsafe tag.
         zoo_path = _zoo_config(path)
         _merge(path, lambda: cfg.merge_from_file(zoo_path, allow_unsafe=True))
-    _merge("command line", lambda: cfg.merge_from_list(list(opts)))
+    _check_pairs(list(opts))
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key == "MODEL.NATS.SPACE":
+            cfg.MODEL.NATS.SPACE = None  # a list takes the place of a name, and the reverse
+        _merge("command line", lambda: cfg.merge_from_list([key, value]))
     return cfg
+
+
+def _check_pairs(opts: List[str]) -> None:
+    """Refuse what cannot be KEY VALUE pairs, with the cure."""
+    options = [word for word in opts if isinstance(word, str) and word.startswith("--")]
+    if options:
+        raise NATSError(f"{options[0]} comes after KEY VALUE pairs, which are the last: move it")
+    if len(opts) % 2:
+        raise NATSError(f"command line: KEY VALUE pairs: {shown(opts[-1])} has no value")
+    known = _flat(load_config("")) if opts else {}
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key not in known:
+            continue
+        given = CfgNode._decode_cfg_value(value)
+        if isinstance(known[key], (list, tuple)) and isinstance(given, (str, int, float)):
+            one = given.strip("()[]{}, '\"") if isinstance(given, str) else given
+            example = repr((one,))
+            if key == "DATASETS.REGISTER":
+                example = "[['my_train', 'train.json', 'images']]"
+            raise NATSError(
+                f"command line: {key} is a list, with quotes around its names and a comma in a "
+                f'list of one: {key} "{example}", not {shown(given)}'
+            )
+
+
+def check_names(cfg: CfgNode) -> None:
+    """Check the names in a config that Detectron2 looks up in its registries.
+
+    Raises:
+        NATSError: one is not known; suggests the nearest.
+    """
+    flat = _flat(cfg)
+    backbones = [name for name, _ in BACKBONE_REGISTRY]
+    known = {
+        "MODEL.META_ARCHITECTURE": [name for name, _ in META_ARCH_REGISTRY],
+        "MODEL.BACKBONE.NAME": backbones,
+        "MODEL.NATS.BASE_BACKBONE": backbones,
+        "MODEL.ROI_HEADS.NAME": [name for name, _ in ROI_HEADS_REGISTRY],
+        "SOLVER.LR_SCHEDULER_NAME": _SCHEDULERS,
+        **{key: _NORMS for key in flat if key.endswith(".NORM")},
+    }
+    for key, names in known.items():
+        if flat[key] not in names and isinstance(flat[key], str):
+            near = difflib.get_close_matches(flat[key], names, 3, 0.5) or filter(None, names)
+            raise NATSError(f"{key} {flat[key]!r} is not known: expected {' or '.join(near)}")
 
 
 def _zoo_config(path: str) -> str:
@@ -156,8 +216,12 @@ def _merge(name: str, merge) -> None:
     try:
         merge()
     except Exception as error:  # Python's parser raises MemoryError for a value like "------…1"
-        reason = error.args[0] if error.args else type(error).__name__
-        raise NATSError(f"{name}: {' '.join(str(reason).split())[:300]}") from None
+        reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())[:300]
+        unknown = reason.removeprefix("Non-existent key: ")
+        if unknown != reason:
+            near = difflib.get_close_matches(unknown, _flat(load_config("")), 3, 0.75)
+            reason += f", did you mean {' or '.join(near)}?" if near else ""
+        raise NATSError(f"{name}: {reason}") from None
 
 
 # -- for a number of processes --------------------------------------------------------------------

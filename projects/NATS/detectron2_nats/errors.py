@@ -1,6 +1,8 @@
 """The one error that a user is meant to read."""
 
-__all__ = ["NATSError", "one_line"]
+import reprlib
+
+__all__ = ["NATSError", "one_line", "shown"]
 
 
 class NATSError(ValueError):
@@ -13,3 +15,8 @@ class NATSError(ValueError):
 def one_line(error: BaseException) -> str:
     """Kind and words of somebody else's error, for a message of ours."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def shown(value: object) -> str:
+    """A value from a stranger's file, for a message of ours: one line, and short."""
+    return reprlib.repr(value)

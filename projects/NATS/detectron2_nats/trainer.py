@@ -43,6 +43,8 @@ class SearchTrainer(ResumableTrainer):
         NATSError: bad input; raised before training starts.
     """
 
+    DATA = ("TRAIN", "CALIBRATION", "TEST")
+
     def __init__(self, cfg: CfgNode):
         if not 0 <= cfg.SEARCH.ALPHA_START < 1:
             raise NATSError(
@@ -173,28 +175,31 @@ class SearchTrainer(ResumableTrainer):
         self._put_pictures(architecture)
 
     def train(self):
-        """Train to the end, then write the plain config; a finished search writes it again."""
+        """Train to the end and write the result; a finished search writes it again."""
         if self.start_iter < self.alpha_start:
             self.rehearse_alpha_step()
         results = super().train()
         if comm.is_main_process():
-            architecture = self.architecture()
-            path = os.path.join(self.cfg.OUTPUT_DIR, "architecture.yaml")
-            retrain = os.path.join(self.cfg.OUTPUT_DIR, "retrain.yaml")
-            architecture.save(path)
-            cfg = export_config(self.retrain_base, architecture)
-            cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "retrain")
-            if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
-                cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
-                write_weights(frozen_state_dict(self.model, architecture), cfg.MODEL.WEIGHTS)
-            write_config(cfg, retrain)
             decidedness = self.decidedness()
             logger.log(
                 logging.INFO if decidedness.decided else logging.WARNING,
                 f"The search is {decidedness.verdict()} ({decidedness})",
             )
+            names = ("architecture.yaml", "retrain.yaml")
+            path, retrain = (os.path.join(self.cfg.OUTPUT_DIR, name) for name in names)
             logger.info(f"Search done: wrote {path} and the plain config {retrain}")
         return results
+
+    def write_result(self) -> None:
+        """Write architecture, plain config and, if asked for, weights to OUTPUT_DIR."""
+        architecture = self.architecture()
+        architecture.save(os.path.join(self.cfg.OUTPUT_DIR, "architecture.yaml"))
+        cfg = export_config(self.retrain_base, architecture)
+        cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "retrain")
+        if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
+            cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
+            write_weights(frozen_state_dict(self.model, architecture), cfg.MODEL.WEIGHTS)
+        write_config(cfg, os.path.join(self.cfg.OUTPUT_DIR, "retrain.yaml"))
 
     def _put_pictures(self, architecture: Architecture) -> None:
         """The architecture and α's history, for TensorBoard."""
@@ -222,8 +227,9 @@ class SearchTrainer(ResumableTrainer):
     def build_hooks(self) -> List[HookBase]:
         built = super().build_hooks()
         self._alpha_hook = _AlphaHook(self.cfg.RUN.LOG_PERIOD, self.cfg.RUN.RANK_CHECK_PERIOD)
-        # early in the list: what it logs must be there when the writer writes
-        return [built[0], self._alpha_hook, *built[1:]]
+        # early in the list: what it logs must be there when the writer writes, and the result is
+        # written before the last evaluation, which may fail
+        return [built[0], self._alpha_hook, _ResultHook(), *built[1:]]
 
     def state_dict(self):
         hook = self._alpha_hook
@@ -234,6 +240,14 @@ class SearchTrainer(ResumableTrainer):
         super().load_state_dict(state)
         self._alpha_hook.last_votes = state["last_votes"]
         self._alpha_hook.tenth_votes = state["tenth_votes"]
+
+
+class _ResultHook(HookBase):
+    """Writes the result of a search that has come to its end."""
+
+    def after_train(self):
+        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
+            self.trainer.write_result()
 
 
 class _AlphaHook(HookBase):

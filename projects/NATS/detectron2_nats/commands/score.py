@@ -20,7 +20,7 @@ from detectron2.modeling import build_model
 from ..architecture import Architecture
 from ..command import run_tool, tool_parser, whole_number, write
 from ..config import load_config
-from ..data.registry import register_datasets
+from ..data.registry import check_data, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
 from ..engine.loader import dataset_dicts
 from ..errors import NATSError
@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     register_datasets(cfg)
+    check_data(cfg, ["CALIBRATION"])
     records = dataset_dicts(cfg, cfg.DATASETS.CALIBRATION)
     records = records[:: -(-len(records) // args.images)]
     model = build_model(cfg)

@@ -4,6 +4,7 @@ from typing import Optional
 
 from ..engine.launch import run_script, setup, train_or_evaluate
 from ..engine.resumable import ResumableTrainer
+from ..errors import NATSError
 
 EPILOG = """
 examples:
@@ -22,7 +23,13 @@ exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume)
 
 
 def main(args):
-    return train_or_evaluate(ResumableTrainer, setup(args), args)
+    cfg = setup(args)
+    if cfg.MODEL.BACKBONE.NAME == "build_nats_backbone" and not cfg.MODEL.NATS.ARCHITECTURE:
+        raise NATSError(
+            f"{args.config_file or 'the config'} describes a search, whose α would be trained like "
+            "a weight: start it with search_net.py, or train the retrain.yaml that it writes"
+        )
+    return train_or_evaluate(ResumableTrainer, cfg, args)
 
 
 def run(prog: Optional[str] = None) -> None:

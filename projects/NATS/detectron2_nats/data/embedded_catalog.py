@@ -38,6 +38,9 @@ class NATSPathHandler(PathHandler):
     def _exists(self, path, **kwargs):
         return os.path.exists(self._get_local_path(path))
 
+    def _isdir(self, path, **kwargs):
+        return os.path.isdir(self._get_local_path(path))
+
     def _isfile(self, path, **kwargs):
         return os.path.isfile(self._get_local_path(path))
 

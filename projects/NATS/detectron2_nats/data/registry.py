@@ -3,24 +3,23 @@
 import difflib
 import json
 import logging
-import math
 import os
-import tempfile
-from typing import List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..errors import NATSError, one_line
-
-__all__ = ["check_datasets", "register_datasets"]
-
-# What Detectron2's reader and our checks raise for a file of another format.
-_MALFORMED = (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
+from ..errors import NATSError
+from ..files import write_atomically
+from .annotations import Needs, read_annotations, read_class_names, to_records
+from .images import look_at_images
 
 logger = logging.getLogger(__name__)
+
+_needs: Dict[str, Needs] = {}  # of the data sets in DATASETS.REGISTER, as the last config has them
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -36,76 +35,74 @@ def register_datasets(cfg: CfgNode) -> None:
                 f"DATASETS.REGISTER: expected [name, annotation json, image folder], got {entry!r}"
             )
         name, json_file, image_root = entry
+        _needs[name] = _needs_of(cfg, name)
         if name in DatasetCatalog.list():
             old = MetadataCatalog.get(name)
             if (old.get("json_file"), old.get("image_root")) != (json_file, image_root):
                 raise NATSError(f"DATASETS.REGISTER: the name {name!r} is taken: choose another")
             continue
-        share = cfg.RUN.MAX_BAD_DATA
-        DatasetCatalog.register(
-            name, lambda n=name, j=json_file, r=image_root, s=share: _load(n, j, r, s)
-        )
+        DatasetCatalog.register(name, lambda name=name: _load(name))
         MetadataCatalog.get(name).set(
             json_file=json_file, image_root=image_root, evaluator_type="coco"
         )
 
 
-def _load(name: str, json_file: str, image_root: str, max_bad_share: float) -> List[dict]:
-    """Read a COCO annotation file, without the annotations that cannot be used."""
-    try:
-        content = _without_bad(json_file, max_bad_share)
-        if content is None:
-            return load_coco_json(json_file, image_root, name)
-        with tempfile.TemporaryDirectory() as folder:  # Detectron2's reader takes a path
-            copy = os.path.join(folder, os.path.basename(json_file))
-            with open(copy, "w") as file:
-                json.dump(content, file)
-            return load_coco_json(copy, image_root, name)
-    except NATSError:
-        raise
-    except _MALFORMED as error:
-        raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
+def _needs_of(cfg: CfgNode, name: str) -> Needs:
+    to_train = name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.CALIBRATION)
+    masks = ""
+    if cfg.MODEL.MASK_ON:
+        masks = "polygon" if to_train and cfg.INPUT.MASK_FORMAT == "polygon" else "any"
+    return Needs(cfg.RUN.MAX_BAD_DATA, masks, to_train)
 
 
-def _without_bad(json_file: str, max_bad_share: float) -> Optional[dict]:
-    """The file's content without bad annotations, with one warning; None if all are good.
+def _load(name: str) -> List[dict]:
+    """Detectron2's dataset dicts of a registered name."""
+    meta = MetadataCatalog.get(name)
+    annotations = read_annotations(meta.json_file, _needs[name])
+    # Metadata cannot be set twice to different values: a file may have been corrected meanwhile
+    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+        meta.__dict__.pop(key, None)
+    meta.thing_classes = annotations.class_names
+    meta.thing_dataset_id_to_contiguous_id = annotations.label_of
+    records = to_records(annotations, meta.image_root)
+    objects = sum(len(record["annotations"]) for record in records)
+    logger.info(f"{meta.json_file}: {len(records)} images, {objects} objects")
+    return records
 
-    Raises:
-        NATSError: more than `max_bad_share` of the annotations are bad.
+
+def evaluated_name(cfg: CfgNode, name: str, folder: str) -> str:
+    """The name of a data set whose annotation file is clean, for Detectron2's evaluator.
+
+    It reads the file itself. Where cleaning has changed it, the clean one is written to `folder`
+    and registered under another name.
     """
-    with open(json_file) as file:
-        content = json.load(file)
-    images = {image["id"]: image["file_name"] for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    annotations = content["annotations"]
-    bad = {i: why for i, a in enumerate(annotations) if (why := _fault(a, images, categories))}
-    if not bad:
-        return None
-    first, why = next(iter(bad.items()))
-    where = images.get(annotations[first].get("image_id"), "no listed image")
-    summary = (
-        f"{json_file}: {len(bad)} of {len(annotations)} annotations cannot be used, the first "
-        f"(id {annotations[first].get('id')}, {where}): {why}"
+    meta = MetadataCatalog.get(name)
+    if name in _builtin() or not meta.get("json_file"):
+        return name
+    annotations = read_annotations(meta.json_file, _needs.get(name) or _needs_of(cfg, name))
+    if not annotations.changed:
+        return name
+    path = os.path.join(folder, f"annotations_{name}.json")
+    os.makedirs(folder, exist_ok=True)
+    write_atomically(path, json.dumps(annotations.content))
+    cleaned = f"{name} (cleaned)"
+    MetadataCatalog.pop(cleaned, None)
+    MetadataCatalog.get(cleaned).set(
+        json_file=path,
+        image_root=meta.get("image_root"),
+        evaluator_type="coco",
+        thing_classes=annotations.class_names,
+        thing_dataset_id_to_contiguous_id=annotations.label_of,
     )
-    if len(bad) > max_bad_share * len(annotations):
-        raise NATSError(f"{summary}. Repair the file, or raise RUN.MAX_BAD_DATA ({max_bad_share})")
-    logger.warning(f"{summary}. They are skipped.")
-    content["annotations"] = [a for i, a in enumerate(annotations) if i not in bad]
-    return content
+    return cleaned
 
 
-def _fault(annotation: dict, images, categories) -> str:
-    """Why an annotation cannot be used; "" if it can."""
-    if annotation["image_id"] not in images:
-        return f"image id {annotation['image_id']} is not listed"
-    if annotation["category_id"] not in categories:
-        return f"category {annotation['category_id']} is not in the list of categories"
-    box = annotation["bbox"]
-    if len(box) != 4 or not all(math.isfinite(value) for value in box):
-        return f"box {box} is not [x, y, width, height]"
-    if box[2] <= 0 or box[3] <= 0:
-        return f"box {box} has no size"
-    return ""
+def _builtin() -> List[str]:
+    """Detectron2's own COCO sets, which are taken as they were published."""
+    return [name for splits in _PREDEFINED_SPLITS_COCO.values() for name in splits]
+
+
+# -- before a run ---------------------------------------------------------------------------------
 
 
 def check_datasets(names: Sequence[str], key: str) -> None:
@@ -124,11 +121,17 @@ def check_datasets(names: Sequence[str], key: str) -> None:
                 + "? Register your own data with DATASETS.REGISTER"
             )
         meta = MetadataCatalog.get(name)
-        for what, path in (
-            ("annotation file", meta.get("json_file")),
-            ("image folder", meta.get("image_root")),
+        json_file, folder = meta.get("json_file"), meta.get("image_root")
+        if json_file and folder and PathManager.isdir(json_file) and PathManager.isfile(folder):
+            raise NATSError(
+                f"{key}: {name}: {json_file} is a folder and {folder} a file: in DATASETS.REGISTER "
+                "the annotation file comes before the image folder"
+            )
+        for what, path, is_there in (
+            ("annotation file", json_file, PathManager.isfile),
+            ("image folder", folder, PathManager.isdir),
         ):
-            if path is not None and not PathManager.exists(path):
+            if path is not None and not is_there(path):
                 raise NATSError(
                     f"{key}: {name}: {what} not found, looked for {os.path.abspath(path)}. "
                     + _how_to_get(name)
@@ -141,3 +144,109 @@ def _how_to_get(name: str) -> str:
     if name.startswith("coco_"):
         return "Download COCO and set DETECTRON2_DATASETS to the folder that contains coco/"
     return "Correct the path in DATASETS.REGISTER"
+
+
+def check_data(cfg: CfgNode, keys: Sequence[str], classes: Optional[Sequence[str]] = None) -> None:
+    """Check that a run's data sets can be used, and that all mean the same by a label.
+
+    Call it on all ranks. All data sets are read once.
+
+    Args:
+        keys: of ``cfg.DATASETS``, such as TRAIN. Of each, the class names are compared with those
+            of the first, or with `classes`.
+        classes: names of the classes that the detector was trained on, if known.
+
+    Raises:
+        NATSError: names the data set, the first class that differs or the first image or annotation
+            that cannot be used, and the cure.
+    """
+    expected, whose = classes, "the detector"
+    keypoints, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST and keypoints not in (17, len(sigmas)):
+        raise NATSError(f"evaluation needs {keypoints} numbers in TEST.KEYPOINT_OKS_SIGMAS")
+    for key in keys:
+        check_datasets(cfg.DATASETS[key], f"DATASETS.{key}")
+        for name in cfg.DATASETS[key]:
+            records = DatasetCatalog.get(name)
+            if not len(records):
+                raise NATSError(f"DATASETS.{key}: {name} contains no images")
+            _on_main_process(look_at_images, records, name, cfg.RUN.MAX_BAD_DATA)
+            meta = MetadataCatalog.get(name)
+            if key != "TEST" and cfg.MODEL.KEYPOINT_ON and not meta.get("keypoint_names"):
+                raise NATSError(
+                    f"DATASETS.{key}: {name}: keypoints need names and a map of those that "
+                    "mirroring swaps, which DATASETS.REGISTER cannot give. Register the data set "
+                    "in Python, and set keypoint_names and keypoint_flip_map in its metadata"
+                )
+            names = meta.get("thing_classes")
+            if names is None:
+                continue
+            if expected is not None:
+                check_same_classes(names, expected, f"DATASETS.{key}: {name}", whose)
+            else:
+                expected, whose = names, f"DATASETS.{key}: {name}"
+            check_number_of_classes(cfg, name, len(names), len(meta.get("stuff_classes", ())))
+
+
+def check_registered_classes(cfg: CfgNode) -> None:
+    """Check that all of ``DATASETS.REGISTER`` have the classes of the first of ``DATASETS.TEST``.
+
+    An evaluation does not read what a detector was trained on, but may know it from here.
+
+    Raises:
+        NATSError: names the first class that differs.
+    """
+    test = [entry for entry in cfg.DATASETS.REGISTER if entry[0] in cfg.DATASETS.TEST]
+    for name, json_file, _ in cfg.DATASETS.REGISTER if test else ():
+        if os.path.isfile(json_file):
+            tested = MetadataCatalog.get(test[0][0]).thing_classes
+            place = f"DATASETS.TEST: {test[0][0]}"
+            check_same_classes(tested, read_class_names(json_file), place, name)
+
+
+def check_same_classes(
+    names: Sequence[str], expected: Sequence[str], place: str, whose: str
+) -> None:
+    """Raise NATSError, which names the first class that differs."""
+    for label, (own, other) in enumerate(_pairs(names, expected)):
+        if own != other:
+            raise NATSError(
+                f"{place}: class {label} is {own or 'not there'}, of {whose} it is "
+                f"{other or 'not there'}. Write the same categories, with the same ids, into all "
+                "annotation files, also those that do not occur in one of them"
+            )
+
+
+def _pairs(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple]:
+    for label in range(max(len(one), len(other))):
+        yield tuple(repr(names[label]) if label < len(names) else "" for names in (one, other))
+
+
+def check_number_of_classes(cfg: CfgNode, name: str, things: int, stuff: int) -> None:
+    """Compare with what the model is told, by the keys that its architecture reads."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    read = {}
+    if architecture in ("GeneralizedRCNN", "PanopticFPN"):
+        read["ROI_HEADS"] = things
+    if architecture == "RetinaNet":
+        read["RETINANET"] = things
+    if architecture in ("PanopticFPN", "SemanticSegmentor") and stuff:
+        read["SEM_SEG_HEAD"] = stuff
+    for node, there in read.items():
+        told = cfg.MODEL[node].NUM_CLASSES
+        if told != there:
+            key = f"MODEL.{node}.NUM_CLASSES"
+            raise NATSError(f"{name} has {there} classes, the model {told}: set {key} {there}")
+
+
+def _on_main_process(check, *args) -> None:
+    """Call a check on the main process; if it raises, all ranks do."""
+    message = ""
+    if comm.is_main_process():
+        try:
+            check(*args)
+        except NATSError as error:
+            message = str(error)
+    message = comm.all_gather(message)[0]
+    if message:
+        raise NATSError(message)

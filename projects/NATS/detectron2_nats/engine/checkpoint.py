@@ -104,7 +104,23 @@ class SafeCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         if path and not PathManager.isfile(path.split("?")[0]):
             raise NATSError(f"weights not found: {path} (MODEL.WEIGHTS)")
+        self._loaded, self._missing = path, {name for name, _ in self.model.named_parameters()}
         return super().load(path, *args, **kwargs)
+
+    def check_complete(self) -> None:
+        """Check that the file loaded last had all trained weights of the detector.
+
+        Raises:
+            NATSError: it had not, as the weights of a classifier have not.
+        """
+        parameters = [name for name, _ in self.model.named_parameters()]
+        missing = [name for name in parameters if name in self._missing]
+        if missing:
+            raise NATSError(
+                f"{self._loaded or 'no file'}: {len(missing)} of the detector's {len(parameters)} "
+                f"weights are missing, the first {missing[0]}: set MODEL.WEIGHTS to those of a "
+                "trained detector"
+            )
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if filename.endswith(".pkl"):
@@ -126,6 +142,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         unmatched = set(incompatible.missing_keys)
         unmatched.update(key for key, _, _ in incompatible.incorrect_shapes)
+        self._missing = unmatched
         wanted = self._residual_weights()
         matched = [key for key in wanted if key not in unmatched]
         if wanted and not matched:

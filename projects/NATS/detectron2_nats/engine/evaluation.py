@@ -17,6 +17,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from ..data.registry import evaluated_name
 from ..errors import NATSError
 
 __all__ = ["build_evaluator"]
@@ -25,7 +26,7 @@ __all__ = ["build_evaluator"]
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator of a registered data set. It writes results to ``OUTPUT_DIR/inference``."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    coco = functools.partial(COCOEvaluator, dataset_name, output_dir=folder)
+    coco = functools.partial(_coco_evaluator, cfg, dataset_name, folder)
     sem_seg = functools.partial(SemSegEvaluator, dataset_name, output_dir=folder)
     builders = {
         "coco": [coco],
@@ -43,3 +44,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
             f"{', '.join(builders)}"
         )
     return DatasetEvaluators([build() for build in builders[kind]])
+
+
+def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> COCOEvaluator:
+    return COCOEvaluator(evaluated_name(cfg, dataset_name, folder), output_dir=folder)

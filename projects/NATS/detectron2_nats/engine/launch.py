@@ -25,8 +25,13 @@ from detectron2.engine.launch import _find_free_port
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from ..config import load_config
-from ..data.registry import check_datasets, register_datasets
+from ..config import check_names, load_config
+from ..data.registry import (
+    check_data,
+    check_datasets,
+    check_registered_classes,
+    register_datasets,
+)
 from ..errors import NATSError, one_line
 from ..files import read_bounded, write_atomically
 from .checkpoint import SafeCheckpointer
@@ -55,11 +60,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise NATSError(
             f"SOLVER.AMP.PRECISION {cfg.SOLVER.AMP.PRECISION!r}: expected float16 or bfloat16"
         )
+    check_names(cfg)
     register_datasets(cfg)
     if not args.eval_only:
         if not cfg.DATASETS.TRAIN:
             raise NATSError("DATASETS.TRAIN is empty: name the data set to train on")
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    elif not cfg.DATASETS.TEST:
+        raise NATSError("DATASETS.TEST is empty: name the data set to evaluate on")
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
     cfg.freeze()
     if comm.is_main_process() and not args.eval_only:
@@ -106,7 +114,10 @@ def train_or_evaluate(
     if args.eval_only:
         model = build_model(cfg)
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer.check_complete()
+        check_data(cfg, ("TEST",), loaded.get("classes") or None)
+        check_registered_classes(cfg)
         return trainer_class.test(cfg, model)
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetFromList, build_detection_test_loader
 from detectron2.data import detection_utils as utils
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import (
@@ -25,6 +25,8 @@ from detectron2.data.samplers import (
 )
 from detectron2.utils import comm
 
+from ..data.annotations import digest
+from ..data.images import ImageMapper, read_image
 from ..errors import NATSError, one_line
 from .determinism import preserved_random_states
 from .stopping import (
@@ -65,8 +67,10 @@ class _Samples(Dataset):
             if not bad:
                 return sample, unreadable
             unreadable += bad
-        files = ", ".join(name for name, _ in unreadable[:3])
-        raise NATSError(f"{self.MAX_TRIES} images in a row cannot be used, among them {files}")
+        name, reason = unreadable[0]
+        raise NATSError(
+            f"{self.MAX_TRIES} images in a row cannot be used, the first {name}: {reason}"
+        )
 
 
 def _mapped(mapper: Callable[[dict], Any], record: dict):
@@ -84,7 +88,7 @@ def _is_bad_image(record: dict, error: Exception) -> bool:
     if isinstance(error, utils.SizeMismatchError):
         return True
     try:
-        utils.read_image(record["file_name"])
+        read_image(record["file_name"], "RGB")
     except Exception:
         return True
     return False
@@ -120,6 +124,7 @@ class ResumableLoader:
     ):
         self.mapper, self.make_sampler = mapper, make_sampler
         self.files: List[str] = [record["file_name"] for record in dicts]
+        self.digest = digest(dicts)
         self._wide: List[bool] = []
         if aspect_ratio_grouping:
             self._wide = [record["width"] > record["height"] for record in dicts]
@@ -132,7 +137,13 @@ class ResumableLoader:
         self.bad_files: Dict[str, str] = {}  # file name → why it could not be read
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"seed": self.seed, "batches": self.batches, "bad_files": dict(self.bad_files)}
+        return {
+            "seed": self.seed,
+            "batches": self.batches,
+            "bad_files": dict(self.bad_files),
+            "images": len(self.files),
+            "digest": self.digest,
+        }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Restore the position. It takes effect at the next ``iter()``."""
@@ -207,7 +218,7 @@ class EvaluationLoader:
     """
 
     def __init__(self, cfg: CfgNode, dataset_name: str):
-        mapper = functools.partial(_mapped, DatasetMapper(cfg, is_train=False))
+        mapper = functools.partial(_mapped, ImageMapper(cfg, is_train=False))
         self.loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         self.loader.worker_init_fn = ignore_signals
         self.loader.multiprocessing_context = _worker_context(self.loader.num_workers)
@@ -286,6 +297,11 @@ def build_resumable_loader(
         make_sampler = functools.partial(RepeatFactorTrainingSampler, factors)
     elif name == "RandomSubsetTrainingSampler":
         make_sampler = functools.partial(_random_subset, size, cfg.DATALOADER.RANDOM_SUBSET_RATIO)
+        if not int(size * cfg.DATALOADER.RANDOM_SUBSET_RATIO):
+            raise NATSError(
+                f"DATALOADER.RANDOM_SUBSET_RATIO {cfg.DATALOADER.RANDOM_SUBSET_RATIO} of {size} "
+                "images leaves none: raise it"
+            )
     else:
         raise NATSError(
             f"DATALOADER.SAMPLER_TRAIN {name!r} cannot be resumed exactly: use TrainingSampler, "
@@ -293,7 +309,7 @@ def build_resumable_loader(
         )
     return ResumableLoader(
         dicts,
-        DatasetMapper(cfg, is_train=True),
+        ImageMapper(cfg, is_train=True),
         make_sampler,
         batch_size=total_batch_size // world_size,
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,

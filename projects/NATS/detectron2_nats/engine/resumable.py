@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
@@ -27,6 +28,7 @@ from detectron2.utils.events import EventStorage
 from ..alpha import ForwardState
 from ..config import config_differences, scaled_to_processes, with_norms_for
 from ..data.overlap import warn_of_test_images
+from ..data.registry import check_data
 from ..errors import NATSError
 from .checkpoint import SafeCheckpointer
 from .determinism import (
@@ -155,8 +157,11 @@ class ResumableTrainer(DefaultTrainer):
         NATSError: bad input; raised before training starts.
     """
 
+    DATA = ("TRAIN", "TEST")  # keys of cfg.DATASETS that a run reads; all must have equal classes
+
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
+        check_data(cfg, self.DATA)
         self.given_cfg = cfg
         self.cfg = cfg = scaled_to_processes(cfg, comm.get_world_size())
         self._batch_scale = cfg.SOLVER.IMS_PER_BATCH / (self.given_cfg.SOLVER.IMS_PER_BATCH or 1)
@@ -344,6 +349,7 @@ class ResumableTrainer(DefaultTrainer):
             config=self.given_cfg.dump(),
             batch_scale=self._batch_scale,
             computed_by=comm.gather(computed_by(self.cfg.MODEL.DEVICE)),
+            classes=MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).get("thing_classes", []),
         )
         self.checkpointer.prune(self.cfg.RUN.KEEP_CHECKPOINTS)
         comm.synchronize()
@@ -374,6 +380,7 @@ class ResumableTrainer(DefaultTrainer):
                 "Choose another OUTPUT_DIR, or give it as MODEL.WEIGHTS without --resume"
             )
         self.check_same_run(saved["config"])
+        self._check_same_data(usable, saved)
         old_optimizer = saved["run"]["phases"]["weights"]["optimizer"]
         if _sizes(saved["model"], old_optimizer) != _sizes(
             self.model.state_dict(), self.optimizer.state_dict()
@@ -399,6 +406,22 @@ class ResumableTrainer(DefaultTrainer):
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr()):
             group["lr"] = rate
         self.iter = self.start_iter - 1
+
+    def _check_same_data(self, path: str, saved: Dict[str, Any]) -> None:
+        """Refuse other data behind the same settings. (Other settings have been spoken of.)"""
+        decisive = ("DATASETS.", "DATALOADER.", "MODEL.")
+        if any(d.startswith(decisive) for d in config_differences(saved["config"], self.given_cfg)):
+            return
+        for phase in self.phases():
+            old = saved["run"]["phases"][phase.name or "weights"]["loader"]
+            new = phase.loader.state_dict()
+            if old.get("digest", new["digest"]) != new["digest"]:  # older versions wrote none
+                key = "CALIBRATION" if phase.name else "TRAIN"
+                raise NATSError(
+                    f"{path} is of a run on other data: DATASETS.{key} had {old['images']} images "
+                    f"(digest {old['digest']}), it has {new['images']} ({new['digest']}). Restore "
+                    "the annotation file, or choose another OUTPUT_DIR"
+                )
 
     def _rescale_steps(self, factor: float) -> None:
         """Continue at the same image, although a step now has another number of images.

@@ -9,17 +9,13 @@ import torch.nn.functional as F
 from torchvision.ops import nms
 
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetMapper,
-    MetadataCatalog,
-    detection_utils,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
 from ..config import load_config
-from ..data.registry import check_datasets, register_datasets
+from ..data.images import ImageMapper, read_image, readable
+from ..data.registry import check_datasets, check_same_classes, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError
 from . import plot
@@ -43,7 +39,8 @@ class _Network:
         if not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
         self.model = build_model(self.cfg).eval()
-        SafeCheckpointer(self.model, "").load(weights, checkpointables=[])
+        loaded = SafeCheckpointer(self.model, "").load(weights, checkpointables=[])
+        self.classes: List[str] = loaded.get("classes") or []  # empty where nobody wrote them
 
     def detect(self, record: dict, threshold: float) -> List[tuple]:
         """(box, class index, score) of each detection, boxes in pixels of the image file.
@@ -54,7 +51,7 @@ class _Network:
             record: a dataset dict.
             threshold: lowest score that is kept.
         """
-        batch = [DatasetMapper(self.cfg, is_train=False)(dict(record))]
+        batch = [ImageMapper(self.cfg, is_train=False)(record)]
         with torch.no_grad():
             instances = self.model(batch)[0]["instances"].to("cpu")
         instances = instances[instances.scores >= threshold]
@@ -71,11 +68,11 @@ class _Network:
         """The backbone's receptive fields, on images resized to squares of `side` pixels."""
         images = []
         for record in records:
-            pixels = detection_utils.read_image(record["file_name"], self.cfg.INPUT.FORMAT)
+            pixels = read_image(record["file_name"], self.cfg.INPUT.FORMAT)
             pixels = torch.from_numpy(pixels.copy()).float().permute(2, 0, 1)
             images.append(F.interpolate(pixels[None], (side, side), mode="bilinear")[0])
         mean, std = (
-            torch.tensor(v).view(3, 1, 1)
+            torch.tensor(v).view(-1, 1, 1)
             for v in (self.cfg.MODEL.PIXEL_MEAN, self.cfg.MODEL.PIXEL_STD)
         )
         batch = ((torch.stack(images) - mean) / std).to(self.model.device)
@@ -90,7 +87,7 @@ def detector_figures(args: argparse.Namespace) -> Dict[str, Any]:
     records, class_names = _test_records(cfg, args.dataset)
     side = args.field_size or min(512, max(256, cfg.INPUT.MIN_SIZE_TEST // 32 * 32))
     side = -(-side // 32) * 32  # an FPN adds its levels, which must fit
-    chosen = _evenly(records, _FIELD_IMAGES)
+    chosen = readable(_evenly(records, _FIELD_IMAGES))
     fields = {name: network.receptive_fields(chosen, side) for name, network in networks.items()}
     for name, stages in fields.items():
         seen = ", ".join(f"{stage} {plot.mass_side(field)}" for stage, field in stages.items())
@@ -100,8 +97,11 @@ def detector_figures(args: argparse.Namespace) -> Dict[str, Any]:
         print(objects)
     figures = {"receptive_fields": plot.plot_receptive_fields(fields, args.title or objects)}
     if args.searched:
-        chosen = _evenly(records, args.images)
-        pictures = [detection_utils.read_image(r["file_name"], "RGB") for r in chosen]
+        for name, network in networks.items():
+            if network.classes:
+                check_same_classes(class_names, network.classes, "the images", name)
+        chosen = readable(_evenly(records, args.images))
+        pictures = [read_image(r["file_name"], "RGB") for r in chosen]
         detections = {
             name: [network.detect(r, args.threshold) for r in chosen]
             for name, network in networks.items()

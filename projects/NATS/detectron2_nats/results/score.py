@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.utils.events import EventStorage
 
 from ..architecture import Architecture
+from ..data.images import ImageMapper, readable
 from ..errors import NATSError
 from ..layers import MixedDilationConv2d
 from ..transform import searched_layers
@@ -75,8 +75,8 @@ def field_verdict(plain: float, drawn: Sequence[float]) -> str:
 def scoring_batches(cfg: CfgNode, records: Sequence[dict]) -> List[List[dict]]:
     """Images at test size, with their boxes, in batches of ``SOLVER.IMS_PER_BATCH``."""
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    mapper = DatasetMapper(cfg, is_train=True, augmentations=[resize])
-    samples, size = [mapper(record) for record in records], cfg.SOLVER.IMS_PER_BATCH
+    mapper = ImageMapper(cfg, is_train=True, augmentations=[resize])
+    samples, size = [mapper(record) for record in readable(records)], cfg.SOLVER.IMS_PER_BATCH
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
