@@ -664,7 +664,7 @@ def test_a_training_goes_on_at_the_rate_that_it_is_resumed_with(tiny_config, tmp
     [
         ["MODEL.BACKBONE.FREEZE_AT", 3],  # fewer parameters
         ["MODEL.RESNETS.NORM", "FrozenBN"],  # none of the norms'
-        ["MODEL.ROI_HEADS.NUM_CLASSES", 9],  # of another shape
+        ["MODEL.ROI_BOX_HEAD.FC_DIM", 16],  # of another shape
     ],
 )
 def test_a_training_is_not_resumed_with_other_parameters(tiny_config, tmp_path, changed):

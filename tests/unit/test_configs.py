@@ -9,8 +9,8 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.engine import DefaultTrainer
-from detectron2_nats import add_nats_config
-from detectron2_nats.config import config_differences, load_config, with_norms_for
+from detectron2_nats import NATSError, add_nats_config
+from detectron2_nats.config import check_names, config_differences, load_config, with_norms_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -74,7 +74,8 @@ def test_loads_and_names_its_version(path):
     assert CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)["VERSION"] == 2
     # The comment that says which row of the paper this is.
     assert path.read_text().startswith("# ")
-    assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= set(_PREDEFINED_SPLITS_COCO["coco"])
+    known = {*_PREDEFINED_SPLITS_COCO["coco"], *(name for name, *_ in cfg.DATASETS.REGISTER)}
+    assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= known
     # A dumped config is read again by the exporter and by evaluation.
     assert yaml.safe_load(cfg.dump())["SOLVER"]["MAX_ITER"] == cfg.SOLVER.MAX_ITER
 
@@ -252,3 +253,61 @@ def test_a_key_that_an_older_version_had_not_is_no_difference():
     assert config_differences(older.dump(), cfg) == []
     cfg.MODEL.NATS.SAMPLE = True
     assert config_differences(older.dump(), cfg) == ["MODEL.NATS.SAMPLE: False, now True"]
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SEED", "1", "--resume"], "--resume comes after KEY VALUE pairs.* move it"),
+        (["SEED", "1", "--num-gpus", "2"], "--num-gpus comes after KEY VALUE pairs"),
+        (["SEED"], "KEY VALUE pairs: 'SEED' has no value"),
+        (
+            ["DATASETS.TRAIN", "('mine')"],
+            r"""comma in a list of one: DATASETS.TRAIN "\('mine',\)""",
+        ),
+        (["DATASETS.TRAIN", "(mine,)"], r"""DATASETS.TRAIN "\('mine',\)"""),
+        (["SOLVER.STEPS", "100"], r"""SOLVER.STEPS "\(100,\)"""),
+        (["DATASETS.REGISTER", "[[a, b, c]]"], r"""REGISTER "\[\['my_train', 'train.json'"""),
+        (["MODEL.NATS.NUM_GROUP", "4"], "did you mean MODEL.NATS.NUM_GROUPS"),
+    ],
+)
+def test_key_value_pairs_that_cannot_be(opts, message):
+    with pytest.raises(NATSError, match=message):
+        load_config("", opts)
+
+
+def test_a_set_of_genotypes_and_a_list_replace_each_other():
+    path = str(CONFIGS / "quickstart/search.yaml")
+    assert load_config(path, ["MODEL.NATS.SPACE", "A"]).MODEL.NATS.SPACE == "A"
+    assert load_config(path, ["MODEL.NATS.SPACE", "None"]).MODEL.NATS.SPACE is None
+    given = ["MODEL.NATS.SPACE", "A", "MODEL.NATS.SPACE", "[[[1, 1], [3, 3]]]"]
+    assert load_config("", given).MODEL.NATS.SPACE == [[[1, 1], [3, 3]]]
+
+
+def test_a_lazy_config_is_refused():
+    with pytest.raises(NATSError, match="retinanet_R_50_FPN_1x.py is a LazyConfig"):
+        load_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("MODEL.META_ARCHITECTURE", "RetinNet", "RetinaNet"),
+        ("MODEL.BACKBONE.NAME", "build_resnet_fpn", "build_resnet_fpn_backbone"),
+        ("MODEL.NATS.BASE_BACKBONE", "resnet_fpn_backbone", "build_resnet_fpn_backbone"),
+        ("MODEL.ROI_HEADS.NAME", "StandardROIHead", "StandardROIHeads"),
+        ("MODEL.RESNETS.NORM", "BatchNorm", "BN or SyncBN"),
+        ("MODEL.FPN.NORM", "FrozenBatchNorm", "FrozenBN"),
+        ("SOLVER.LR_SCHEDULER_NAME", "CosineLR", "WarmupCosineLR"),
+    ],
+)
+def test_names_that_detectron2_does_not_know(key, value, expected):
+    with pytest.raises(NATSError, match=f"{key} '{value}' is not known: expected .*{expected}"):
+        check_names(load_config("", [key, value]))
+
+
+@pytest.mark.parametrize(
+    "path", config_files("search", "retrain", "quickstart", "examples", "study")
+)
+def test_the_repositorys_names_are_known(path):
+    check_names(load_config(str(path)))

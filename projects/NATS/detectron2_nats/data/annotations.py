@@ -77,7 +77,7 @@ def read_annotations(json_file: str, needs: Needs) -> Annotations:
         NATSError: it is not in COCO's format, ids occur twice, or too much of it cannot be used.
     """
     try:
-        with PathManager.open(json_file) as file:
+        with open(PathManager.get_local_path(json_file)) as file:
             content = json.load(file)
         found = Annotations(content)
         _check_categories(json_file, found)
@@ -99,7 +99,7 @@ def read_class_names(json_file: str) -> List[str]:
         NATSError: it cannot be read, or has no list of categories.
     """
     try:
-        with PathManager.open(json_file) as file:
+        with open(PathManager.get_local_path(json_file)) as file:
             return Annotations(json.load(file)).class_names
     except (OSError, *_MALFORMED) as error:
         raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import NATSError
 from ..files import write_atomically
-from .annotations import Needs, read_annotations, read_class_names, to_records
+from .annotations import Annotations, Needs, read_annotations, read_class_names, to_records
 from .images import look_at_images
 
 logger = logging.getLogger(__name__)
@@ -76,12 +76,10 @@ def evaluated_name(cfg: CfgNode, name: str, folder: str) -> str:
     It reads the file itself. Where cleaning has changed it, the clean one is written to `folder`
     and registered under another name.
     """
+    annotations = _own_annotations(cfg, name)
+    if annotations is None or not annotations.changed:
+        return name
     meta = MetadataCatalog.get(name)
-    if name in _builtin() or not meta.get("json_file"):
-        return name
-    annotations = read_annotations(meta.json_file, _needs.get(name) or _needs_of(cfg, name))
-    if not annotations.changed:
-        return name
     path = os.path.join(folder, f"annotations_{name}.json")
     os.makedirs(folder, exist_ok=True)
     write_atomically(path, json.dumps(annotations.content))
@@ -97,9 +95,13 @@ def evaluated_name(cfg: CfgNode, name: str, folder: str) -> str:
     return cleaned
 
 
-def _builtin() -> List[str]:
-    """Detectron2's own COCO sets, which are taken as they were published."""
-    return [name for splits in _PREDEFINED_SPLITS_COCO.values() for name in splits]
+def _own_annotations(cfg: CfgNode, name: str) -> Optional[Annotations]:
+    """What an own annotation file contains; None of Detectron2's sets, taken as published."""
+    meta = MetadataCatalog.get(name)
+    builtin = any(name in splits for splits in _PREDEFINED_SPLITS_COCO.values())
+    if builtin or not meta.get("json_file") or meta.get("evaluator_type") != "coco":
+        return None
+    return read_annotations(meta.json_file, _needs.get(name) or _needs_of(cfg, name))
 
 
 # -- before a run ---------------------------------------------------------------------------------
@@ -168,6 +170,8 @@ def check_data(cfg: CfgNode, keys: Sequence[str], classes: Optional[Sequence[str
         check_datasets(cfg.DATASETS[key], f"DATASETS.{key}")
         for name in cfg.DATASETS[key]:
             records = DatasetCatalog.get(name)
+            if name not in _needs:  # registered in Python: its file has not been read here
+                _own_annotations(cfg, name)
             if not len(records):
                 raise NATSError(f"DATASETS.{key}: {name} contains no images")
             _on_main_process(look_at_images, records, name, cfg.RUN.MAX_BAD_DATA)

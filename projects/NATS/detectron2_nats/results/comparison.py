@@ -19,6 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
 from ..architecture import Architecture, decode_alpha
+from ..data.annotations import Needs, read_annotations
 from ..errors import NATSError
 from ..export import read_search
 from ..files import write_atomically
@@ -43,8 +44,8 @@ __all__ = [
 # -- data: folds ---------------------------------------------------------------------------------
 
 
-def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
-    """Merge several COCO annotation files. Images and annotations get new ids.
+def merged_annotations(paths: Sequence[str], needs: Needs = Needs()) -> Dict[str, Any]:
+    """Merge several COCO annotation files, each cleaned. Images and annotations get new ids.
 
     Raises:
         NATSError: a file is not in COCO's format, categories differ, or an image is in two files.
@@ -53,8 +54,7 @@ def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
     files = set()
     for path in paths:
         try:
-            with open(path) as file:
-                content = json.load(file)
+            content = read_annotations(path, needs).content
             categories = [{"id": c["id"], "name": c["name"]} for c in content["categories"]]
             if merged["categories"] not in (None, categories):
                 raise NATSError(f"{path}: its categories differ from those of {paths[0]}")
@@ -70,8 +70,6 @@ def merged_annotations(paths: Sequence[str]) -> Dict[str, Any]:
                 image_id = new_ids[annotation["image_id"]]
                 new = {"id": len(merged["annotations"]) + 1, "image_id": image_id}
                 merged["annotations"].append({**annotation, **new})
-        except OSError as error:
-            raise NATSError(f"{path}: {error.strerror or error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise NATSError(f"{path}: not COCO's annotation format ({error!r})") from None
     return merged

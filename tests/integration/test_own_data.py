@@ -1,0 +1,187 @@
+"""Own annotation files in searches, trainings and evaluations."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from PIL import Image
+from runs import make_trainer
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from detectron2_nats import NATSError
+from detectron2_nats.commands import train
+from detectron2_nats.config import load_config
+from detectron2_nats.data.registry import register_datasets
+from detectron2_nats.engine.checkpoint import SafeCheckpointer
+from detectron2_nats.engine.evaluation import build_evaluator
+
+NAME = "nats_test_own"
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    for name in [n for n in DatasetCatalog.list() if n.startswith(NAME)]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def write(tmp_path, split, count=4, first=0, **annotation):
+    """A COCO file of `count` images with a box each, of five classes."""
+    images, annotations = [], []
+    for i in range(count):
+        name = f"{split}{i}.png"
+        Image.new("RGB", (64, 64), (40 * i, 20 * len(split), 200 - 30 * i)).save(tmp_path / name)
+        images.append({"id": i, "file_name": name, "width": 64, "height": 64})
+        box = [8 + i, 8, 40, 30]
+        annotations.append(
+            {"id": i + first, "image_id": i, "category_id": i % 5 + 1, "bbox": box, **annotation}
+        )
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate("abcde")]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path = tmp_path / f"{split}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def options(tmp_path, *splits):
+    register = [[f"{NAME}_{s}", str(tmp_path / f"{s}.json"), str(tmp_path)] for s in splits]
+    chosen = {"train": "TRAIN", "calibration": "CALIBRATION", "val": "TEST"}
+    opts = ["DATASETS.REGISTER", repr(register)]
+    for split in splits:
+        opts += [f"DATASETS.{chosen[split]}", repr((f"{NAME}_{split}",))]
+    return opts
+
+
+def trainer_on(tiny_config, tmp_path, *opts, kind="search"):
+    opts = [*options(tmp_path, "train", "calibration", "val"), *opts]
+    register_datasets(load_config(tiny_config, opts))
+    return make_trainer(tiny_config, tmp_path / "run", *opts, kind=kind)
+
+
+def evaluate(tmp_path, opts):
+    """The results of a perfect detector on the split val, by the trainers' evaluator."""
+    cfg = load_config("", [*opts, "OUTPUT_DIR", str(tmp_path / "out")])
+    register_datasets(cfg)
+    records = DatasetCatalog.get(f"{NAME}_val")
+    evaluator = build_evaluator(cfg, f"{NAME}_val")
+    evaluator.reset()
+    for record in records:
+        instances = Instances((64, 64))
+        box = [8 + record["image_id"], 8, 48 + record["image_id"], 38]
+        instances.pred_boxes = Boxes(torch.tensor([box], dtype=torch.float))
+        instances.scores = torch.tensor([0.9 - 0.1 * record["image_id"]])
+        instances.pred_classes = torch.tensor([record["image_id"] % 5])
+        evaluator.process([{"image_id": record["image_id"]}], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+@pytest.mark.parametrize("first", [0, 1, -2])
+def test_ap_does_not_depend_on_the_annotations_ids(tmp_path, first):
+    write(tmp_path, "val", first=first)
+    assert evaluate(tmp_path, options(tmp_path, "val"))["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_ap_without_what_is_left_out(tmp_path):
+    path = write(tmp_path, "val", first=1)
+    content = json.loads(path.read_text())
+    for box in ([1, 1, 0, 5], [1, 2, 3]):
+        extra = {"id": len(content["annotations"]) + 1, "image_id": 0, "category_id": 1}
+        content["annotations"].append({**extra, "bbox": box})
+    path.write_text(json.dumps(content))
+    opts = [*options(tmp_path, "val"), "RUN.MAX_BAD_DATA", "0.5"]
+    assert evaluate(tmp_path, opts)["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_ids_of_words(tmp_path):
+    path = write(tmp_path, "val")
+    content = json.loads(path.read_text())
+    for part in ("images", "annotations"):
+        for entry in content[part]:
+            entry["id"] = f"n{entry['id']}"
+    for annotation in content["annotations"]:
+        annotation["image_id"] = f"n{annotation['image_id']}"
+    path.write_text(json.dumps(content))
+    cfg = load_config("", [*options(tmp_path, "val"), "OUTPUT_DIR", str(tmp_path / "out")])
+    register_datasets(cfg)
+    assert [r["image_id"] for r in DatasetCatalog.get(f"{NAME}_val")] == ["n0", "n1", "n2", "n3"]
+    build_evaluator(cfg, f"{NAME}_val")
+
+
+@pytest.mark.parametrize("annotations", [None, []])
+def test_a_test_set_without_annotations(tmp_path, annotations):
+    """Detectron2 writes the predictions."""
+    path = write(tmp_path, "val")
+    content = json.loads(path.read_text())
+    content.update(annotations=annotations)
+    if annotations is None:
+        del content["annotations"]
+    path.write_text(json.dumps(content))
+    results = evaluate(tmp_path, options(tmp_path, "val"))
+    assert results == {} if annotations is None else "bbox" in results
+    predictions = tmp_path / "out/inference/coco_instances_results.json"
+    assert len(json.loads(predictions.read_text())) == 4
+
+
+# -- runs -----------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_that_fails_withholds_no_result(tiny_config, tmp_path):
+    for split in ("train", "calibration", "val"):
+        write(tmp_path, split)
+    for resumed in (False, True):
+        trainer = trainer_on(tiny_config, tmp_path, "SOLVER.MAX_ITER", 2)
+        trainer.test = lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        assert (tmp_path / "run/retrain.yaml").is_file()
+        assert (tmp_path / "run/architecture.yaml").is_file()
+        assert load_config(str(tmp_path / "run/retrain.yaml")).MODEL.NATS.ARCHITECTURE
+        (tmp_path / "run/retrain.yaml").unlink()
+
+
+@pytest.mark.parametrize("kind", ["search", "train"])
+@pytest.mark.parametrize("changed", [{"count": 5}, {"iscrowd": 0, "bbox": [9, 9, 9, 9]}])
+def test_a_run_is_not_resumed_on_other_data(tiny_config, tmp_path, kind, changed):
+    for split in ("train", "calibration", "val"):
+        write(tmp_path, split, first=1)
+    plain = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"] if kind == "train" else []
+    trainer_on(tiny_config, tmp_path, *plain, kind=kind).save_checkpoint("model_0000001")
+    trainer_on(tiny_config, tmp_path, *plain, kind=kind)  # the same data will do
+    split, key = ("calibration", "CALIBRATION") if kind == "search" else ("train", "TRAIN")
+    write(tmp_path, split, first=1, **changed)
+    with pytest.raises(NATSError, match=f"is of a run on other data: DATASETS.{key} had 4 images"):
+        trainer_on(tiny_config, tmp_path, *plain, kind=kind)
+
+
+def test_a_checkpoint_tells_its_classes(tiny_config, tmp_path):
+    for split in ("train", "calibration", "val"):
+        write(tmp_path, split)
+    trainer = trainer_on(tiny_config, tmp_path)
+    trainer.save_checkpoint("model_0000001")
+    loaded = SafeCheckpointer(trainer.model).load(str(tmp_path / "run/model_0000001.pth"))
+    assert loaded["classes"] == ["a", "b", "c", "d", "e"]
+
+
+def test_an_evaluation_needs_all_weights(tiny_config, tmp_path):
+    trainer = make_trainer(tiny_config, tmp_path / "run")
+    checkpointer = SafeCheckpointer(trainer.model)
+    checkpointer.load("", checkpointables=[])
+    with pytest.raises(NATSError, match="no file: .* weights are missing"):
+        checkpointer.check_complete()
+    weights = {k: v for k, v in trainer.model.state_dict().items() if "box_predictor" not in k}
+    torch.save({"model": weights}, tmp_path / "some.pth")
+    checkpointer.load(str(tmp_path / "some.pth"), checkpointables=[])
+    with pytest.raises(NATSError, match="some.pth: 4 of .* the first roi_heads.box_predictor"):
+        checkpointer.check_complete()
+    torch.save({"model": trainer.model.state_dict()}, tmp_path / "all.pth")
+    checkpointer.load(str(tmp_path / "all.pth"), checkpointables=[])
+    checkpointer.check_complete()
+
+
+def test_a_searchs_config_is_not_trained(tiny_config, monkeypatch):
+    monkeypatch.setattr(train, "setup", lambda args: load_config(args.config_file))
+    with pytest.raises(NATSError, match="tiny.yaml describes a search.*search_net.py"):
+        train.main(argparse.Namespace(config_file=tiny_config))
