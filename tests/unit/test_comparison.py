@@ -55,7 +55,7 @@ def test_merging_keeps_each_box_with_its_image(merged):
     "names, categories, words",
     [
         (["a1.jpg"], CATEGORIES, "a1.jpg is in two files"),
-        (["c1.jpg"], [{**c, "name": "cell"} for c in CATEGORIES], "its categories differ"),
+        (["c1.jpg"], [{**c, "name": "nucleus"} for c in CATEGORIES], "its categories differ"),
         (["c1.jpg"], [{"id": 1}], "not COCO's annotation format"),
     ],
 )

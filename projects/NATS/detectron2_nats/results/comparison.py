@@ -53,25 +53,23 @@ def merged_annotations(paths: Sequence[str], needs: Needs = Needs()) -> Dict[str
     merged: Dict[str, Any] = {"images": [], "annotations": [], "categories": None}
     files = set()
     for path in paths:
-        try:
-            content = read_annotations(path, needs).content
-            categories = [{"id": c["id"], "name": c["name"]} for c in content["categories"]]
-            if merged["categories"] not in (None, categories):
-                raise NATSError(f"{path}: its categories differ from those of {paths[0]}")
-            merged["categories"] = categories
-            new_ids = {}
-            for image in content["images"]:
-                if image["file_name"] in files:
-                    raise NATSError(f"{path}: {image['file_name']} is in two files")
-                files.add(image["file_name"])
-                new_ids[image["id"]] = len(merged["images"]) + 1
-                merged["images"].append({**image, "id": new_ids[image["id"]]})
-            for annotation in content["annotations"]:
-                image_id = new_ids[annotation["image_id"]]
-                new = {"id": len(merged["annotations"]) + 1, "image_id": image_id}
-                merged["annotations"].append({**annotation, **new})
-        except (KeyError, TypeError, ValueError) as error:
-            raise NATSError(f"{path}: not COCO's annotation format ({error!r})") from None
+        content = read_annotations(path, needs).content
+        categories = [{"id": c["id"], "name": c["name"]} for c in content["categories"]]
+        categories.sort(key=lambda category: category["id"])
+        if merged["categories"] not in (None, categories):
+            raise NATSError(f"{path}: its categories differ from those of {paths[0]}")
+        merged["categories"] = categories
+        new_ids = {}
+        for image in content["images"]:
+            if image["file_name"] in files:
+                raise NATSError(f"{path}: {image['file_name']} is in two files")
+            files.add(image["file_name"])
+            new_ids[image["id"]] = len(merged["images"]) + 1
+            merged["images"].append({**image, "id": new_ids[image["id"]]})
+        for annotation in content["annotations"]:
+            image_id = new_ids[annotation["image_id"]]
+            new = {"id": len(merged["annotations"]) + 1, "image_id": image_id}
+            merged["annotations"].append({**annotation, **new})
     return merged
 
 
