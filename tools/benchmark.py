@@ -154,7 +154,7 @@ def random_batch(args: argparse.Namespace) -> List[dict]:
         corners = torch.rand(BOXES_PER_IMAGE, 2, 2, generator=generator).sort(dim=1).values
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(corners.flatten(1) * torch.tensor([width, height] * 2))
-        instances.gt_classes = torch.randint(80, (BOXES_PER_IMAGE,), generator=generator)
+        instances.gt_classes = torch.randint(5, (BOXES_PER_IMAGE,), generator=generator)
         image = (torch.rand(3, height, width, generator=generator) * 255).to(args.device)
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch

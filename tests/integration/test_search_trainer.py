@@ -354,13 +354,24 @@ def test_the_rehearsal_comes_before_the_first_alpha_step_only(tiny_config, tmp_p
 
 
 def test_unreadable_calibration_data_shows_at_the_start(tiny_config, tmp_path):
+    """What a look at the files' heads does not find, the rehearsed α step does."""
     name = "nats_test_unreadable"
     records = DatasetCatalog.get("nats_embedded_calibration")
-    DatasetCatalog.register(name, lambda: [dict(r, file_name="nowhere.png") for r in records])
+    cut = tmp_path / "cut.png"
+    first = records[0]
+    cut.write_bytes(Path(first["file_name"]).read_bytes()[:9000])
+    bad = [
+        dict(r, file_name=str(cut), width=first["width"], height=first["height"]) for r in records
+    ]
+    DatasetCatalog.register(name, lambda: bad)
     try:
         trainer = make_trainer(tiny_config, tmp_path, "DATASETS.CALIBRATION", f"('{name}',)")
-        with pytest.raises(NATSError, match="20 images in a row .* nowhere.png"):
+        with pytest.raises(NATSError, match="20 images in a row .*cut.png: "):
             trainer.train()
+        for record in bad:
+            record["file_name"] = "nowhere.png"
+        with pytest.raises(NATSError, match="200 of 200 .* nowhere.png: there is no such file"):
+            make_trainer(tiny_config, tmp_path, "DATASETS.CALIBRATION", f"('{name}',)")
     finally:
         DatasetCatalog.remove(name)
     assert not trainer.weights.optimizer.state  # no step was taken

@@ -22,6 +22,7 @@ from detectron2.data.samplers import (
 )
 from detectron2.structures import BoxMode
 from detectron2_nats import NATSError, add_nats_config
+from detectron2_nats.data import images
 from detectron2_nats.engine import loader as loader_module
 from detectron2_nats.engine.loader import EvaluationLoader, build_resumable_loader
 
@@ -254,7 +255,7 @@ def test_past_the_share_the_run_stops(dicts, tmp_path, workers):
 def test_no_image_at_all(dicts, tmp_path):
     for path in tmp_path.glob("*.png"):
         missing(path)
-    with pytest.raises(NATSError, match="20 images in a row cannot be used, among them .*png"):
+    with pytest.raises(NATSError, match="20 images in a row cannot be used, the first .*png: "):
         take(build(dicts, share=1.0), 1)
 
 
@@ -270,14 +271,14 @@ def test_errors_of_the_code_are_not_swallowed(dicts, monkeypatch):
 def test_a_read_that_fails_once_is_repeated(dicts, warnings, monkeypatch):
     """A disk behind a network: the file itself is good."""
     expected = take(build(dicts), 6)
-    read, failures = loader_module.utils.read_image, iter([OSError("Stale file handle")])
+    read, failures = images.read_image, iter([OSError("Stale file handle")])
 
     def fails_once(*args, **kwargs):
         for error in failures:
             raise error
         return read(*args, **kwargs)
 
-    monkeypatch.setattr(loader_module.utils, "read_image", fails_once)
+    monkeypatch.setattr(images, "read_image", fails_once)
     assert_same(expected, take(build(dicts), 6))
     assert next(failures, None) is None and not lines(warnings)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from typing import Any, Dict, List, Sequence
 
 from detectron2 import model_zoo
@@ -139,20 +140,23 @@ def load_config(path: str, opts=()) -> CfgNode:
 
 def _check_pairs(opts: List[str]) -> None:
     """Refuse what cannot be KEY VALUE pairs, with the cure."""
-    options = [word for word in opts if isinstance(word, str) and word.startswith("--")]
+    options = [w for w in opts if isinstance(w, str) and re.fullmatch(r"--[a-z-]{1,40}", w)]
     if options:
         raise NATSError(f"{options[0]} comes after KEY VALUE pairs, which are the last: move it")
     if len(opts) % 2:
         raise NATSError(f"command line: KEY VALUE pairs: {shown(opts[-1])} has no value")
     known = _flat(load_config("")) if opts else {}
     for key, value in zip(opts[::2], opts[1::2]):
-        if key not in known:
+        if not isinstance(known.get(key) if isinstance(key, str) else None, (list, tuple)):
             continue
-        given = CfgNode._decode_cfg_value(value)
-        if isinstance(known[key], (list, tuple)) and isinstance(given, (str, int, float)):
+        try:
+            given = CfgNode._decode_cfg_value(value)
+        except Exception:  # Python's parser raises many kinds; merging says which
+            continue
+        if isinstance(given, str) or (isinstance(given, (int, float)) and abs(given) < 1e9):
             one = given.strip("()[]{}, '\"") if isinstance(given, str) else given
             example = repr((one,))
-            if key == "DATASETS.REGISTER":
+            if key == "DATASETS.REGISTER" or len(example) > 60:
                 example = "[['my_train', 'train.json', 'images']]"
             raise NATSError(
                 f"command line: {key} is a list, with quotes around its names and a comma in a "

@@ -104,7 +104,9 @@ def _look(record: dict) -> _Look:
     try:
         with PathManager.open(record["file_name"], "rb") as file:
             image = Image.open(file)
-            orientation = image.getexif().get(_ORIENTATION, 1)
+            # without this, Pillow would look for EXIF behind a PNG's pixels, and read them all
+            has_exif = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(_ORIENTATION, 1) if has_exif else 1
             if image.format == "TIFF" and orientation in range(2, 9):
                 image.load()
             stored, fault = image.size, _unknown_range(image)
