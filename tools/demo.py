@@ -17,7 +17,7 @@ import time
 
 from tabulate import tabulate
 
-from detectron2_nats.architecture import Architecture
+from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.command import tool_parser
 from detectron2_nats.results.comparison import dilation_shares
 

@@ -30,7 +30,7 @@ from tabulate import tabulate
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_backbone, build_model
-from detectron2_nats.architecture import Architecture
+from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.command import tool_parser, whole_number
 from detectron2_nats.config import config_differences, load_config
 from detectron2_nats.data.registry import register_datasets
@@ -46,7 +46,7 @@ from detectron2_nats.export import (
 from detectron2_nats.files import write_atomically
 from detectron2_nats.results import comparison, plot
 from detectron2_nats.results.cost import backbone_cost, detector_flops, interleaved_seconds
-from detectron2_nats.transform import frozen_state_dict
+from detectron2_nats.method.transform import frozen_state_dict
 
 EPILOG = """
 methods:

@@ -9,7 +9,7 @@ from runs import TINY, make_trainer
 
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from detectron2_nats.architecture import Architecture
+from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.commands import score
 from detectron2_nats.errors import NATSError
 from detectron2_nats.export import export_config, frozen_weights, searched_detector

@@ -14,7 +14,7 @@ import pytest
 import torch
 from runs import REPOSITORY, TINY, finish, script, wait_until
 
-from detectron2_nats.architecture import Architecture
+from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.config import load_config
 from detectron2_nats.errors import NATSError
 

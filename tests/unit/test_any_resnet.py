@@ -23,7 +23,7 @@ from detectron2_nats import (
     to_supernet,
 )
 from detectron2_nats.results.plot import effective_receptive_fields
-from detectron2_nats.stages import conv3x3_layers, residual_stages, searched_layers
+from detectron2_nats.method.stages import conv3x3_layers, residual_stages, searched_layers
 
 
 class MMResLayer(nn.Sequential):

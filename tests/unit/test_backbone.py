@@ -33,8 +33,8 @@ from detectron2_nats import (
     apply_architecture,
 )
 from detectron2_nats.backbone import search_space_from_config
-from detectron2_nats.search_space import PAPER_SETS
-from detectron2_nats.transform import conv3x3_layers, searched_layers
+from detectron2_nats.method.search_space import PAPER_SETS
+from detectron2_nats.method.transform import conv3x3_layers, searched_layers
 
 HALF_R50 = os.path.join(
     os.path.dirname(__file__), *[os.pardir] * 3, "shared", "weights", "R-50-half.pkl"

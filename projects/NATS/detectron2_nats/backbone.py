@@ -4,11 +4,11 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from .architecture import Architecture
+from .method.architecture import Architecture
 from .config import DEFAULT_NUM_GROUPS
 from .errors import NATSError
-from .search_space import SearchSpace
-from .transform import apply_architecture, to_supernet
+from .method.search_space import SearchSpace
+from .method.transform import apply_architecture, to_supernet
 
 __all__ = ["build_nats_backbone", "search_space_from_config"]
 

@@ -5,7 +5,7 @@ from typing import Optional
 
 from detectron2.modeling import build_backbone
 
-from ..architecture import Architecture
+from ..method.architecture import Architecture
 from ..command import paths_of, run_tool, tool_parser
 from ..export import detector_of, export_config
 from ..results.cost import backbone_cost, cost_table

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Optional
 
-from ..architecture import Architecture
+from ..method.architecture import Architecture
 from ..command import paths_of, run_tool, tool_parser, write
 from ..export import (
     detector_of,
@@ -14,7 +14,7 @@ from ..export import (
     write_config,
     write_weights,
 )
-from ..transform import searched_layers
+from ..method.transform import searched_layers
 
 EPILOG = """
 examples:

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Optional
 
-from ..architecture import Architecture
+from ..method.architecture import Architecture
 from ..command import paths_of, run_tool, tool_parser, whole_number
 from ..errors import NATSError
 from ..results import plot

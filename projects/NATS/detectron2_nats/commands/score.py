@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from detectron2.modeling import build_model
 
-from ..architecture import Architecture
+from ..method.architecture import Architecture
 from ..command import run_tool, tool_parser, whole_number, write
 from ..config import load_config
 from ..data.registry import register_datasets
@@ -27,7 +27,7 @@ from ..errors import NATSError
 from ..files import write_atomically
 from ..results.comparison import random_architecture, uniform_architecture
 from ..results.score import field_verdict, one_shot_score, scoring_batches
-from ..transform import searched_layers
+from ..method.transform import searched_layers
 
 EPILOG = """
 examples:

@@ -24,7 +24,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from ..alpha import ForwardState
+from ..method.alpha import ForwardState
 from ..config import config_differences, scaled_to_processes, with_norms_for
 from ..data.overlap import warn_of_test_images
 from ..errors import NATSError

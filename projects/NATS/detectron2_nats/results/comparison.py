@@ -18,13 +18,13 @@ from scipy import stats
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
-from ..architecture import Architecture, decode_alpha
+from ..method.architecture import Architecture, decode_alpha
 from ..errors import NATSError
 from ..export import read_search
 from ..files import write_atomically
-from ..layers import MixedDilationConv2d
-from ..search_space import Dilation
-from ..transform import searched_layers
+from ..method.layers import MixedDilationConv2d
+from ..method.search_space import Dilation
+from ..method.transform import searched_layers
 
 __all__ = [
     "agreement",

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import nn
 
-from ..architecture import Architecture
+from ..method.architecture import Architecture
 from ..errors import NATSError
-from ..search_space import PAPER_SETS, Dilation
-from ..stages import residual_stages
+from ..method.search_space import PAPER_SETS, Dilation
+from ..method.stages import residual_stages
 
 __all__ = [
     "as_image",

@@ -15,7 +15,7 @@ import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ..architecture import Architecture
+from ..method.architecture import Architecture
 from ..config import load_config
 from ..errors import NATSError
 from ..export import settings_of

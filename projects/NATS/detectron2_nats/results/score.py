@@ -18,10 +18,10 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.utils.events import EventStorage
 
-from ..architecture import Architecture
+from ..method.architecture import Architecture
 from ..errors import NATSError
-from ..layers import MixedDilationConv2d
-from ..transform import searched_layers
+from ..method.layers import MixedDilationConv2d
+from ..method.transform import searched_layers
 
 __all__ = ["field_verdict", "one_shot_score", "scoring_batches"]
 

@@ -9,7 +9,7 @@ from typing import Dict, Iterator, Tuple
 
 from torch import nn
 
-from .errors import NATSError
+from ..errors import NATSError
 from .layers import GroupedDilationConv2d, MixedDilationConv2d
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import Iterator, List, Optional
 import torch
 from torch import nn
 
-from .errors import NATSError
+from ..errors import NATSError
 from .stages import searched_layers
 
 __all__ = ["ForwardState", "alpha_parameters", "alpha_training"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Tuple, Union
 
-from .errors import NATSError
+from ..errors import NATSError
 
 __all__ = ["Dilation", "PAPER_SETS", "MAX_DILATION", "SearchSpace", "check_dilation"]
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .convolution import fast_layouts, recomputed, to_fast_layout
-from .errors import NATSError
+from .speed import fast_layouts, recomputed, to_fast_layout
+from ..errors import NATSError
 from .search_space import Dilation
 
 __all__ = ["MixedDilationConv2d", "GroupedDilationConv2d"]

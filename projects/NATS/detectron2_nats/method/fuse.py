@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .errors import NATSError
+from ..errors import NATSError
 from .layers import MixedDilationConv2d
 
 __all__ = ["fuse_for_inference"]

@@ -10,8 +10,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from .errors import NATSError
-from .files import OneLine, read_yaml, write_yaml
+from ..errors import NATSError
+from ..files import OneLine, read_yaml, write_yaml
 from .search_space import Dilation, check_dilation, shortened
 from .stages import searched_layers
 
