@@ -15,7 +15,7 @@ from runs import TINY, assert_equal, finish, make_trainer, printed, script, wait
 from detectron2.layers import Conv2d
 from detectron2.utils.events import EventStorage
 from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d
-from detectron2_nats.data.embedded import ensure_embedded_dataset
+from detectron2_nats.toy.sets import ensure_embedded_dataset
 from detectron2_nats.engine import launch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no usable CUDA")

@@ -272,7 +272,7 @@ def workspace(tmp_path_factory) -> Path:
         torch.save({"model": build_model(cfg).state_dict()}, path / "model_final.pth")
 
     # own data: the embedded images under other names, a half-width network
-    from detectron2_nats.data.embedded import ensure_embedded_dataset
+    from detectron2_nats.toy.sets import ensure_embedded_dataset
 
     source = Path(ensure_embedded_dataset())
     (folder / "images").mkdir()

@@ -23,7 +23,7 @@ for name in ("detectron2", "fvcore", "iopath", "pycocotools"):
 METHOD = """
 import pytest, torch, torchvision
 import detectron2_nats as nats
-from detectron2_nats.data.embedded import WEIGHTS
+from detectron2_nats.toy.sets import WEIGHTS
 
 assert nats.__file__.startswith(sys.argv[1]), nats.__file__
 assert torch.load(WEIGHTS)

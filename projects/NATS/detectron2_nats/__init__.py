@@ -34,7 +34,7 @@ __all__ = [
 if find_spec("detectron2"):
     from . import backbone  # noqa: F401  (registration)
     from .config import add_nats_config
-    from .data.embedded_catalog import register_embedded_datasets
+    from .toy.catalog import register_embedded_datasets
     from .trainer import SearchTrainer
 
     __all__ += ["SearchTrainer", "add_nats_config"]

@@ -8,7 +8,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathHandler, PathManager
 
 from ..errors import NATSError
-from .embedded import SETS, WEIGHTS, ensure_embedded_dataset
+from .sets import SETS, WEIGHTS, ensure_embedded_dataset
 
 __all__ = ["register_embedded_datasets"]
 
