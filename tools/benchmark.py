@@ -42,9 +42,9 @@ from detectron2_nats.errors import NATSError, one_line
 from detectron2_nats.export import export_config
 from detectron2_nats.files import write_atomically
 from detectron2_nats.method.fuse import fuse_for_inference
-from detectron2_nats.importers import from_ic_conv, read_json
+from detectron2_nats.bench.importers import from_ic_conv, read_json
 from detectron2_nats.method.layers import GroupedDilationConv2d, MixedDilationConv2d
-from detectron2_nats.results.cost import interleaved_seconds
+from detectron2_nats.bench.cost import interleaved_seconds
 from detectron2_nats.trainer import SearchTrainer
 from detectron2_nats.method.transform import searched_layers
 

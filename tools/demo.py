@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.command import tool_parser
-from detectron2_nats.results.comparison import dilation_shares
+from detectron2_nats.bench.comparison import dilation_shares
 
 EPILOG = """
 example:

@@ -44,8 +44,9 @@ from detectron2_nats.export import (
     write_weights,
 )
 from detectron2_nats.files import write_atomically
-from detectron2_nats.results import comparison, plot
-from detectron2_nats.results.cost import backbone_cost, detector_flops, interleaved_seconds
+from detectron2_nats.bench import comparison
+from detectron2_nats.bench import pictures as plot
+from detectron2_nats.bench.cost import backbone_cost, detector_flops, interleaved_seconds
 from detectron2_nats.method.transform import frozen_state_dict
 
 EPILOG = """

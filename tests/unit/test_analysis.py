@@ -8,7 +8,7 @@ from torch import nn
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture, apply_architecture
 from detectron2_nats.config import load_config
-from detectron2_nats.results.cost import (
+from detectron2_nats.bench.cost import (
     Cost,
     backbone_cost,
     cost_table,

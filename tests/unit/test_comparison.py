@@ -9,8 +9,8 @@ import pytest
 from oracles import FPN_RESNET, tiny_cfg
 
 from detectron2_nats import Architecture, NATSError
-from detectron2_nats.results import comparison
-from detectron2_nats.results.plot import plot_cost, plot_study
+from detectron2_nats.bench import comparison
+from detectron2_nats.bench.pictures import plot_cost, plot_study
 
 CATEGORIES = [{"id": 3, "name": "cell"}]
 

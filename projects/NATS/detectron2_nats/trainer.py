@@ -199,7 +199,7 @@ class SearchTrainer(ResumableTrainer):
     def _put_pictures(self, architecture: Architecture) -> None:
         """The architecture and α's history, for TensorBoard."""
         try:
-            from .results import plot  # only needed here, and matplotlib is slow to import
+            from .bench import pictures as plot  # matplotlib is slow to import
 
             done = f"after iteration {self.iter + 1} of {self.max_iter}"
             figures = {"architecture": plot.plot_architecture(architecture, done)}

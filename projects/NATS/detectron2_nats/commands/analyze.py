@@ -8,7 +8,7 @@ from detectron2.modeling import build_backbone
 from ..method.architecture import Architecture
 from ..command import paths_of, run_tool, tool_parser
 from ..export import detector_of, export_config
-from ..results.cost import backbone_cost, cost_table
+from ..bench.cost import backbone_cost, cost_table
 
 EPILOG = """
 examples:

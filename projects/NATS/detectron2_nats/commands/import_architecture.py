@@ -6,7 +6,7 @@ from typing import Optional
 
 from ..command import run_tool, tool_parser, whole_number, write
 from ..errors import NATSError
-from ..importers import from_ic_conv, from_rf_next, read_json
+from ..bench.importers import from_ic_conv, from_rf_next, read_json
 
 EPILOG = """
 examples:

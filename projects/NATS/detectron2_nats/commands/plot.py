@@ -7,7 +7,7 @@ from typing import Optional
 from ..method.architecture import Architecture
 from ..command import paths_of, run_tool, tool_parser, whole_number
 from ..errors import NATSError
-from ..results import plot
+from ..bench import pictures as plot
 
 EPILOG = """
 examples:
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
         verdict = architecture.search.get("decidedness", {}).get("verdict", "")
         figures["history"] = plot.plot_history(plot.read_history(metrics), args.title or verdict)
     if args.plain:
-        from ..results.detectors import detector_figures  # the rest needs no Detectron2
+        from ..bench.detectors import detector_figures  # the rest needs no Detectron2
 
         figures.update(detector_figures(args))
     output = args.output or os.path.join(folder, "pictures")

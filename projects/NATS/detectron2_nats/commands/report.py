@@ -10,7 +10,7 @@ import os
 from typing import Optional
 
 from ..command import run_tool, tool_parser, write
-from ..results.report import write_report
+from ..bench.report import write_report
 
 EPILOG = """
 examples:

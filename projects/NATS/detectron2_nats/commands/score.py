@@ -25,8 +25,8 @@ from ..engine.checkpoint import SafeCheckpointer
 from ..engine.loader import dataset_dicts
 from ..errors import NATSError
 from ..files import write_atomically
-from ..results.comparison import random_architecture, uniform_architecture
-from ..results.score import field_verdict, one_shot_score, scoring_batches
+from ..bench.comparison import random_architecture, uniform_architecture
+from ..bench.score import field_verdict, one_shot_score, scoring_batches
 from ..method.transform import searched_layers
 
 EPILOG = """

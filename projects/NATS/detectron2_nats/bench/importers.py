@@ -9,10 +9,10 @@ import json
 import re
 from typing import Any, Dict, List, Mapping, Tuple
 
-from .method.architecture import MAX_CHANNELS, Architecture
-from .errors import NATSError
-from .files import read_bounded
-from .method.search_space import check_dilation, shortened
+from ..method.architecture import MAX_CHANNELS, Architecture
+from ..errors import NATSError
+from ..files import read_bounded
+from ..method.search_space import check_dilation, shortened
 
 __all__ = ["from_ic_conv", "from_rf_next", "read_json"]
 

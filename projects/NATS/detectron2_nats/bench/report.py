@@ -20,7 +20,7 @@ from ..config import load_config
 from ..errors import NATSError
 from ..export import settings_of
 from ..files import write_atomically
-from . import plot
+from . import pictures as plot
 from .comparison import dilation_shares, paired_interval
 
 __all__ = ["write_report"]
