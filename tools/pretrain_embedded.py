@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
-from detectron2_nats.command import tool_parser
+from detectron2_nats.commands.cli import tool_parser
 from detectron2_nats.toy import scenes, sets
 
 EPILOG = """

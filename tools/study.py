@@ -31,12 +31,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats.method.architecture import Architecture
-from detectron2_nats.command import tool_parser, whole_number
+from detectron2_nats.commands.cli import tool_parser, whole_number
 from detectron2_nats.config import config_differences, load_config
 from detectron2_nats.data.registry import register_datasets
 from detectron2_nats.engine.stopping import STOPPED_EXIT_CODE
 from detectron2_nats.errors import NATSError, one_line
-from detectron2_nats.export import (
+from detectron2_nats.search.export import (
     export_config,
     frozen_weights,
     read_search,

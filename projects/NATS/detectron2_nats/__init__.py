@@ -35,7 +35,7 @@ if find_spec("detectron2"):
     from . import backbone  # noqa: F401  (registration)
     from .config import add_nats_config
     from .toy.catalog import register_embedded_datasets
-    from .trainer import SearchTrainer
+    from .search.trainer import SearchTrainer
 
     __all__ += ["SearchTrainer", "add_nats_config"]
     register_embedded_datasets()

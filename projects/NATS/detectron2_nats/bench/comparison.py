@@ -20,7 +20,7 @@ from detectron2.modeling import build_backbone
 
 from ..method.architecture import Architecture, decode_alpha
 from ..errors import NATSError
-from ..export import read_search
+from ..search.export import read_search
 from ..files import write_atomically
 from ..method.layers import MixedDilationConv2d
 from ..method.search_space import Dilation

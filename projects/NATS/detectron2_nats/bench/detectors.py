@@ -22,7 +22,7 @@ from ..config import load_config
 from ..data.registry import check_datasets, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError
-from . import pictures as plot
+from ..bench import pictures as plot
 
 __all__ = ["detector_figures", "object_sizes"]
 

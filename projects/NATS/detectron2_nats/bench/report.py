@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from ..method.architecture import Architecture
 from ..config import load_config
 from ..errors import NATSError
-from ..export import settings_of
+from ..search.export import settings_of
 from ..files import write_atomically
-from . import pictures as plot
+from ..bench import pictures as plot
 from .comparison import dilation_shares, paired_interval
 
 __all__ = ["write_report"]

@@ -5,8 +5,8 @@ import os
 from typing import Optional
 
 from ..method.architecture import Architecture
-from ..command import paths_of, run_tool, tool_parser, write
-from ..export import (
+from .cli import paths_of, run_tool, tool_parser, write
+from ..search.export import (
     detector_of,
     export_config,
     frozen_weights,

@@ -5,7 +5,7 @@ import os
 from typing import Optional
 
 from ..method.architecture import Architecture
-from ..command import paths_of, run_tool, tool_parser, whole_number
+from .cli import paths_of, run_tool, tool_parser, whole_number
 from ..errors import NATSError
 from ..bench import pictures as plot
 

@@ -9,7 +9,7 @@ import argparse
 import os
 from typing import Optional
 
-from ..command import run_tool, tool_parser, write
+from .cli import run_tool, tool_parser, write
 from ..bench.report import write_report
 
 EPILOG = """

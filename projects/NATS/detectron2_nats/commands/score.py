@@ -18,7 +18,7 @@ from tabulate import tabulate
 from detectron2.modeling import build_model
 
 from ..method.architecture import Architecture
-from ..command import run_tool, tool_parser, whole_number, write
+from .cli import run_tool, tool_parser, whole_number, write
 from ..config import load_config
 from ..data.registry import register_datasets
 from ..engine.checkpoint import SafeCheckpointer

@@ -5,7 +5,7 @@ from typing import Optional
 from ..data.registry import check_datasets
 from ..engine.launch import run_script, setup, train_or_evaluate
 from ..errors import NATSError
-from ..trainer import SearchTrainer
+from ..search.trainer import SearchTrainer
 
 EPILOG = """
 examples:

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Callable, Optional, Tuple
 
-from .errors import NATSError
+from ..errors import NATSError
 
 __all__ = ["paths_of", "run_tool", "tool_parser", "whole_number", "write"]
 

@@ -13,16 +13,16 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from .method.alpha import alpha_parameters, alpha_training
-from .method.architecture import Architecture, intensities
-from .config import config_differences, load_config
-from .data.overlap import check_disjoint, warn_of_test_images
-from .method.decidedness import Decidedness, all_votes
-from .engine.loader import build_resumable_loader, dataset_dicts
-from .engine.resumable import Phase, ResumableTrainer
-from .errors import NATSError
+from ..method.alpha import alpha_parameters, alpha_training
+from ..method.architecture import Architecture, intensities
+from ..config import config_differences, load_config
+from ..data.overlap import check_disjoint, warn_of_test_images
+from ..method.decidedness import Decidedness, all_votes
+from ..engine.loader import build_resumable_loader, dataset_dicts
+from ..engine.resumable import Phase, ResumableTrainer
+from ..errors import NATSError
 from .export import export_config, searched_detector, write_config, write_weights
-from .method.transform import frozen_state_dict, searched_layers
+from ..method.transform import frozen_state_dict, searched_layers
 
 __all__ = ["SearchTrainer"]
 
@@ -199,7 +199,7 @@ class SearchTrainer(ResumableTrainer):
     def _put_pictures(self, architecture: Architecture) -> None:
         """The architecture and α's history, for TensorBoard."""
         try:
-            from .bench import pictures as plot  # matplotlib is slow to import
+            from ..bench import pictures as plot  # matplotlib is slow to import
 
             done = f"after iteration {self.iter + 1} of {self.max_iter}"
             figures = {"architecture": plot.plot_architecture(architecture, done)}
