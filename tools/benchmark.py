@@ -33,20 +33,20 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from detectron2_nats.method.architecture import Architecture
+from detectron2_nats.bench.cost import interleaved_seconds
+from detectron2_nats.bench.importers import from_ic_conv, read_json
 from detectron2_nats.commands.cli import run_tool, tool_parser, whole_number
 from detectron2_nats.config import load_config
 from detectron2_nats.engine.determinism import computed_by
 from detectron2_nats.engine.resumable import ResumableTrainer
 from detectron2_nats.errors import NATSError, one_line
-from detectron2_nats.search.export import export_config
 from detectron2_nats.files import write_atomically
+from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.method.fuse import fuse_for_inference
-from detectron2_nats.bench.importers import from_ic_conv, read_json
 from detectron2_nats.method.layers import GroupedDilationConv2d, MixedDilationConv2d
-from detectron2_nats.bench.cost import interleaved_seconds
-from detectron2_nats.search.trainer import SearchTrainer
 from detectron2_nats.method.transform import searched_layers
+from detectron2_nats.search.export import export_config
+from detectron2_nats.search.trainer import SearchTrainer
 
 EPILOG = """
 parts (--what):

@@ -17,9 +17,9 @@ import time
 
 from tabulate import tabulate
 
-from detectron2_nats.method.architecture import Architecture
-from detectron2_nats.commands.cli import tool_parser
 from detectron2_nats.bench.comparison import dilation_shares
+from detectron2_nats.commands.cli import tool_parser
+from detectron2_nats.method.architecture import Architecture
 
 EPILOG = """
 example:

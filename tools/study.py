@@ -30,12 +30,17 @@ from tabulate import tabulate
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_backbone, build_model
-from detectron2_nats.method.architecture import Architecture
+from detectron2_nats.bench import comparison
+from detectron2_nats.bench import pictures as plot
+from detectron2_nats.bench.cost import backbone_cost, detector_flops, interleaved_seconds
 from detectron2_nats.commands.cli import tool_parser, whole_number
 from detectron2_nats.config import config_differences, load_config
 from detectron2_nats.data.registry import register_datasets
 from detectron2_nats.engine.stopping import STOPPED_EXIT_CODE
 from detectron2_nats.errors import NATSError, one_line
+from detectron2_nats.files import write_atomically
+from detectron2_nats.method.architecture import Architecture
+from detectron2_nats.method.transform import frozen_state_dict
 from detectron2_nats.search.export import (
     export_config,
     frozen_weights,
@@ -43,11 +48,6 @@ from detectron2_nats.search.export import (
     write_config,
     write_weights,
 )
-from detectron2_nats.files import write_atomically
-from detectron2_nats.bench import comparison
-from detectron2_nats.bench import pictures as plot
-from detectron2_nats.bench.cost import backbone_cost, detector_flops, interleaved_seconds
-from detectron2_nats.method.transform import frozen_state_dict
 
 EPILOG = """
 methods:

@@ -29,8 +29,8 @@ from runs import REPOSITORY, TINY
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import Architecture, apply_architecture
 from detectron2_nats.config import load_config
-from detectron2_nats.search.export import export_config, write_config
 from detectron2_nats.files import parse_yaml
+from detectron2_nats.search.export import export_config, write_config
 
 PAGES = [
     REPOSITORY / "README.md",

@@ -239,7 +239,7 @@ def test_a_raise_on_one_rank_passes_through_sync_bn(bad_rank):
 DONE = """
 import atexit, builtins, os, sys
 import torch.distributed as dist
-from detectron2_nats.engine import launch
+from detectron2_nats.engine import processes
 
 class Torn:
     def __del__(self, write=os.write):
@@ -249,14 +249,14 @@ builtins.torn = Torn()  # goes with the interpreter
 atexit.register(lambda: print("at exit", dist.is_initialized()))
 atexit.register(lambda: 1 / 0)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-launch._call(print, "done")
+processes._call(print, "all", "done")
 """
 
 
 def test_leaves_the_group_when_done_and_tears_nothing_down():
     """A thread of the group that let go of a tensor meanwhile would abort the process."""
     process = subprocess.run([sys.executable, "-c", DONE], capture_output=True, text=True)
-    assert (process.returncode, process.stdout) == (0, "done\nat exit True\n")
+    assert (process.returncode, process.stdout) == (0, "all done\nat exit True\n")
     assert "ZeroDivisionError" in process.stderr
 
 

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from runs import REPOSITORY, TINY, run
 
-from detectron2_nats.errors import NATSError
 from detectron2_nats.bench.report import write_report
+from detectron2_nats.errors import NATSError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Appended to a copy of the page: writes into the title what does not fit or has not loaded.

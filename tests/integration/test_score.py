@@ -9,12 +9,12 @@ from runs import TINY, make_trainer
 
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from detectron2_nats.method.architecture import Architecture
-from detectron2_nats.commands import score
-from detectron2_nats.errors import NATSError
-from detectron2_nats.search.export import export_config, frozen_weights, searched_detector
 from detectron2_nats.bench.comparison import random_architecture
 from detectron2_nats.bench.score import field_verdict, one_shot_score, scoring_batches
+from detectron2_nats.commands import score
+from detectron2_nats.errors import NATSError
+from detectron2_nats.method.architecture import Architecture
+from detectron2_nats.search.export import export_config, frozen_weights, searched_detector
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mixed", "sampled"])

@@ -17,10 +17,10 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
-from detectron2_nats.method.architecture import decode_alpha
 from detectron2_nats.config import load_config, scaled_to_processes
 from detectron2_nats.engine import resumable
 from detectron2_nats.engine.resumable import ResumableTrainer
+from detectron2_nats.method.architecture import decode_alpha
 from detectron2_nats.method.transform import searched_layers
 
 

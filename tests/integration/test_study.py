@@ -14,9 +14,9 @@ import pytest
 import torch
 from runs import REPOSITORY, TINY, finish, script, wait_until
 
-from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.config import load_config
 from detectron2_nats.errors import NATSError
+from detectron2_nats.method.architecture import Architecture
 
 
 def children_of(process):

@@ -19,8 +19,8 @@ from runs import REPOSITORY, TINY
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture
-from detectron2_nats.config import load_config
 from detectron2_nats.bench.comparison import dilation_shares
+from detectron2_nats.config import load_config
 from detectron2_nats.method.transform import searched_layers
 
 

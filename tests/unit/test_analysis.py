@@ -7,7 +7,6 @@ from torch import nn
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture, apply_architecture
-from detectron2_nats.config import load_config
 from detectron2_nats.bench.cost import (
     Cost,
     backbone_cost,
@@ -15,6 +14,7 @@ from detectron2_nats.bench.cost import (
     detector_flops,
     interleaved_seconds,
 )
+from detectron2_nats.config import load_config
 
 
 @pytest.mark.parametrize("name", ["R18", "FPN", "ResNeXt", "DC5", "Lazy"])

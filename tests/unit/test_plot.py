@@ -10,9 +10,9 @@ from oracles import build_plain, image, random_architecture
 
 from detectron2.structures import BoxMode
 from detectron2_nats import Architecture, NATSError, apply_architecture
-from detectron2_nats.config import load_config
 from detectron2_nats.bench import pictures as plot
 from detectron2_nats.bench.detectors import object_sizes
+from detectron2_nats.config import load_config
 
 
 def line(iteration, entropy, votes):

@@ -3,6 +3,8 @@
 import os
 from typing import Any, Dict, List, Sequence
 
+import torch
+
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
@@ -95,6 +97,47 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.RUN.MAX_BAD_DATA = 0.01
     # Iterations between two checks that all ranks hold the same α.
     cfg.RUN.RANK_CHECK_PERIOD = 100
+
+
+# What a value must be, where that can be said without the model and the data.
+_RULES = (
+    (
+        "SEARCH.ALPHA_START",
+        lambda v: 0 <= v < 1,
+        "a fraction of the search, at least 0 and below 1",
+    ),
+    ("SEARCH.RETRAIN_WEIGHTS", lambda v: v in ("base", "supernet"), "base or supernet"),
+    ("SOLVER.AMP.PRECISION", lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),
+    ("SOLVER.AVERAGE_LAST", lambda v: 0 <= v <= 1, "a share of the run, 0 to 1"),
+    ("RUN.KEEP_CHECKPOINTS", lambda v: v >= 1, "at least 1"),
+    ("RUN.LOG_PERIOD", lambda v: v >= 1, "at least 1"),
+    ("RUN.RANK_CHECK_PERIOD", lambda v: v >= 1, "at least 1"),
+)
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check every value that can be checked before the model is built and the data are read.
+
+    Raises:
+        NATSError: names the key and what it must be.
+    """
+    values = _flat(cfg)
+    for key, holds, expected in _RULES:
+        if not holds(values[key]):
+            raise NATSError(f"{key} {values[key]!r}: expected {expected}")
+
+
+def genotype_set(cfg: CfgNode) -> Any:
+    """``MODEL.NATS.SPACE``, or what its None means."""
+    return "C" if cfg.MODEL.NATS.SPACE is None else cfg.MODEL.NATS.SPACE
+
+
+def falls_back_to_cpu(cfg: CfgNode) -> bool:
+    """Set ``MODEL.DEVICE`` to the CPU where it is CUDA and PyTorch finds no GPU; whether it did."""
+    without = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if without:
+        cfg.MODEL.DEVICE = "cpu"
+    return without
 
 
 # -- reading --------------------------------------------------------------------------------------

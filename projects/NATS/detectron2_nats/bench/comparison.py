@@ -18,13 +18,13 @@ from scipy import stats
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
-from ..method.architecture import Architecture, decode_alpha
 from ..errors import NATSError
-from ..search.export import read_search
 from ..files import write_atomically
+from ..method.architecture import Architecture, decode_alpha
 from ..method.layers import MixedDilationConv2d
 from ..method.search_space import Dilation
 from ..method.transform import searched_layers
+from ..search.export import read_search
 
 __all__ = [
     "agreement",

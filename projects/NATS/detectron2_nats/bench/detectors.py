@@ -18,11 +18,11 @@ from detectron2.data import (
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
+from ..bench import pictures as plot
 from ..config import load_config
 from ..data.registry import check_datasets, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError
-from ..bench import pictures as plot
 
 __all__ = ["detector_figures", "object_sizes"]
 

@@ -9,9 +9,9 @@ import json
 import re
 from typing import Any, Dict, List, Mapping, Tuple
 
-from ..method.architecture import MAX_CHANNELS, Architecture
 from ..errors import NATSError
 from ..files import read_bounded
+from ..method.architecture import MAX_CHANNELS, Architecture
 from ..method.search_space import check_dilation, shortened
 
 __all__ = ["from_ic_conv", "from_rf_next", "read_json"]

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import nn
 
-from ..method.architecture import Architecture
 from ..errors import NATSError
+from ..method.architecture import Architecture
 from ..method.search_space import PAPER_SETS, Dilation
 from ..method.stages import residual_stages
 

@@ -15,12 +15,12 @@ import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ..method.architecture import Architecture
+from ..bench import pictures as plot
 from ..config import load_config
 from ..errors import NATSError
-from ..search.export import settings_of
 from ..files import write_atomically
-from ..bench import pictures as plot
+from ..method.architecture import Architecture
+from ..search.export import settings_of
 from .comparison import dilation_shares, paired_interval
 
 __all__ = ["write_report"]

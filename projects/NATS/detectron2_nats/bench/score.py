@@ -18,8 +18,8 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.utils.events import EventStorage
 
-from ..method.architecture import Architecture
 from ..errors import NATSError
+from ..method.architecture import Architecture
 from ..method.layers import MixedDilationConv2d
 from ..method.transform import searched_layers
 

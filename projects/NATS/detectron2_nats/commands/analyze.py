@@ -5,10 +5,10 @@ from typing import Optional
 
 from detectron2.modeling import build_backbone
 
-from ..method.architecture import Architecture
-from .cli import paths_of, run_tool, tool_parser
-from ..search.export import detector_of, export_config
 from ..bench.cost import backbone_cost, cost_table
+from ..method.architecture import Architecture
+from ..search.export import detector_of, export_config
+from .cli import paths_of, run_tool, tool_parser
 
 EPILOG = """
 examples:

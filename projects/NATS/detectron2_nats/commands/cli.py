@@ -1,9 +1,10 @@
 """What the tools' command lines have in common."""
 
 import argparse
+import contextlib
 import os
 import sys
-from typing import Callable, Optional, Tuple
+from typing import Callable, Iterator, Optional, Tuple
 
 from ..errors import NATSError
 
@@ -40,13 +41,20 @@ def paths_of(source: str) -> Tuple[str, str]:
     return os.path.dirname(source), source
 
 
-def run_tool(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call ``main(args)``. Bad input prints one line to stderr and exits with status 2."""
+@contextlib.contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """In the block, bad input prints one line to stderr and exits with status 2."""
     try:
-        main(args)
+        yield
     except NATSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def run_tool(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call ``main(args)`` in :func:`exit_on_bad_input`."""
+    with exit_on_bad_input():
+        main(args)
 
 
 def write(path: str, content: Callable[[], None]) -> None:

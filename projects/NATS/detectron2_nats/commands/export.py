@@ -5,7 +5,7 @@ import os
 from typing import Optional
 
 from ..method.architecture import Architecture
-from .cli import paths_of, run_tool, tool_parser, write
+from ..method.transform import searched_layers
 from ..search.export import (
     detector_of,
     export_config,
@@ -14,7 +14,7 @@ from ..search.export import (
     write_config,
     write_weights,
 )
-from ..method.transform import searched_layers
+from .cli import paths_of, run_tool, tool_parser, write
 
 EPILOG = """
 examples:

@@ -4,9 +4,9 @@ import argparse
 import os
 from typing import Optional
 
-from .cli import run_tool, tool_parser, whole_number, write
-from ..errors import NATSError
 from ..bench.importers import from_ic_conv, from_rf_next, read_json
+from ..errors import NATSError
+from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """
 examples:

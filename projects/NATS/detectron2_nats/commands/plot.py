@@ -4,10 +4,10 @@ import argparse
 import os
 from typing import Optional
 
+from ..bench import pictures as plot
+from ..errors import NATSError
 from ..method.architecture import Architecture
 from .cli import paths_of, run_tool, tool_parser, whole_number
-from ..errors import NATSError
-from ..bench import pictures as plot
 
 EPILOG = """
 examples:

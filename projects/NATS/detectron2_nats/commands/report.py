@@ -9,8 +9,8 @@ import argparse
 import os
 from typing import Optional
 
-from .cli import run_tool, tool_parser, write
 from ..bench.report import write_report
+from .cli import run_tool, tool_parser, write
 
 EPILOG = """
 examples:

@@ -17,17 +17,17 @@ from tabulate import tabulate
 
 from detectron2.modeling import build_model
 
-from ..method.architecture import Architecture
-from .cli import run_tool, tool_parser, whole_number, write
+from ..bench.comparison import random_architecture, uniform_architecture
+from ..bench.score import field_verdict, one_shot_score, scoring_batches
 from ..config import load_config
 from ..data.registry import register_datasets
 from ..engine.checkpoint import SafeCheckpointer
 from ..engine.loader import dataset_dicts
 from ..errors import NATSError
 from ..files import write_atomically
-from ..bench.comparison import random_architecture, uniform_architecture
-from ..bench.score import field_verdict, one_shot_score, scoring_batches
+from ..method.architecture import Architecture
 from ..method.transform import searched_layers
+from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """
 examples:

@@ -1,11 +1,14 @@
 """Search which dilation each channel group of a detector's backbone should use."""
 
+import argparse
 from typing import Optional
 
+from detectron2.config import CfgNode
+
 from ..data.registry import check_datasets
-from ..engine.launch import run_script, setup, train_or_evaluate
 from ..errors import NATSError
 from ..search.trainer import SearchTrainer
+from .train import run_script, setup, train_or_evaluate
 
 EPILOG = """
 examples:
@@ -26,13 +29,13 @@ exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume)
 """
 
 
-def main(args):
-    cfg = setup(args)
+def main(cfg: CfgNode, args: argparse.Namespace) -> None:
+    setup(cfg, args)
     if not args.eval_only:
         if not cfg.DATASETS.CALIBRATION:
             raise NATSError("DATASETS.CALIBRATION is empty: set it to the data set that trains α")
         check_datasets(cfg.DATASETS.CALIBRATION, "DATASETS.CALIBRATION")
-    return train_or_evaluate(SearchTrainer, cfg, args)
+    train_or_evaluate(SearchTrainer, cfg, args)
 
 
 def run(prog: Optional[str] = None) -> None:

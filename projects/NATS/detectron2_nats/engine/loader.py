@@ -27,7 +27,7 @@ from detectron2.utils import comm
 
 from ..errors import NATSError, one_line
 from .determinism import preserved_random_states
-from .stopping import (
+from .processes import (
     STOPPED_EXIT_CODE,
     hold_signals,
     ignore_signals,

@@ -24,10 +24,10 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from ..method.alpha import ForwardState
-from ..config import config_differences, scaled_to_processes, with_norms_for
+from ..config import check_config, config_differences, scaled_to_processes, with_norms_for
 from ..data.overlap import warn_of_test_images
 from ..errors import NATSError
+from ..method.alpha import ForwardState
 from .checkpoint import SafeCheckpointer
 from .determinism import (
     compute_as,
@@ -39,7 +39,7 @@ from .determinism import (
 from .evaluation import build_evaluator
 from .hooks import AverageHook, CheckpointHook, EvalHook
 from .loader import EvaluationLoader, build_resumable_loader, dataset_dicts
-from .stopping import stop_requested
+from .processes import stop_requested
 
 __all__ = ["ResumableTrainer"]
 
@@ -157,6 +157,7 @@ class ResumableTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
+        check_config(cfg)
         self.given_cfg = cfg
         self.cfg = cfg = scaled_to_processes(cfg, comm.get_world_size())
         self._batch_scale = cfg.SOLVER.IMS_PER_BATCH / (self.given_cfg.SOLVER.IMS_PER_BATCH or 1)
@@ -185,9 +186,6 @@ class ResumableTrainer(DefaultTrainer):
         self.weights = self.new_phase("", _distributed(self._loss_module), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, run=weakref.proxy(self))
-        for key in ("KEEP_CHECKPOINTS", "LOG_PERIOD", "RANK_CHECK_PERIOD"):
-            if cfg.RUN[key] < 1:
-                raise NATSError(f"RUN.{key} {cfg.RUN[key]}: expected at least 1")
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._stop_now = False

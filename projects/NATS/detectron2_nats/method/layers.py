@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .speed import fast_layouts, recomputed, to_fast_layout
 from ..errors import NATSError
 from .search_space import Dilation
+from .speed import fast_layouts, recomputed, to_fast_layout
 
 __all__ = ["MixedDilationConv2d", "GroupedDilationConv2d"]
 

@@ -9,8 +9,8 @@ from typing import Dict, Union
 import torch
 from torch import nn
 
-from .architecture import Architecture
 from ..errors import NATSError
+from .architecture import Architecture
 from .layers import GroupedDilationConv2d, MixedDilationConv2d
 from .search_space import SearchSpace
 from .stages import conv3x3_layers, named_convs, residual_stages, searched_layers, what_is_in

@@ -8,10 +8,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone, build_backbone
 
-from ..method.architecture import Architecture
 from ..config import load_config
 from ..errors import NATSError, one_line
 from ..files import OneLine, write_atomically, write_yaml
+from ..method.architecture import Architecture
 from ..method.transform import apply_architecture, conv3x3_layers, frozen_state_dict
 
 __all__ = [

@@ -13,16 +13,16 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from ..method.alpha import alpha_parameters, alpha_training
-from ..method.architecture import Architecture, intensities
-from ..config import config_differences, load_config
+from ..config import check_config, config_differences, genotype_set, load_config
 from ..data.overlap import check_disjoint, warn_of_test_images
-from ..method.decidedness import Decidedness, all_votes
 from ..engine.loader import build_resumable_loader, dataset_dicts
 from ..engine.resumable import Phase, ResumableTrainer
 from ..errors import NATSError
-from .export import export_config, searched_detector, write_config, write_weights
+from ..method.alpha import alpha_parameters, alpha_training
+from ..method.architecture import Architecture, intensities
+from ..method.decidedness import Decidedness, all_votes
 from ..method.transform import frozen_state_dict, searched_layers
+from .export import export_config, searched_detector, write_config, write_weights
 
 __all__ = ["SearchTrainer"]
 
@@ -44,15 +44,7 @@ class SearchTrainer(ResumableTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        if not 0 <= cfg.SEARCH.ALPHA_START < 1:
-            raise NATSError(
-                f"SEARCH.ALPHA_START {cfg.SEARCH.ALPHA_START}: expected a fraction of the search, "
-                "at least 0 and below 1"
-            )
-        if cfg.SEARCH.RETRAIN_WEIGHTS not in ("base", "supernet"):
-            raise NATSError(
-                f"SEARCH.RETRAIN_WEIGHTS {cfg.SEARCH.RETRAIN_WEIGHTS!r}: expected base or supernet"
-            )
+        check_config(cfg)
         # Fail on a wrong path now, not days later
         other = cfg.SEARCH.RETRAIN_CONFIG
         self.retrain_base = load_config(other) if other else searched_detector(cfg)
@@ -137,14 +129,13 @@ class SearchTrainer(ResumableTrainer):
     def architecture(self) -> Architecture:
         """The architecture that the current α decodes to."""
         nats, search = self.cfg.MODEL.NATS, self.cfg.SEARCH
-        space = "C" if nats.SPACE is None else nats.SPACE
         # the super-network's weights fit only voted order
         order = "voted" if search.RETRAIN_WEIGHTS == "supernet" else search.DECODE_ORDER
         return Architecture.decode(
             self._supernet,
             order,
             search.DECODE_MARGIN,
-            space=space,
+            space=genotype_set(self.cfg),
             num_groups=(
                 {name: conv.num_groups for name, conv in self.searched.items()}
                 if nats.CHANNELS_PER_GROUP
