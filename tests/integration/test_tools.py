@@ -21,7 +21,7 @@ from detectron2.modeling import build_model
 from detectron2_nats import Architecture
 from detectron2_nats.bench.comparison import dilation_shares
 from detectron2_nats.config import load_config
-from detectron2_nats.method.transform import searched_layers
+from detectron2_nats.method.stages import searched_layers
 
 
 def tool(name: str, *arguments, folder=REPOSITORY) -> subprocess.CompletedProcess:

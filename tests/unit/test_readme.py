@@ -6,7 +6,7 @@ from pathlib import Path
 from detectron2_nats import Architecture
 from detectron2_nats.config import load_config
 from detectron2_nats.method.layers import GroupedDilationConv2d
-from detectron2_nats.method.transform import conv3x3_layers
+from detectron2_nats.method.stages import conv3x3_layers
 from detectron2_nats.search.export import export_config, write_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]

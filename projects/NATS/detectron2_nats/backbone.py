@@ -10,8 +10,6 @@ from .method.architecture import Architecture
 from .method.search_space import SearchSpace
 from .method.transform import apply_architecture, to_supernet
 
-__all__ = ["build_nats_backbone", "search_space_from_config"]
-
 
 def search_space_from_config(cfg: CfgNode) -> SearchSpace:
     """The search space that ``MODEL.NATS`` describes."""

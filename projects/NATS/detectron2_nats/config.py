@@ -12,15 +12,6 @@ from detectron2.engine import DefaultTrainer
 from .errors import NATSError
 from .files import read_yaml
 
-__all__ = [
-    "DEFAULT_NUM_GROUPS",
-    "add_nats_config",
-    "config_differences",
-    "load_config",
-    "scaled_to_processes",
-    "with_norms_for",
-]
-
 DEFAULT_NUM_GROUPS = 16
 
 

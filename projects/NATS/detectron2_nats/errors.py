@@ -1,7 +1,5 @@
 """The one error that a user is meant to read."""
 
-__all__ = ["NATSError", "one_line"]
-
 
 class NATSError(ValueError):
     """Bad input: its message names the thing that is wrong and the cure, in one line.

@@ -23,22 +23,8 @@ from ..files import write_atomically
 from ..method.architecture import Architecture, decode_alpha
 from ..method.layers import MixedDilationConv2d
 from ..method.search_space import Dilation
-from ..method.transform import searched_layers
+from ..method.stages import searched_layers
 from ..search.export import read_search
-
-__all__ = [
-    "agreement",
-    "detectable_difference",
-    "dilation_shares",
-    "merged_annotations",
-    "paired_interval",
-    "pooled_ap",
-    "random_architecture",
-    "searched_architecture",
-    "uniform_architecture",
-    "write_folds",
-]
-
 
 # -- data: folds ---------------------------------------------------------------------------------
 

@@ -12,8 +12,6 @@ from torch import nn
 from detectron2.export import TracingAdapter
 from detectron2.utils import analysis
 
-__all__ = ["Cost", "backbone_cost", "cost_table", "detector_flops", "interleaved_seconds"]
-
 
 @dataclass(frozen=True)
 class Cost:

@@ -24,8 +24,6 @@ from ..data.registry import check_datasets, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError
 
-__all__ = ["detector_figures", "object_sizes"]
-
 _FIELD_IMAGES = 16
 """Receptive fields are averaged over this many images."""
 

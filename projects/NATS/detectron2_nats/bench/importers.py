@@ -14,8 +14,6 @@ from ..files import read_bounded
 from ..method.architecture import MAX_CHANNELS, Architecture
 from ..method.search_space import check_dilation, shortened
 
-__all__ = ["from_ic_conv", "from_rf_next", "read_json"]
-
 _BLOCKS = {16: (3, 4, 6, 3), 33: (3, 4, 23, 3)}
 """Number of 3×3 convs → bottleneck blocks in res2, res3, res4, res5: ResNet-50 and ResNet-101."""
 

@@ -21,20 +21,6 @@ from ..method.architecture import Architecture
 from ..method.search_space import PAPER_SETS, Dilation
 from ..method.stages import residual_stages
 
-__all__ = [
-    "as_image",
-    "effective_receptive_fields",
-    "mass_side",
-    "plot_architecture",
-    "plot_cost",
-    "plot_detections",
-    "plot_history",
-    "plot_receptive_fields",
-    "plot_study",
-    "read_history",
-    "save",
-]
-
 # Within a kind, darker means further, so that a grey print keeps the order. Hatches distinguish the
 # kinds in grey: lines along the width for wide dilations, along the height for tall ones.
 _KINDS = {"square": ("Blues", ""), "wide": ("Oranges", "---"), "tall": ("Greens", "|||")}

@@ -23,8 +23,6 @@ from ..method.architecture import Architecture
 from ..search.export import settings_of
 from .comparison import dilation_shares, paired_interval
 
-__all__ = ["write_report"]
-
 _REFERENCE = re.compile(r"(plain|random|\d+x\d+)(-long|-[\d.]+x)?")
 """A study's methods without a search, of any length."""
 

@@ -21,9 +21,7 @@ from detectron2.utils.events import EventStorage
 from ..errors import NATSError
 from ..method.architecture import Architecture
 from ..method.layers import MixedDilationConv2d
-from ..method.transform import searched_layers
-
-__all__ = ["field_verdict", "one_shot_score", "scoring_batches"]
+from ..method.stages import searched_layers
 
 
 def one_shot_score(

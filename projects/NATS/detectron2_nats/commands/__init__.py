@@ -4,8 +4,6 @@ import importlib
 import sys
 from pathlib import Path
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Run the command under whose name this process was started: nats-search is :mod:`.search`."""

@@ -8,8 +8,6 @@ from typing import Callable, Iterator, Optional, Tuple
 
 from ..errors import NATSError
 
-__all__ = ["paths_of", "run_tool", "tool_parser", "whole_number", "write"]
-
 
 def tool_parser(
     description: str, epilog: str, prog: Optional[str] = None

@@ -5,7 +5,7 @@ import os
 from typing import Optional
 
 from ..method.architecture import Architecture
-from ..method.transform import searched_layers
+from ..method.stages import searched_layers
 from ..search.export import (
     detector_of,
     export_config,

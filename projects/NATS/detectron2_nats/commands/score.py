@@ -26,7 +26,7 @@ from ..engine.loader import dataset_dicts
 from ..errors import NATSError
 from ..files import write_atomically
 from ..method.architecture import Architecture
-from ..method.transform import searched_layers
+from ..method.stages import searched_layers
 from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """

@@ -15,8 +15,6 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import NATSError, one_line
 
-__all__ = ["check_datasets", "register_datasets"]
-
 # What Detectron2's reader and our checks raise for a file of another format.
 _MALFORMED = (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 

@@ -11,8 +11,6 @@ from detectron2.utils import comm
 
 from .processes import STOPPED_EXIT_CODE
 
-__all__ = ["AverageHook", "CheckpointHook", "EvalHook"]
-
 logger = logging.getLogger(__name__)
 
 

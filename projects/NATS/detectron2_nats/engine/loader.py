@@ -35,13 +35,6 @@ from .processes import (
     stop_requested,
 )
 
-__all__ = [
-    "ResumableLoader",
-    "EvaluationLoader",
-    "build_resumable_loader",
-    "dataset_dicts",
-]
-
 logger = logging.getLogger(__name__)
 
 _CAN_FORK = sys.platform.startswith("linux")

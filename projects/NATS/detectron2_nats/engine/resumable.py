@@ -27,7 +27,7 @@ from detectron2.utils.events import EventStorage
 from ..config import check_config, config_differences, scaled_to_processes, with_norms_for
 from ..data.overlap import warn_of_test_images
 from ..errors import NATSError
-from ..method.alpha import ForwardState
+from ..method.forward_state import ForwardState
 from .checkpoint import SafeCheckpointer
 from .determinism import (
     compute_as,
@@ -40,8 +40,6 @@ from .evaluation import build_evaluator
 from .hooks import AverageHook, CheckpointHook, EvalHook
 from .loader import EvaluationLoader, build_resumable_loader, dataset_dicts
 from .processes import stop_requested
-
-__all__ = ["ResumableTrainer"]
 
 logger = logging.getLogger(__name__)
 

@@ -15,15 +15,6 @@ from ..files import OneLine, read_yaml, write_yaml
 from .search_space import Dilation, check_dilation, shortened
 from .stages import searched_layers
 
-__all__ = [
-    "Architecture",
-    "Segment",
-    "decode_alpha",
-    "intensities",
-    "shipped_architectures",
-    "votes",
-]
-
 FORMAT = "detectron2-nats/1"
 DECODE_ORDERS = ("paper", "voted")
 

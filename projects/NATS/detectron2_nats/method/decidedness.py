@@ -10,8 +10,6 @@ import torch.nn.functional as F
 
 from .architecture import votes
 
-__all__ = ["Decidedness", "LEAD", "all_votes"]
-
 LEAD = 0.1
 """A group leads when its best genotype has so much more of softmax(α) than the second."""
 

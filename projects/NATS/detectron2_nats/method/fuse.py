@@ -7,8 +7,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..errors import NATSError
 from .layers import MixedDilationConv2d
 
-__all__ = ["fuse_for_inference"]
-
 
 @torch.no_grad()
 def fuse_for_inference(module: nn.Module) -> nn.Module:

@@ -16,8 +16,6 @@ from ..errors import NATSError
 from .search_space import Dilation
 from .speed import fast_layouts, recomputed, to_fast_layout
 
-__all__ = ["MixedDilationConv2d", "GroupedDilationConv2d"]
-
 
 class _DilationConv2d(nn.Conv2d):
     """A 3×3 conv whose dilation is chosen per output channel; `dilation` is the base one.
@@ -72,17 +70,11 @@ class MixedDilationConv2d(_DilationConv2d):
     Every genotype g convolves the whole input into all C_out channels, y^g; channel group i is
     then y_i = Σ_g softmax(α_i)^g · y^g_i. One norm and activation, shared by all, follow.
 
-    With `sample`, nothing is mixed (beyond the paper): in training each group draws one genotype
-    with probability softmax(α_i), anew at each pass, and the conv computes what the frozen one
-    would. In evaluation each group takes the genotype that it votes for. α's gradient is that of
-    the mixture, taken where the draw lies: straight through.
-
     Args:
         conv: the plain conv to replace; its parameters and norm are taken over.
         genotypes: G dilation pairs, the first (1, 1).
         num_groups: N; must divide C_out, and hold whole conv groups.
         share_weights: no replicas, one weight under all dilations.
-        sample: draw genotypes instead of mixing them; implies `share_weights`.
 
     Attributes:
         weight: (C_out, C_in / groups, 3, 3), genotype 0's replica.
@@ -98,13 +90,11 @@ class MixedDilationConv2d(_DilationConv2d):
         genotypes: Sequence[Dilation],
         num_groups: int,
         share_weights: bool = False,
-        sample: bool = False,
     ):
         super().__init__(conv)
-        self.sample = sample
         self.genotypes = tuple(genotypes)
         self.num_groups = num_groups
-        num_replicas = 0 if share_weights or sample else len(self.genotypes) - 1
+        num_replicas = 0 if share_weights else len(self.genotypes) - 1
         if num_replicas:
             self.replicas = nn.Parameter(
                 self.weight.detach().expand(num_replicas, *self.weight.shape).clone(),
@@ -151,17 +141,11 @@ class MixedDilationConv2d(_DilationConv2d):
         Returns:
             (B, C_out, H / stride, W / stride).
         """
-        alpha_step = self.alpha.requires_grad and torch.is_grad_enabled()
-        shares = self.alpha.softmax(dim=1)
-        if self.sample:
-            chosen = torch.multinomial(shares.detach(), 1) if self.training else shares.argmax(1)
-            if not alpha_step:
-                per_group = self.out_channels // self.num_groups
-                segments = [(per_group, *self.genotypes[g]) for g in chosen.flatten().tolist()]
-                return GroupedDilationConv2d(self, segments)(x)
-            one_hot = torch.zeros_like(shares).scatter_(1, chosen.view(-1, 1), 1)
-            shares = one_hot + (shares - shares.detach())  # the value is one_hot's, bit for bit
-        if alpha_step:  # α's gradient needs each y^g
+        return self._mixture(x, self.alpha.softmax(dim=1))
+
+    def _mixture(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """The output where genotype g has `shares` (N, G) of each group."""
+        if self.trains_alpha:  # its gradient needs each y^g
             mixed = recomputed(lambda x: self._mix(x, shares), x, self.weight.shape[1])
         else:
             mixed = self._mix(x, shares)
@@ -169,8 +153,12 @@ class MixedDilationConv2d(_DilationConv2d):
             mixed = mixed + self.bias.to(mixed.dtype).view(1, -1, 1, 1)
         return self._finish(mixed)
 
+    @property
+    def trains_alpha(self) -> bool:
+        """Whether this pass is for α (:func:`.alpha.alpha_training`)."""
+        return self.alpha.requires_grad and torch.is_grad_enabled()
+
     def _mix(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """Each group's mixture; shares: (N, G), the weight of each genotype in it."""
         shares = shares.repeat_interleave(self.out_channels // self.num_groups, dim=0)
         # The outputs are scaled, not the weights: y^g is then kept for backward only while α is
         # trained. Scaled weights would be kept always, one for each genotype.
@@ -196,7 +184,7 @@ class MixedDilationConv2d(_DilationConv2d):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        how = ", sampled" if self.sample else ", shared weights" if self.replicas is None else ""
+        how = ", shared weights" if self.replicas is None else ""
         return f"{super().extra_repr()}, {self.num_groups} groups of {list(self.genotypes)}{how}"
 
 

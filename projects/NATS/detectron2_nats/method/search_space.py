@@ -6,8 +6,6 @@ from typing import Any, Mapping, Optional, Tuple, Union
 
 from ..errors import NATSError
 
-__all__ = ["Dilation", "PAPER_SETS", "MAX_DILATION", "SearchSpace", "check_dilation"]
-
 Dilation = Tuple[int, int]
 """(d_h, d_w): along height and width. A *genotype* is a dilation that a group may choose."""
 

@@ -8,8 +8,6 @@ from typing import Callable, List
 import torch
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["fast_layouts", "recomputed", "to_fast_layout"]
-
 _FEW_CHANNELS = 128  # as in res3 of ResNets, and in all stages of ResNeXts
 
 

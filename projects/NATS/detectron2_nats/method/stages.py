@@ -12,15 +12,6 @@ from torch import nn
 from ..errors import NATSError
 from .layers import GroupedDilationConv2d, MixedDilationConv2d
 
-__all__ = [
-    "conv3x3_layers",
-    "is_plain_conv",
-    "named_convs",
-    "residual_stages",
-    "searched_layers",
-    "what_is_in",
-]
-
 _STAGES = {alias: f"res{i}" for i in range(2, 6) for alias in (f"res{i}", f"layer{i - 1}")}
 
 _PLAIN_FORWARDS = (

@@ -12,16 +12,9 @@ from torch import nn
 from ..errors import NATSError
 from .architecture import Architecture
 from .layers import GroupedDilationConv2d, MixedDilationConv2d
+from .sampling import SampledDilationConv2d
 from .search_space import SearchSpace
-from .stages import conv3x3_layers, named_convs, residual_stages, searched_layers, what_is_in
-
-__all__ = [
-    "apply_architecture",
-    "conv3x3_layers",
-    "frozen_state_dict",
-    "searched_layers",
-    "to_supernet",
-]
+from .stages import named_convs, residual_stages, searched_layers, what_is_in
 
 
 def _check_plain(name: str, conv: nn.Module) -> None:
@@ -68,13 +61,11 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
                     f"MODEL.BACKBONE.FREEZE_AT or take {stage_name} out of MODEL.NATS.STAGES"
                 )
             num_groups = space.groups_of(name, conv.out_channels, conv.groups)
-            mixed = MixedDilationConv2d(
-                conv,
-                genotypes=space.genotypes[stage_name],
-                num_groups=num_groups,
-                share_weights=space.share_weights,
-                sample=space.sample,
-            )
+            choice = {"genotypes": space.genotypes[stage_name], "num_groups": num_groups}
+            if space.sample:
+                mixed = SampledDilationConv2d(conv, **choice)
+            else:
+                mixed = MixedDilationConv2d(conv, share_weights=space.share_weights, **choice)
             swaps.append((block, attribute, mixed))
     for block, attribute, mixed in swaps:
         setattr(block, attribute, mixed)

@@ -12,18 +12,8 @@ from ..config import load_config
 from ..errors import NATSError, one_line
 from ..files import OneLine, write_atomically, write_yaml
 from ..method.architecture import Architecture
-from ..method.transform import apply_architecture, conv3x3_layers, frozen_state_dict
-
-__all__ = [
-    "detector_of",
-    "export_config",
-    "frozen_weights",
-    "read_search",
-    "searched_detector",
-    "settings_of",
-    "write_config",
-    "write_weights",
-]
+from ..method.stages import conv3x3_layers
+from ..method.transform import apply_architecture, frozen_state_dict
 
 
 def detector_of(folder: str, path: str) -> CfgNode:

@@ -21,10 +21,9 @@ from ..errors import NATSError
 from ..method.alpha import alpha_parameters, alpha_training
 from ..method.architecture import Architecture, intensities
 from ..method.decidedness import Decidedness, all_votes
-from ..method.transform import frozen_state_dict, searched_layers
+from ..method.stages import searched_layers
+from ..method.transform import frozen_state_dict
 from .export import export_config, searched_detector, write_config, write_weights
-
-__all__ = ["SearchTrainer"]
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,6 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from ..errors import NATSError
 from .sets import SETS, WEIGHTS, ensure_embedded_dataset
 
-__all__ = ["register_embedded_datasets"]
-
 
 class NATSPathHandler(PathHandler):
     """Files of this package under ``nats://`` names, for Detectron2's PathManager.

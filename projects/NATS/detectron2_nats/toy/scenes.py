@@ -11,8 +11,6 @@ from typing import List, Tuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["BAR_CLASSES", "SHAPE_CLASSES", "render_bars", "render_scene", "render_shapes"]
-
 SHAPE_CLASSES = ("disc", "box", "triangle", "cross", "hourglass")
 
 IMAGE_SIZES = ((128, 128), (112, 128), (128, 112))

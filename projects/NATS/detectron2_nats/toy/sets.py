@@ -25,14 +25,6 @@ from PIL import Image
 
 from .scenes import BAR_CLASSES, SHAPE_CLASSES, render_bars, render_shapes
 
-__all__ = [
-    "EmbeddedSet",
-    "SETS",
-    "WEIGHTS",
-    "ensure_embedded_dataset",
-    "write_embedded_dataset",
-]
-
 SEED = 2019
 
 
