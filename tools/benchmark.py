@@ -286,9 +286,9 @@ def training_steps(
         trainer = trainer_class(cfg)
     prepared(args, trainer.model)
     trainer.storage = EventStorage()
-    for phase in trainer.phases():
-        phase.loader = itertools.repeat(random_batch(args))
-        for group in phase.optimizer.param_groups:
+    for objective in trainer.objectives().values():
+        objective.loader = itertools.repeat(random_batch(args))
+        for group in objective.optimizer.param_groups:
             group["lr"] = 0.0  # the step does all its work, and all rounds see the same network
     return [getattr(trainer, step) for step in SEARCH_STEPS.get(variant, ["weight_step"])]
 
@@ -298,7 +298,7 @@ def take(step: Callable[[], None]) -> None:
     trainer = step.__self__
     with trainer.storage:
         step()
-    if any(phase.bad_total for phase in trainer.phases()):
+    if any(objective.bad_total for objective in trainer.objectives().values()):
         raise NATSError("a training step gave numbers that are not finite: nothing can be measured")
 
 

@@ -16,7 +16,8 @@ from detectron2.utils.events import get_event_storage
 from ..config import check_config, config_differences, genotype_set, load_config
 from ..data.overlap import check_disjoint, warn_of_test_images
 from ..engine.loader import build_resumable_loader, dataset_dicts
-from ..engine.resumable import Phase, ResumableTrainer
+from ..engine.resumable import ResumableTrainer
+from ..engine.steps import Objective
 from ..errors import NATSError
 from ..method.alpha import alpha_parameters, alpha_training
 from ..method.architecture import Architecture, intensities
@@ -58,14 +59,21 @@ class SearchTrainer(ResumableTrainer):
             total_batch_size=cfg.SEARCH.ALPHA_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH,
             seed=self.seed + 1,
         )
-        check_disjoint(self.weights.loader.files, loader.files)
+        check_disjoint(self.weight_objective.loader.files, loader.files)
         warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.CALIBRATION")
         optimizer = torch.optim.Adam(
             alpha_parameters(self._supernet),
             lr=cfg.SEARCH.ALPHA_LR,
             weight_decay=cfg.SEARCH.ALPHA_WEIGHT_DECAY,
         )
-        self.alpha = self.new_phase("alpha", self._alpha_losses, loader, optimizer)
+        self.alpha_objective = self.new_objective(
+            "alpha",
+            self._alpha_losses,
+            loader,
+            optimizer,
+            average_gradients=self._average_alpha_gradients,
+            prefix="alpha/",
+        )
 
     def prepare_model(self, model: nn.Module) -> None:
         self._supernet = model
@@ -80,8 +88,8 @@ class SearchTrainer(ResumableTrainer):
             alpha.requires_grad_(False)
         self._trained_weights = [p for p in model.parameters() if p.requires_grad]
 
-    def phases(self) -> List[Phase]:
-        return [self.weights, self.alpha]
+    def objectives(self) -> Dict[str, Objective]:
+        return {**super().objectives(), "alpha": self.alpha_objective}
 
     def run_step(self) -> None:
         self.weight_step()
@@ -91,7 +99,7 @@ class SearchTrainer(ResumableTrainer):
     def alpha_step(self) -> None:
         """Take an Adam step on α, on a batch of ``DATASETS.CALIBRATION``. Nothing else changes."""
         with alpha_training(self._supernet):
-            self.take_step(self.alpha)
+            self.take_step(self.alpha_objective)
 
     def rehearse_alpha_step(self) -> None:
         """Compute the gradient of an α step and discard it.
@@ -100,10 +108,10 @@ class SearchTrainer(ResumableTrainer):
         the first α step comes.
         """
         momentum = []  # as much memory as SGD's momentum will take by then
-        if not self.weights.optimizer.state:
+        if not self.weight_objective.optimizer.state:
             momentum = [torch.empty_like(weight) for weight in self._trained_weights]
         with alpha_training(self._supernet):
-            needed = self.rehearse_step(self.alpha)
+            needed = self.alpha_objective.rehearse()
         del momentum
         logger.info(f"α steps start at iteration {self.alpha_start}. One α step takes {needed}")
 
@@ -112,9 +120,9 @@ class SearchTrainer(ResumableTrainer):
         with get_event_storage().name_scope("alpha"):
             return self._loss_module(batch)
 
-    def reduce_gradients(self, phase: Phase) -> None:
-        """Average α's gradient in one message, because data parallelism does not include α."""
-        if phase is not self.alpha or comm.get_world_size() == 1:
+    def _average_alpha_gradients(self) -> None:
+        """In one message over all ranks, because data parallelism does not include α."""
+        if comm.get_world_size() == 1:
             return
         gradients = [conv.alpha.grad for conv in self.searched.values()]
         flat = torch.cat([g.flatten() for g in gradients])
