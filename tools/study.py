@@ -44,10 +44,10 @@ from detectron2_nats.method.transform import frozen_state_dict
 from detectron2_nats.search.export import (
     export_config,
     frozen_weights,
-    read_search,
     write_config,
     write_weights,
 )
+from detectron2_nats.search.folder import SearchFolder
 
 EPILOG = """
 methods:
@@ -349,7 +349,9 @@ class Study:
                 write_config(export_config(base, architecture), config)
             if kind(method).endswith("-warm"):
                 weights = os.path.join(folder, "frozen.pth")
-                write_weights(frozen_weights(*read_search(search.folder), architecture), weights)
+                write_weights(
+                    frozen_weights(*SearchFolder(search.folder).supernet, architecture), weights
+                )
                 opts += ["MODEL.WEIGHTS", weights]
             opts += self._schedule(method)
             return ["train_net.py", *self._common(config), *opts]
@@ -382,7 +384,7 @@ class Study:
             return None
         search = self.folder(f"search-{search_of(method)}", seed)
         order = "paper" if kind(method) == "nats-paper" else "voted"
-        found = comparison.searched_architecture(search, order, margin(method))
+        found = SearchFolder(search).decode(order, margin(method))
         return found.transposed() if kind(method) == "transposed" else found
 
     def run(self) -> None:
@@ -491,7 +493,7 @@ class Study:
         for name in ("path", "nats"):
             folders = [self.folder(f"search-{name}", seed) for seed in seeds]
             if all(self._task(folder) for folder in folders):
-                found = [comparison.searched_architecture(folder, "voted") for folder in folders]
+                found = [SearchFolder(folder).decode("voted") for folder in folders]
                 searches[name] = {
                     "entropy": [last_metric(folder, "alpha/entropy") for folder in folders],
                     "leading": [last_metric(folder, "alpha/leading") for folder in folders],

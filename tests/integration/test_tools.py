@@ -249,7 +249,7 @@ def test_analyze(folder):
         ("export", "none.yaml", "none.yaml: cannot be read"),
         ("export", "search --output a_file/x.yaml", "a_file/x.yaml: cannot be written"),
         ("export", "search --weights w.pth", "fit only an architecture in voted order"),
-        ("export", "damaged --order voted", "model_final.pth: not readable as a checkpoint"),
+        ("export", "damaged --order voted", "no checkpoint in damaged is intact"),
         ("export", "search --margin 1.5", "DECODE_MARGIN 1.5: expected a share"),
     ],
 )

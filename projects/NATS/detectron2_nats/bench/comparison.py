@@ -24,7 +24,6 @@ from ..method.architecture import Architecture, decode_alpha
 from ..method.layers import MixedDilationConv2d
 from ..method.search_space import Dilation
 from ..method.stages import searched_layers
-from ..search.export import read_search
 
 # -- data: folds ---------------------------------------------------------------------------------
 
@@ -158,12 +157,6 @@ def _searched(cfg: CfgNode) -> Dict[str, MixedDilationConv2d]:
     if not searched:
         raise NATSError("the search config describes no super-network to draw architectures from")
     return searched
-
-
-def searched_architecture(folder: str, order: str, margin: float = 0.0) -> Architecture:
-    """What the search in a folder found, decoded in the given order and with the given margin."""
-    _, backbone = read_search(folder)
-    return Architecture.decode(searched_layers(backbone), order, margin)
 
 
 def dilation_shares(architectures: Sequence[Architecture]) -> Dict[Dilation, float]:

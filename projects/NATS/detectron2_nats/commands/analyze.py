@@ -8,7 +8,8 @@ from detectron2.modeling import build_backbone
 from ..bench.cost import backbone_cost, cost_table
 from ..method.architecture import Architecture
 from ..search.export import detector_of, export_config
-from .cli import paths_of, run_tool, tool_parser
+from ..search.folder import SearchFolder
+from .cli import run_tool, tool_parser
 
 EPILOG = """
 examples:
@@ -21,8 +22,8 @@ examples:
 
 
 def main(args: argparse.Namespace) -> None:
-    folder, path = paths_of(args.source)
-    architecture = Architecture.load(path)
+    folder = SearchFolder(args.source)
+    architecture = folder.architecture()
     cfg = export_config(detector_of(folder, args.config_file), architecture)
     plain = cfg.clone()
     plain.MODEL.BACKBONE.NAME = cfg.MODEL.NATS.BASE_BACKBONE

@@ -2,9 +2,8 @@
 
 import argparse
 import contextlib
-import os
 import sys
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Callable, Iterator, Optional
 
 from ..errors import NATSError
 
@@ -30,13 +29,6 @@ def whole_number(most: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
-
-
-def paths_of(source: str) -> Tuple[str, str]:
-    """The folder and the architecture file of a search's output folder or an architecture file."""
-    if os.path.isdir(source):
-        return source, os.path.join(source, "architecture.yaml")
-    return os.path.dirname(source), source
 
 
 @contextlib.contextmanager

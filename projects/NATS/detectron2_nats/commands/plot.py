@@ -6,8 +6,8 @@ from typing import Optional
 
 from ..bench import pictures as plot
 from ..errors import NATSError
-from ..method.architecture import Architecture
-from .cli import paths_of, run_tool, tool_parser, whole_number
+from ..search.folder import SearchFolder
+from .cli import run_tool, tool_parser, whole_number
 
 EPILOG = """
 examples:
@@ -30,20 +30,21 @@ def main(args: argparse.Namespace) -> None:
         raise NATSError("--searched is drawn beside --plain: give both")
     if not args.source and not args.plain:
         raise NATSError("give a search's output folder, an architecture file, or --plain")
-    folder, path = paths_of(args.source)
+    folder = SearchFolder(args.source)
     figures = {}
     if args.source:
-        architecture = Architecture.load(path)
+        architecture = folder.architecture()
         figures["architecture"] = plot.plot_architecture(architecture, args.title)
-    metrics = os.path.join(folder, "metrics.json")
-    if os.path.isdir(args.source) and os.path.isfile(metrics):
+    if os.path.isdir(args.source) and os.path.isfile(folder.file("metrics.json")):
         verdict = architecture.search.get("decidedness", {}).get("verdict", "")
-        figures["history"] = plot.plot_history(plot.read_history(metrics), args.title or verdict)
+        figures["history"] = plot.plot_history(
+            plot.read_history(folder.file("metrics.json")), args.title or verdict
+        )
     if args.plain:
         from ..bench.detectors import detector_figures  # the rest needs no Detectron2
 
         figures.update(detector_figures(args))
-    output = args.output or os.path.join(folder, "pictures")
+    output = args.output or folder.file("pictures")
     paths = []
     for name, figure in figures.items():
         try:

@@ -12,21 +12,16 @@ import json
 import os
 from typing import Optional
 
-import torch
 from tabulate import tabulate
-
-from detectron2.modeling import build_model
 
 from ..bench.comparison import random_architecture, uniform_architecture
 from ..bench.score import field_verdict, one_shot_score, scoring_batches
-from ..config import load_config
 from ..data.registry import register_datasets
-from ..engine.checkpoint import SafeCheckpointer
 from ..engine.loader import dataset_dicts
-from ..errors import NATSError
 from ..files import write_atomically
 from ..method.architecture import Architecture
 from ..method.stages import searched_layers
+from ..search.folder import SearchFolder
 from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """
@@ -39,21 +34,12 @@ examples:
 
 
 def main(args: argparse.Namespace) -> None:
-    config = os.path.join(args.search, "config.yaml")
-    if not os.path.isfile(config):
-        raise NATSError(f"{args.search} is not a search's output folder: it has no config.yaml")
-    cfg = load_config(config)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    folder = SearchFolder(args.search)
+    cfg = folder.cfg
     register_datasets(cfg)
     records = dataset_dicts(cfg, cfg.DATASETS.CALIBRATION)
     records = records[:: -(-len(records) // args.images)]
-    model = build_model(cfg)
-    checkpointer = SafeCheckpointer(model, args.search)
-    checkpoint = checkpointer.find_usable_checkpoint()
-    if not checkpoint:
-        raise NATSError(f"{args.search} contains no checkpoint: search first")
-    checkpointer.load(checkpoint, checkpointables=[])
+    model = folder.detector()
     searched = searched_layers(model)
     architectures = {"found": Architecture.decode(searched, "voted")}
     spaces = [set(conv.genotypes) for conv in searched.values()]
@@ -77,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     print("\n" + tabulate(sorted(scores.items(), key=lambda item: item[1]), ["", "loss"], "pipe"))
     print(f"\n{len(records)} images of {', '.join(cfg.DATASETS.CALIBRATION)}.")
     print(field_verdict(scores["plain"], drawn))
-    path = args.output or os.path.join(args.search, "scores.json")
+    path = args.output or folder.file("scores.json")
     write(path, lambda: write_atomically(path, json.dumps(scores, indent=1)))
 
 

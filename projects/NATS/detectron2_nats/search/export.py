@@ -1,7 +1,7 @@
 """Turn an architecture into a plain config, and a super-network's weights into frozen ones."""
 
 import os
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, Mapping
 
 import torch
 
@@ -9,14 +9,15 @@ from detectron2.config import CfgNode
 from detectron2.modeling import Backbone, build_backbone
 
 from ..config import load_config
-from ..errors import NATSError, one_line
+from ..errors import NATSError
 from ..files import OneLine, write_atomically, write_yaml
 from ..method.architecture import Architecture
 from ..method.stages import conv3x3_layers
 from ..method.transform import apply_architecture, frozen_state_dict
+from .folder import SearchFolder
 
 
-def detector_of(folder: str, path: str) -> CfgNode:
+def detector_of(folder: SearchFolder, path: str) -> CfgNode:
     """The config of the detector to export: a file, a zoo name, or "" for what `folder` searched.
 
     Raises:
@@ -24,10 +25,10 @@ def detector_of(folder: str, path: str) -> CfgNode:
     """
     if path:
         return load_config(path)
-    config = os.path.join(folder, "config.yaml")
-    if not os.path.isfile(config):
-        raise NATSError(f"{folder or '.'} has no config.yaml: name the detector with --config-file")
-    return searched_detector(load_config(config))
+    if not folder.has("config.yaml"):
+        where = folder.path or "."
+        raise NATSError(f"{where} has no config.yaml: name the detector with --config-file")
+    return searched_detector(folder.cfg)
 
 
 def searched_detector(cfg: CfgNode) -> CfgNode:
@@ -103,37 +104,6 @@ def _difference(cfg: CfgNode, default: Mapping[str, Any]) -> Dict[str, Any]:
         elif key not in default or value != default[key]:
             difference[key] = value
     return difference
-
-
-def read_search(folder: str) -> Tuple[Dict[str, torch.Tensor], Backbone]:
-    """The state dict of a search's last checkpoint, and its super-network.
-
-    Args:
-        folder: a search's OUTPUT_DIR.
-
-    Raises:
-        NATSError: not such a folder, or the checkpoint is not readable.
-    """
-    config, tag = (os.path.join(folder, name) for name in ("config.yaml", "last_checkpoint"))
-    if not os.path.isfile(config) or not os.path.isfile(tag):
-        raise NATSError(
-            f"{folder} is not a search's output folder: it has no config.yaml or no checkpoints"
-        )
-    with open(tag) as file:
-        path = os.path.join(folder, os.path.basename(file.read().strip()))
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    except Exception as error:  # torch.load raises many types for a file that is no checkpoint
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise NATSError(f"{path}: not readable as a checkpoint: {reason}") from None
-    with torch.device("meta"):  # the weights are already in memory
-        backbone = build_backbone(load_config(config))
-    weights = {key[9:]: value for key, value in state_dict.items() if key.startswith("backbone.")}
-    try:
-        backbone.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise NATSError(f"{path} does not fit {config}: {one_line(error)}") from None
-    return state_dict, backbone
 
 
 def frozen_weights(
