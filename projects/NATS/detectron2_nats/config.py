@@ -21,7 +21,7 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.MODEL.NATS = CfgNode()
     # Any registered builder of a network with residual stages (stages.py says what they are).
     cfg.MODEL.NATS.BASE_BACKBONE = "build_resnet_fpn_backbone"
-    # List of [layer name, [[output channels, d_h, d_w], ...]], written by tools/export.py. If not
+    # List of [layer name, [[output channels, d_h, d_w], ...]], written by nats-export. If not
     # empty, this frozen network is built. If empty, the super-network is built.
     cfg.MODEL.NATS.ARCHITECTURE = []
     # Searched stages.

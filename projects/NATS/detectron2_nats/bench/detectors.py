@@ -18,11 +18,12 @@ from detectron2.data import (
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
-from ..bench import pictures as plot
-from ..config import load_config
+from ..config import falls_back_to_cpu, load_config
 from ..data.registry import check_datasets, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError
+from . import pictures
+from .receptive_field import effective_receptive_fields, mass_side
 
 _FIELD_IMAGES = 16
 """Receptive fields are averaged over this many images."""
@@ -38,8 +39,7 @@ class _Network:
 
     def __init__(self, config: str, weights: str, opts: List[str]):
         self.cfg = load_config(config, opts)
-        if not torch.cuda.is_available():
-            self.cfg.MODEL.DEVICE = "cpu"
+        falls_back_to_cpu(self.cfg)
         self.model = build_model(self.cfg).eval()
         SafeCheckpointer(self.model, "").load(weights, checkpointables=[])
 
@@ -77,11 +77,11 @@ class _Network:
             for v in (self.cfg.MODEL.PIXEL_MEAN, self.cfg.MODEL.PIXEL_STD)
         )
         batch = ((torch.stack(images) - mean) / std).to(self.model.device)
-        return plot.effective_receptive_fields(self.model.backbone, batch)
+        return effective_receptive_fields(self.model.backbone, batch)
 
 
 def detector_figures(args: argparse.Namespace) -> Dict[str, Any]:
-    """Name → figure, for the one or two detectors that the options of tools/plot.py name."""
+    """Name → figure, for the one or two detectors that the options of nats-plot name."""
     pairs = {"plain": args.plain, "searched": args.searched}
     networks = {name: _Network(*pair, args.opts) for name, pair in pairs.items() if pair}
     cfg = networks["plain"].cfg
@@ -91,20 +91,22 @@ def detector_figures(args: argparse.Namespace) -> Dict[str, Any]:
     chosen = _evenly(records, _FIELD_IMAGES)
     fields = {name: network.receptive_fields(chosen, side) for name, network in networks.items()}
     for name, stages in fields.items():
-        seen = ", ".join(f"{stage} {plot.mass_side(field)}" for stage, field in stages.items())
+        seen = ", ".join(f"{stage} {mass_side(field)}" for stage, field in stages.items())
         print(f"{name} sees, in pixels: {seen}")
     objects = object_sizes(cfg, records)
     if objects:
         print(objects)
-    figures = {"receptive_fields": plot.plot_receptive_fields(fields, args.title or objects)}
+    figures = {"receptive_fields": pictures.plot_receptive_fields(fields, args.title or objects)}
     if args.searched:
         chosen = _evenly(records, args.images)
-        pictures = [detection_utils.read_image(r["file_name"], "RGB") for r in chosen]
+        images = [detection_utils.read_image(r["file_name"], "RGB") for r in chosen]
         detections = {
             name: [network.detect(r, args.threshold) for r in chosen]
             for name, network in networks.items()
         }
-        figures["detections"] = plot.plot_detections(pictures, detections, class_names, args.title)
+        figures["detections"] = pictures.plot_detections(
+            images, detections, class_names, args.title
+        )
     return figures
 
 

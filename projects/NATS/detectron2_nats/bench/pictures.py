@@ -3,23 +3,18 @@
 Each function draws a matplotlib figure and returns it. Nothing is shown on a screen.
 """
 
-import json
-import math
 import os
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from torch import nn
 
-from ..errors import NATSError
 from ..method.architecture import Architecture
 from ..method.search_space import PAPER_SETS, Dilation
-from ..method.stages import residual_stages
+from .receptive_field import mass_side
 
 # Within a kind, darker means further, so that a grey print keeps the order. Hatches distinguish the
 # kinds in grey: lines along the width for wide dilations, along the height for tall ones.
@@ -120,60 +115,11 @@ def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
 # -- α's history -------------------------------------------------------------------------------
 
 
-def read_history(path: str) -> Dict[str, Any]:
-    """α's history in a search's ``metrics.json``.
-
-    Returns:
-        "iteration", "entropy" (share of its maximum), "leading" (share of the groups) and
-        "votes_changed": lists over the lines of the log. "intensity": dilation → such a list, the
-        share of the votes, mean over all layers.
-
-    Raises:
-        NATSError: the file is missing, or contains no values of α.
-    """
-    lines: Dict[int, Dict[str, float]] = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    continue  # the search was killed while it wrote this line
-                if isinstance(values, dict) and "alpha/entropy" in values:
-                    # a resumed search logs some iterations again: the last line counts
-                    lines[int(values["iteration"])] = values
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-        raise NATSError(f"{path}: cannot be read: {reason}") from None
-    if not lines:
-        raise NATSError(f"{path}: contains no history of α: is it the file of a search?")
-    history: Dict[str, Any] = {"iteration": sorted(lines)}
-    ordered = [lines[iteration] for iteration in history["iteration"]]
-    for key in ("entropy", "leading", "votes_changed"):
-        history[key] = [values.get(f"alpha/{key}", math.nan) for values in ordered]
-    per_line = [_overall_intensity(values) for values in ordered]
-    dilations = sorted({dilation for shares in per_line for dilation in shares})
-    history["intensity"] = {d: [shares.get(d, 0.0) for shares in per_line] for d in dilations}
-    return history
-
-
-def _overall_intensity(values: Mapping[str, float]) -> Dict[Dilation, float]:
-    """Each genotype's intensity, mean over the layers; 0 in a layer without this genotype."""
-    layers, sums = set(), {}
-    for key, share in values.items():
-        if key.startswith("intensity/"):
-            _, layer, name = key.split("/")
-            layers.add(layer)
-            dilation = tuple(int(d) for d in name.split("x"))
-            sums[dilation] = sums.get(dilation, 0.0) + share
-    return {dilation: total / len(layers) for dilation, total in sums.items()}
-
-
 def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
     """α over the iterations: how decided it is, votes changed, intensity of each dilation.
 
     Args:
-        history: what :func:`read_history` returns.
+        history: what :func:`.history.read_history` returns.
     """
     figure = _figure(7.5, 6.6, title)
     decided, votes, intensity = figure.subplots(3, sharex=True, height_ratios=[1.2, 1, 1.7])
@@ -209,58 +155,7 @@ def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
     return figure
 
 
-# -- effective receptive fields ----------------------------------------------------------------
-
-
-def effective_receptive_fields(module: nn.Module, images: torch.Tensor) -> Dict[str, np.ndarray]:
-    """What the centre of each stage's output sees of the input (the paper's Figure 4).
-
-    This is the gradient of the output at the centre, summed over its channels, with respect to the
-    input. Its absolute value is summed over the colours, normalised, and averaged over the images,
-    so that all images count equally. Norms use their stored statistics: batch statistics would let
-    every position see all others.
-
-    Args:
-        module: contains residual stages. Its training mode is restored.
-        images: (B, 3, H, W), normalised as the backbone expects.
-
-    Returns:
-        Stage → field, (H, W), which adds up to 1.
-    """
-    outputs: Dict[str, torch.Tensor] = {}
-    stages = residual_stages(module)
-    hooks = [
-        stage.register_forward_hook(lambda _, __, y, name=name: outputs.update({name: y}))
-        for name, stage in stages.items()
-    ]
-    was_training = module.training
-    sums = {name: torch.zeros(images.shape[-2:]) for name in stages}
-    try:
-        module.eval()
-        for image in images:
-            x = image[None].clone().requires_grad_(True)
-            with torch.enable_grad():
-                module(x)
-                for name, y in outputs.items():
-                    centre = y[..., y.shape[-2] // 2, y.shape[-1] // 2].sum()
-                    (gradient,) = torch.autograd.grad(centre, x, retain_graph=True)
-                    field = gradient[0].abs().sum(0).cpu()
-                    sums[name] += field / field.sum().clamp(min=1e-30)
-            outputs.clear()
-    finally:
-        module.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return {name: (field / len(images)).numpy() for name, field in sums.items()}
-
-
-def mass_side(field: np.ndarray, share: float = 0.9) -> int:
-    """Side in pixels of the smallest central square that contains `share` of a field, (H, W)."""
-    height, width = field.shape
-    rows, columns = np.abs(np.arange(height) - height // 2), np.abs(np.arange(width) - width // 2)
-    distance = np.maximum(rows[:, None], columns[None, :])
-    mass = np.cumsum(np.bincount(distance.ravel(), weights=field.ravel()))
-    return 2 * int(np.searchsorted(mass, share * mass[-1])) + 1
+# -- receptive fields ---------------------------------------------------------------------------
 
 
 def plot_receptive_fields(
@@ -269,7 +164,7 @@ def plot_receptive_fields(
     """A grid of receptive fields: networks as rows, stages as columns.
 
     Args:
-        fields: name of the network → what :func:`effective_receptive_fields` returns.
+        fields: name of the network → what :mod:`.receptive_field` finds.
     """
     networks = list(fields)
     stages = [s for s in fields[networks[0]] if all(s in fields[n] for n in networks)]

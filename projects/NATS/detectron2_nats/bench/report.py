@@ -15,16 +15,16 @@ import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ..bench import pictures as plot
 from ..config import load_config
 from ..errors import NATSError
 from ..files import write_atomically
 from ..method.architecture import Architecture
 from ..search.export import settings_of
-from .comparison import dilation_shares, paired_interval
-
-_REFERENCE = re.compile(r"(plain|random|\d+x\d+)(-long|-[\d.]+x)?")
-"""A study's methods without a search, of any length."""
+from . import pictures
+from .baselines import dilation_shares
+from .history import read_history
+from .study.intervals import paired_interval
+from .study.methods import Method
 
 _PICTURES = {
     "receptive_fields": "Effective receptive field of each stage: which pixels its central output "
@@ -49,7 +49,7 @@ def write_report(folder: str, path: str, title: str = "") -> None:
     """Write the results in a folder as one HTML file.
 
     Args:
-        folder: the output folder of a search, a study or the demo. Pictures that tools/plot.py has
+        folder: the output folder of a search, a study or the demo. Pictures that nats-plot has
             written inside it are included.
         path: the file to write.
         title: heading of the page; by default it names the folder.
@@ -119,7 +119,7 @@ def _gain(results: Dict[str, Any]) -> List[str]:
         sentences.append(
             f"{best} is the best of {len(searched)} searched methods, which flatters it."
         )
-    for reference in filter(_REFERENCE.fullmatch, methods):
+    for reference in (name for name in methods if Method.of(name).is_reference):
         mean, half = paired_interval([a - b for a, b in zip(methods[best], methods[reference])])
         interval = "one seed" if len(methods[best]) == 1 else f"95 % interval ± {half:.1f}"
         sentences.append(f"{best} − {reference}: {mean:+.1f} AP ({interval}).")
@@ -146,7 +146,7 @@ def _study(folder: str) -> List[_Part]:
 def _found(architecture: Architecture, note: str) -> List[_Part]:
     shares = dilation_shares([architecture]).items()
     listed = ", ".join(f"{h}×{w} {share:.0%}" for (h, w), share in shares)
-    figure = plot.plot_architecture(architecture)
+    figure = pictures.plot_architecture(architecture)
     return [
         _Part(f"Channels per dilation and layer. In total: {listed}.{note}", _svg(figure)),
         _Part("The same as a table", folded=architecture.summary()),
@@ -154,11 +154,11 @@ def _found(architecture: Architecture, note: str) -> List[_Part]:
 
 
 def _history(search: str) -> List[_Part]:
-    """The history of α, and the scores that tools/score.py has written."""
+    """The history of α, and the scores that nats-score has written."""
     parts = []
     metrics = os.path.join(search, "metrics.json")
     if os.path.isfile(metrics) and os.path.getsize(metrics):
-        figure = plot.plot_history(plot.read_history(metrics))
+        figure = pictures.plot_history(read_history(metrics))
         parts.append(_Part("Entropy of α and shares of the votes, over the search.", _svg(figure)))
     scores = _json(os.path.join(search, "scores.json"))
     if scores:
@@ -209,7 +209,7 @@ def _provenance(folder: str) -> List[_Part]:
         seed = os.path.basename(os.path.dirname(os.path.abspath(folder)))
         parts.append(_Part(f"The runs of {seed.replace('_', ' ')}:", text="\n".join(commands)))
     elif os.path.isfile(config):
-        command = f"$ python search_net.py --config-file {config} OUTPUT_DIR output/again"
+        command = f"$ nats-search --config-file {config} OUTPUT_DIR output/again"
         parts.append(_Part("To repeat the search:", text=command))
     if os.path.isfile(config):
         settings = yaml.safe_dump(settings_of(load_config(config)), default_flow_style=None)

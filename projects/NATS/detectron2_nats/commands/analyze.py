@@ -1,7 +1,6 @@
 """Print an architecture and its cost: the backbone's parameters, FLOPs and activations."""
 
 import argparse
-from typing import Optional
 
 from detectron2.modeling import build_backbone
 
@@ -40,9 +39,8 @@ def _pixels(text: str) -> int:
     return -(-int(text) // 32) * 32  # Detectron2 pads images to multiples of the stride
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-analyze")
     parser.add_argument("source", help="a search's output folder, or an architecture file")
     parser.add_argument(
         "--config-file", default="", help="config of the detector: a path or a zoo name"

@@ -1,17 +1,35 @@
-"""What the tools' command lines have in common."""
+"""What the commands have in common, and how they are started."""
 
 import argparse
 import contextlib
+import importlib
 import sys
+from pathlib import Path
 from typing import Callable, Iterator, Optional
 
 from ..errors import NATSError
 
 
+def main() -> None:
+    """Run the command under whose name this process was started: nats-search is :mod:`.search`."""
+    name = Path(sys.argv[0]).stem
+    module = name.removeprefix("nats-").replace("import", "import_architecture")
+    try:
+        importlib.import_module(f".{module}", __package__).run()
+    except ModuleNotFoundError as error:
+        package = error.name.split(".")[0]
+        print(f"error: {name} needs {package}, which is not installed here", file=sys.stderr)
+        sys.exit(2)
+
+
 def tool_parser(
     description: str, epilog: str, prog: Optional[str] = None
 ) -> argparse.ArgumentParser:
-    """A parser whose help shows both texts unchanged, except that it fills in `%(prog)s`."""
+    """A parser whose help shows both texts unchanged, except that it fills in `%(prog)s`.
+
+    Args:
+        prog: the command's name; of a script, that of its file.
+    """
     return argparse.ArgumentParser(
         prog=prog,
         description=description,

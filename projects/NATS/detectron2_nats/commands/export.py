@@ -1,7 +1,6 @@
 """Write the plain config of a searched detector, and if asked for, its weights."""
 
 import argparse
-from typing import Optional
 
 from ..search.export import (
     detector_of,
@@ -44,9 +43,8 @@ def main(args: argparse.Namespace) -> None:
     write(path, lambda: write_config(cfg, path))
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-export")
     parser.add_argument("source", help="a search's output folder, or an architecture file")
     parser.add_argument(
         "--config-file",

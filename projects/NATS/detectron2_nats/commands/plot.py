@@ -2,9 +2,9 @@
 
 import argparse
 import os
-from typing import Optional
 
-from ..bench import pictures as plot
+from ..bench import pictures
+from ..bench.history import read_history
 from ..errors import NATSError
 from ..search.folder import SearchFolder
 from .cli import run_tool, tool_parser, whole_number
@@ -34,11 +34,11 @@ def main(args: argparse.Namespace) -> None:
     figures = {}
     if args.source:
         architecture = folder.architecture()
-        figures["architecture"] = plot.plot_architecture(architecture, args.title)
+        figures["architecture"] = pictures.plot_architecture(architecture, args.title)
     if os.path.isdir(args.source) and os.path.isfile(folder.file("metrics.json")):
         verdict = architecture.search.get("decidedness", {}).get("verdict", "")
-        figures["history"] = plot.plot_history(
-            plot.read_history(folder.file("metrics.json")), args.title or verdict
+        figures["history"] = pictures.plot_history(
+            read_history(folder.file("metrics.json")), args.title or verdict
         )
     if args.plain:
         from ..bench.detectors import detector_figures  # the rest needs no Detectron2
@@ -48,16 +48,15 @@ def main(args: argparse.Namespace) -> None:
     paths = []
     for name, figure in figures.items():
         try:
-            paths += plot.save(figure, output, name, formats)
+            paths += pictures.save(figure, output, name, formats)
         except OSError as error:
             raise NATSError(f"{output}: cannot be written: {error.strerror or error}") from None
     for path in paths:
         print(f"wrote {path}")
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-plot")
     parser.add_argument(
         "source", nargs="?", default="", help="a search's output folder, or an architecture file"
     )

@@ -10,11 +10,10 @@ everywhere. docs/study.md has the measurements.
 import argparse
 import json
 import os
-from typing import Optional
 
 from tabulate import tabulate
 
-from ..bench.comparison import random_architecture, uniform_architecture
+from ..bench.baselines import random_architecture, uniform_architecture
 from ..bench.score import field_verdict, one_shot_score, scoring_batches
 from ..data.registry import register_datasets
 from ..engine.loader import dataset_dicts
@@ -67,9 +66,8 @@ def main(args: argparse.Namespace) -> None:
     write(path, lambda: write_atomically(path, json.dumps(scores, indent=1)))
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-score")
     parser.add_argument("search", help="a search's output folder")
     number = whole_number(1_000_000)
     parser.add_argument(

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
-from typing import Iterator, Optional, Type
+from typing import Iterator, Type
 
 import torch
 
@@ -109,10 +109,10 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> None:
     train_or_evaluate(ResumableTrainer, cfg, args)
 
 
-def run_script(main: Main, description: str, epilog: str, prog: Optional[str]) -> None:
+def run_script(main: Main, name: str, description: str, epilog: str) -> None:
     """Parse the command line, read the config, and call ``main(cfg, args)`` in each process."""
     parser = default_argument_parser(epilog=epilog)
-    parser.description, parser.prog = description, prog or parser.prog
+    parser.description, parser.prog = description, name
     args = parser.parse_args()
     if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
         args.dist_url = "auto"
@@ -121,9 +121,8 @@ def run_script(main: Main, description: str, epilog: str, prog: Optional[str]) -
     run_in_processes(main, cfg, args)
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    run_script(main, __doc__, EPILOG, prog)
+def run() -> None:
+    run_script(main, "nats-train", __doc__, EPILOG)
 
 
 if __name__ == "__main__":  # for torchrun

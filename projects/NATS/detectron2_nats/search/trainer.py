@@ -13,17 +13,18 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from ..config import check_config, config_differences, genotype_set, load_config
+from ..config import config_differences, genotype_set, load_config
 from ..data.overlap import check_disjoint, warn_of_test_images
 from ..engine.loader import build_resumable_loader, dataset_dicts
 from ..engine.resumable import ResumableTrainer
 from ..engine.steps import Objective
 from ..errors import NATSError
 from ..method.alpha import alpha_parameters, alpha_training
-from ..method.architecture import Architecture, intensities
-from ..method.decidedness import Decidedness, all_votes
+from ..method.architecture import Architecture
+from ..method.decidedness import Decidedness
 from ..method.stages import searched_layers
 from ..method.transform import frozen_state_dict
+from .alpha_log import AlphaHook
 from .export import export_config, searched_detector, write_config, write_weights
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ class SearchTrainer(ResumableTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        check_config(cfg)
         # Fail on a wrong path now, not days later
         other = cfg.SEARCH.RETRAIN_CONFIG
         self.retrain_base = load_config(other) if other else searched_detector(cfg)
@@ -168,7 +168,6 @@ class SearchTrainer(ResumableTrainer):
         architecture = self.architecture()
         for name in (f"architecture_{self.iter:07d}.yaml", "architecture.yaml"):
             architecture.save(os.path.join(self.cfg.OUTPUT_DIR, name))
-        self._put_pictures(architecture)
 
     def train(self):
         """Train to the end, then write the plain config; a finished search writes it again."""
@@ -194,21 +193,6 @@ class SearchTrainer(ResumableTrainer):
             logger.info(f"Search done: wrote {path} and the plain config {retrain}")
         return results
 
-    def _put_pictures(self, architecture: Architecture) -> None:
-        """The architecture and α's history, for TensorBoard."""
-        try:
-            from ..bench import pictures as plot  # matplotlib is slow to import
-
-            done = f"after iteration {self.iter + 1} of {self.max_iter}"
-            figures = {"architecture": plot.plot_architecture(architecture, done)}
-            metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
-            if os.path.isfile(metrics) and os.path.getsize(metrics):  # empty before the first line
-                figures["history"] = plot.plot_history(plot.read_history(metrics), done)
-            for name, figure in figures.items():
-                get_event_storage().put_image(f"alpha/{name}", plot.as_image(figure))
-        except Exception as error:  # a picture must not end a search
-            logger.warning(f"no pictures for TensorBoard: {error}")
-
     def check_same_run(self, saved_config: str) -> None:
         differences = config_differences(saved_config, self.given_cfg)
         if differences:
@@ -219,7 +203,7 @@ class SearchTrainer(ResumableTrainer):
 
     def build_hooks(self) -> List[HookBase]:
         built = super().build_hooks()
-        self._alpha_hook = _AlphaHook(self.cfg.RUN.LOG_PERIOD, self.cfg.RUN.RANK_CHECK_PERIOD)
+        self._alpha_hook = AlphaHook(self.cfg.RUN.LOG_PERIOD, self.cfg.RUN.RANK_CHECK_PERIOD)
         # early in the list: what it logs must be there when the writer writes
         return [built[0], self._alpha_hook, *built[1:]]
 
@@ -232,69 +216,3 @@ class SearchTrainer(ResumableTrainer):
         super().load_state_dict(state)
         self._alpha_hook.last_votes = state["last_votes"]
         self._alpha_hook.tenth_votes = state["tenth_votes"]
-
-
-class _AlphaHook(HookBase):
-    """Logs the state of α, and checks that α is equal on all ranks.
-
-    Attributes:
-        last_votes: layer → votes at the last line of the log.
-        tenth_votes: layer → votes when the last tenth of the search began; empty before that.
-    """
-
-    def __init__(self, log_period: int, check_period: int):
-        self._log_period, self._check_period = log_period, check_period
-        self.last_votes: Dict[str, List[int]] = {}
-        self.tenth_votes: Dict[str, List[int]] = {}
-
-    def after_step(self):
-        done = self.trainer.iter + 1
-        if done > self.trainer.alpha_start and done % self._check_period == 0:
-            check_ranks_agree(self.trainer.searched)
-        if done >= 0.9 * self.trainer.max_iter and not self.tenth_votes:
-            self.tenth_votes = all_votes(self.trainer.alphas())
-        if done % self._log_period == 0 or done == self.trainer.max_iter:
-            self._log()
-
-    def _log(self):
-        storage, alphas = get_event_storage(), self.trainer.alphas()
-        chosen = all_votes(alphas)
-        groups = [
-            vote != before
-            for name, votes in chosen.items()
-            for vote, before in zip(votes, self.last_votes.get(name, [0] * len(votes)))
-        ]
-        changed, self.last_votes = sum(groups), chosen
-        overall: Dict[tuple, List[float]] = {}
-        for name, conv in self.trainer.searched.items():
-            for (d_h, d_w), share in zip(conv.genotypes, intensities(alphas[name])):
-                storage.put_scalar(f"intensity/{name}/{d_h}x{d_w}", share, smoothing_hint=False)
-                overall.setdefault((d_h, d_w), []).append(share)
-        decidedness = self.trainer.decidedness()
-        storage.put_scalar("alpha/entropy", decidedness.entropy, smoothing_hint=False)
-        storage.put_scalar("alpha/leading", decidedness.leading, smoothing_hint=False)
-        storage.put_scalar("alpha/votes_changed", changed, smoothing_hint=False)
-        shares = ", ".join(f"{h}x{w} {sum(s) / len(alphas):.0%}" for (h, w), s in overall.items())
-        logger.info(
-            f"alpha: {decidedness}; {changed} of {len(groups)} votes changed since the last line; "
-            f"intensity over all layers: {shares}"
-        )
-
-
-def check_ranks_agree(searched: Dict[str, nn.Module]) -> None:
-    """Raise NATSError on all ranks if α differs on any of them by a bit; it names the layers."""
-    if comm.get_world_size() == 1:
-        return
-    flat = torch.cat([conv.alpha.detach().flatten() for conv in searched.values()])
-    reference = flat.clone()
-    torch.distributed.broadcast(reference, src=0)
-    sizes = [conv.alpha.numel() for conv in searched.values()]
-    pieces = zip(flat.split(sizes), reference.split(sizes))
-    differs = flat.new_tensor([float(not torch.equal(own, first)) for own, first in pieces])
-    torch.distributed.all_reduce(differs)
-    layers = [name for name, count in zip(searched, differs.tolist()) if count]
-    if layers:
-        raise NATSError(
-            f"α differs between the ranks in {', '.join(layers[:5])}. Resume from the last "
-            "checkpoint; if it happens again, suspect the hardware"
-        )
