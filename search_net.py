@@ -4,4 +4,4 @@
 from detectron2_nats.commands.search import run
 
 if __name__ == "__main__":
-    run("python search_net.py")
+    run()

@@ -4,4 +4,4 @@
 from detectron2_nats.commands.train import run
 
 if __name__ == "__main__":
-    run("python train_net.py")
+    run()

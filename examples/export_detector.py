@@ -19,7 +19,7 @@ from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import Boxes
-from detectron2_nats.command import run_tool, tool_parser
+from detectron2_nats.commands.cli import run_tool, tool_parser
 from detectron2_nats.config import load_config
 from detectron2_nats.engine.checkpoint import SafeCheckpointer
 

@@ -19,7 +19,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.utils.events import CommonMetricPrinter
-from detectron2_nats.command import run_tool, tool_parser
+from detectron2_nats.commands.cli import run_tool, tool_parser
 
 EPILOG = """
 example:

@@ -12,7 +12,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2_nats import Architecture, apply_architecture
-from detectron2_nats.command import run_tool, tool_parser
+from detectron2_nats.commands.cli import run_tool, tool_parser
 
 EPILOG = """
 example:

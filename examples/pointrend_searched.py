@@ -12,8 +12,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone
 from detectron2.projects.point_rend import add_pointrend_config
 from detectron2_nats import Architecture, add_nats_config
-from detectron2_nats.command import run_tool, tool_parser
-from detectron2_nats.export import export_config, write_config
+from detectron2_nats.commands.cli import run_tool, tool_parser
+from detectron2_nats.search.export import export_config, write_config
 
 EPILOG = """
 example:

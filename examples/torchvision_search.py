@@ -14,8 +14,8 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.transforms.functional import pil_to_tensor
 
 import detectron2_nats as nats
-from detectron2_nats.command import run_tool, tool_parser
-from detectron2_nats.data.embedded import ensure_embedded_dataset
+from detectron2_nats.commands.cli import run_tool, tool_parser
+from detectron2_nats.toy.sets import ensure_embedded_dataset
 
 EPILOG = """
 example:

@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 
 from detectron2.utils import comm
-from detectron2_nats.engine.launch import exit_from_group
+from detectron2_nats.engine.processes import exit_from_group
 
 
 def start_rank(rank, port, backend, test, results, arguments):

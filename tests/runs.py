@@ -62,7 +62,9 @@ SEED: 7
 
 
 def script(name: str, *arguments: str, launcher=(sys.executable,), **popen) -> subprocess.Popen:
-    """Start a script of the repository; what it prints goes to `process.log`."""
+    """Start a script of the repository, or a command; what it prints goes to `process.log`."""
+    if name.startswith("nats-"):
+        name = str(Path(sys.executable).with_name(name))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment.update(popen.pop("env", {}))
     environment = {name: value for name, value in environment.items() if value is not None}

@@ -33,20 +33,20 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from detectron2_nats.architecture import Architecture
-from detectron2_nats.command import run_tool, tool_parser, whole_number
+from detectron2_nats.bench.cost import interleaved_seconds
+from detectron2_nats.bench.importers import from_ic_conv, read_json
+from detectron2_nats.commands.cli import run_tool, tool_parser, whole_number
 from detectron2_nats.config import load_config
 from detectron2_nats.engine.determinism import computed_by
 from detectron2_nats.engine.resumable import ResumableTrainer
 from detectron2_nats.errors import NATSError, one_line
-from detectron2_nats.export import export_config
 from detectron2_nats.files import write_atomically
-from detectron2_nats.fuse import fuse_for_inference
-from detectron2_nats.importers import from_ic_conv, read_json
-from detectron2_nats.layers import GroupedDilationConv2d, MixedDilationConv2d
-from detectron2_nats.results.cost import interleaved_seconds
-from detectron2_nats.trainer import SearchTrainer
-from detectron2_nats.transform import searched_layers
+from detectron2_nats.method.architecture import Architecture
+from detectron2_nats.method.fuse import fuse_for_inference
+from detectron2_nats.method.layers import GroupedDilationConv2d, MixedDilationConv2d
+from detectron2_nats.method.stages import searched_layers
+from detectron2_nats.search.export import export_config
+from detectron2_nats.search.trainer import SearchTrainer
 
 EPILOG = """
 parts (--what):
@@ -286,9 +286,9 @@ def training_steps(
         trainer = trainer_class(cfg)
     prepared(args, trainer.model)
     trainer.storage = EventStorage()
-    for phase in trainer.phases():
-        phase.loader = itertools.repeat(random_batch(args))
-        for group in phase.optimizer.param_groups:
+    for objective in trainer.objectives().values():
+        objective.loader = itertools.repeat(random_batch(args))
+        for group in objective.optimizer.param_groups:
             group["lr"] = 0.0  # the step does all its work, and all rounds see the same network
     return [getattr(trainer, step) for step in SEARCH_STEPS.get(variant, ["weight_step"])]
 
@@ -298,7 +298,7 @@ def take(step: Callable[[], None]) -> None:
     trainer = step.__self__
     with trainer.storage:
         step()
-    if any(phase.bad_total for phase in trainer.phases()):
+    if any(objective.bad_total for objective in trainer.objectives().values()):
         raise NATSError("a training step gave numbers that are not finite: nothing can be measured")
 
 

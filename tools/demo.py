@@ -3,7 +3,7 @@
 
 The images show horizontal bars. The colours of a bar's two ends determine its class. The plain
 detector cannot see both ends at once. The search finds dilations with which it can. This is a
-small study by study.py.
+small study by nats-study.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import time
 
 from tabulate import tabulate
 
-from detectron2_nats.architecture import Architecture
-from detectron2_nats.command import tool_parser
-from detectron2_nats.results.comparison import dilation_shares
+from detectron2_nats.bench.baselines import dilation_shares
+from detectron2_nats.commands.cli import tool_parser
+from detectron2_nats.method.architecture import Architecture
 
 EPILOG = """
 example:
@@ -64,10 +64,11 @@ def sentence(results: dict) -> str:
     )
 
 
-def run(*command: str) -> None:
-    """Run a script of the project. The script prints its own progress and errors."""
-    print(f"$ python {shlex.join(command)}", flush=True)
-    status = subprocess.run([sys.executable, "-W", "ignore", *command]).returncode
+def run(name: str, *arguments: str) -> None:
+    """Run a command of the project. It prints its own progress and errors."""
+    print(f"$ {shlex.join([name, *arguments])}", flush=True)
+    command = os.path.join(os.path.dirname(sys.executable), name)
+    status = subprocess.run([sys.executable, "-W", "ignore", command, *arguments]).returncode
     if status:
         sys.exit(status)
 
@@ -80,13 +81,13 @@ def main(args: argparse.Namespace) -> None:
     )
     study = ["--config-file", CONFIG, "--search-config", "configs/quickstart/bars_search.yaml"]
     study += ["--methods", *METHODS, "--seeds", "1", "--jobs", str(min(2, os.cpu_count() or 1))]
-    run("tools/study.py", *study, "--output", args.output)
+    run("nats-study", *study, "--output", args.output)
     pictures = ["--output", f"{args.output}/pictures", "--images", "2"]
     pictures += ["--threshold", "0.3"]  # the scores of the plain detector are low
     pictures += ["--plain", CONFIG, f"{plain}/model_final.pth"]
     pictures += ["--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"]
-    run("tools/plot.py", search, *pictures)
-    run("tools/report.py", args.output, "--title", "Bars that lie")
+    run("nats-plot", search, *pictures)
+    run("nats-report", args.output, "--title", "Bars that lie")
     with open(f"{args.output}/results.json") as file:
         results = json.load(file)
     print(f"\n{table(results)}\n\nParameters, FLOPs and time are the backbone's.")

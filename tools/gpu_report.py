@@ -13,7 +13,7 @@ from typing import List, Tuple
 import torch
 from tabulate import tabulate
 
-from detectron2_nats.command import whole_number
+from detectron2_nats.commands.cli import whole_number
 from detectron2_nats.files import write_atomically
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir)

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from detectron2_nats.command import run_tool, tool_parser, write
+from detectron2_nats.commands.cli import run_tool, tool_parser, write
 from detectron2_nats.errors import NATSError
 from detectron2_nats.files import write_atomically
 

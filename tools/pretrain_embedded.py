@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
-from detectron2_nats.command import tool_parser
-from detectron2_nats.data import embedded, scenes
+from detectron2_nats.commands.cli import tool_parser
+from detectron2_nats.toy import scenes, sets
 
 EPILOG = """
 example:
@@ -34,7 +34,7 @@ BATCH_SIZE = 48
 # crop; in trials, detectors that started from such a classifier were worse.
 OBJECT_SIZES = (20, 76)
 HELD_OUT = 960  # crops to measure the accuracy on
-SEED = embedded.SEED + 2  # the data set's images all begin from embedded.SEED
+SEED = sets.SEED + 2  # the data set's images all begin from sets.SEED
 
 
 class Crops(Dataset):
@@ -126,7 +126,7 @@ def save(state, path):
 def main():
     parser = tool_parser(__doc__, EPILOG)
     parser.add_argument(
-        "--output", type=Path, default=embedded.WEIGHTS, help="file to write (%(default)s)"
+        "--output", type=Path, default=sets.WEIGHTS, help="file to write (%(default)s)"
     )
     parser.add_argument("--steps", type=int, default=900, help="SGD steps (%(default)s)")
     args = parser.parse_args()

@@ -517,7 +517,7 @@ def main() -> int:
     parser.add_argument("--output", help="write the Markdown table to this file too")
     args = parser.parse_args()
 
-    from detectron2_nats.data.embedded import ensure_embedded_dataset
+    from detectron2_nats.toy.sets import ensure_embedded_dataset
 
     os.chdir(REPOSITORY)
     ensure_embedded_dataset()

@@ -15,8 +15,8 @@ from runs import TINY, assert_equal, finish, make_trainer, printed, script, wait
 from detectron2.layers import Conv2d
 from detectron2.utils.events import EventStorage
 from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d
-from detectron2_nats.data.embedded import ensure_embedded_dataset
-from detectron2_nats.engine import launch
+from detectron2_nats.engine import processes
+from detectron2_nats.toy.sets import ensure_embedded_dataset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no usable CUDA")
 
@@ -82,7 +82,7 @@ def test_mixed_precision_takes_both_steps(config, tmp_path, precision):
     alphas = take_steps(trainer, 12)  # float16's scale may have to be found first
     assert all(alpha.isfinite().all() for alpha in alphas)
     assert any(alpha.any() for alpha in alphas)
-    assert trainer.weights.bad_total == trainer.alpha.bad_total == 0
+    assert trainer.weight_objective.bad_total == trainer.alpha_objective.bad_total == 0
 
 
 def test_a_resume_restores_the_exact_state(config, tmp_path):
@@ -147,5 +147,5 @@ def test_ranks_die_with_their_launcher_and_leave_the_gpu(config, tmp_path):
 def test_its_memory_is_told_from_other_errors(capfd):
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**50, device=DEVICE)
-    launch._report(error.value)
+    processes._report(error.value)
     assert "error: out of memory: lower SOLVER.IMS_PER_BATCH" in capfd.readouterr().err

@@ -11,6 +11,6 @@ def tiny_config(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def embedded_data():
-    from detectron2_nats.data.embedded import ensure_embedded_dataset
+    from detectron2_nats.toy.sets import ensure_embedded_dataset
 
     ensure_embedded_dataset()

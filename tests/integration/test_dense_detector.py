@@ -39,13 +39,13 @@ def test_an_alpha_step_and_a_step_not_taken_leave_it_as_it_was(config, tmp_path)
         assert after_weights != 100
         trainer.iter = 5
         with alpha_training(trainer.model):
-            trainer.take_step(trainer.alpha)
+            trainer.take_step(trainer.alpha_objective)
             assert getattr(trainer.model, NORMALIZER) != after_weights
             trainer._forward_state.restore()
         assert getattr(trainer.model, NORMALIZER) == after_weights
 
         next(p for p in trainer.model.parameters() if p.requires_grad).data.fill_(torch.nan)
-        trainer.take_step(trainer.weights)
+        trainer.take_step(trainer.weight_objective)
         assert getattr(trainer.model, NORMALIZER) == after_weights
 
 

@@ -29,8 +29,8 @@ from runs import REPOSITORY, TINY
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import Architecture, apply_architecture
 from detectron2_nats.config import load_config
-from detectron2_nats.export import export_config, write_config
 from detectron2_nats.files import parse_yaml
+from detectron2_nats.search.export import export_config, write_config
 
 PAGES = [
     REPOSITORY / "README.md",
@@ -272,7 +272,7 @@ def workspace(tmp_path_factory) -> Path:
         torch.save({"model": build_model(cfg).state_dict()}, path / "model_final.pth")
 
     # own data: the embedded images under other names, a half-width network
-    from detectron2_nats.data.embedded import ensure_embedded_dataset
+    from detectron2_nats.toy.sets import ensure_embedded_dataset
 
     source = Path(ensure_embedded_dataset())
     (folder / "images").mkdir()

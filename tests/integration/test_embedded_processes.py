@@ -6,7 +6,7 @@ import sys
 import torch
 from runs import REPOSITORY
 
-from detectron2_nats.data import embedded
+from detectron2_nats.toy import sets
 
 COUNTS = {"train": 12, "calibration": 8, "val": 6}
 
@@ -14,12 +14,12 @@ COUNTS = {"train": 12, "calibration": 8, "val": 6}
 def test_processes_that_start_together_make_it_once(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     code = (
-        "from detectron2_nats.data import embedded\n"
+        "from detectron2_nats.toy import sets\n"
         "from dataclasses import replace\n"
-        "whole = embedded.SETS['nats_embedded']\n"
-        f"embedded.SETS['nats_embedded'] = replace(whole, splits={COUNTS})\n"
+        "whole = sets.SETS['nats_embedded']\n"
+        f"sets.SETS['nats_embedded'] = replace(whole, splits={COUNTS})\n"
         "import logging; logging.basicConfig(level='INFO')\n"
-        "print(embedded.ensure_embedded_dataset())"
+        "print(sets.ensure_embedded_dataset())"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -35,6 +35,6 @@ def test_pretraining_writes_a_loadable_file(tmp_path):
     command = [sys.executable, "-W", "ignore", str(REPOSITORY / "tools/pretrain_embedded.py")]
     command += ["--steps", "1", "--output", str(path)]
     subprocess.run(command, check=True, capture_output=True)
-    shipped = torch.load(embedded.WEIGHTS)["model"]
+    shipped = torch.load(sets.WEIGHTS)["model"]
     fresh = torch.load(path)["model"]
     assert {k: v.shape for k, v in fresh.items()} == {k: v.shape for k, v in shipped.items()}

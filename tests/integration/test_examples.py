@@ -16,8 +16,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, GroupedDilationConv2d
 from detectron2_nats.config import load_config
-from detectron2_nats.export import export_config
-from detectron2_nats.transform import conv3x3_layers
+from detectron2_nats.method.stages import conv3x3_layers
+from detectron2_nats.search.export import export_config
 
 NARROW = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
 NARROW += ["MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16]

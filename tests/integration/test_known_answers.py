@@ -12,8 +12,8 @@ from runs import make_trainer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from detectron2_nats import Architecture, add_nats_config
-from detectron2_nats.results.comparison import dilation_shares
-from detectron2_nats.results.plot import effective_receptive_fields
+from detectron2_nats.bench.baselines import dilation_shares
+from detectron2_nats.bench.receptive_field import effective_receptive_fields
 
 
 def extents(backbone):

@@ -181,7 +181,6 @@ def test_an_evaluation_needs_all_weights(tiny_config, tmp_path):
     checkpointer.check_complete()
 
 
-def test_a_searchs_config_is_not_trained(tiny_config, monkeypatch):
-    monkeypatch.setattr(train, "setup", lambda args: load_config(args.config_file))
+def test_a_searchs_config_is_not_trained(tiny_config):
     with pytest.raises(NATSError, match="tiny.yaml describes a search.*search_net.py"):
-        train.main(argparse.Namespace(config_file=tiny_config))
+        train.main(load_config(tiny_config), argparse.Namespace(config_file=tiny_config))

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2_nats import NATSError
-from detectron2_nats.engine.resumable import ResumableTrainer, _LossModule
-from detectron2_nats.trainer import check_ranks_agree
+from detectron2_nats.engine.steps import LossModule, mean_over_ranks
+from detectron2_nats.search.trainer import check_ranks_agree
 
 LAYER = "res4.1.conv2"
 
@@ -47,17 +46,20 @@ def a_few_steps(config, folder, *opts):
     ends = []
     for views in (True, False):
         trainer = make_trainer(config, folder, *opts)
-        wrapper = trainer.weights.losses
+        wrapper = trainer.weight_objective.losses
         assert wrapper.gradient_as_bucket_view
         if not views:
             wrapper = DistributedDataParallel(wrapper.module, broadcast_buffers=False)
-            trainer.weights.losses = wrapper
+            trainer.weight_objective.losses = wrapper
         torch.manual_seed(comm.get_rank())
         with EventStorage(1) as trainer.storage:
             for trainer.iter in range(1, 4):  # α steps among them
                 trainer.run_step()
         check_ranks_agree(trainer.searched)
-        state = [trainer.weights.optimizer.state_dict(), trainer.alpha.optimizer.state_dict()]
+        state = [
+            trainer.weight_objective.optimizer.state_dict(),
+            trainer.alpha_objective.optimizer.state_dict(),
+        ]
         ends.append({"model": trainer.model.state_dict(), "optimizers": state})
     assert_equal(*ends, "end")
     return True
@@ -102,7 +104,7 @@ def test_one_process_goes_on_where_two_were(tiny_config, tmp_path, reference, st
     on_two_ranks(two_thirds, tiny_config, str(tmp_path), *opts)
     trainer = make_trainer(tiny_config, tmp_path, *opts)
     assert (trainer.start_iter, trainer.max_iter) == (start, max_iter)
-    assert trainer.alpha_start == 0.34 * max_iter // 1 and trainer.alpha.optimizer.state
+    assert trainer.alpha_start == 0.34 * max_iter // 1 and trainer.alpha_objective.optimizer.state
     trainer.train()
     assert (tmp_path / "retrain.yaml").exists()
 
@@ -129,7 +131,9 @@ def nan_on_one_rank(config, folder, how, good, bad_rank):
         for trainer.iter in range(3 - good, 5):
             trainer.run_step()
             states.append(state())
-    counts = [(phase.bad_total, phase.bad_in_row) for phase in trainer.phases()]
+    counts = [
+        (objective.bad_total, objective.bad_in_row) for objective in trainer.objectives().values()
+    ]
     skipped = all(torch.equal(states[-3][name], states[-2][name]) for name in states[0])
     went_on = not torch.equal(
         states[-2]["backbone.bottom_up.res5.0.conv2.weight"],
@@ -157,7 +161,7 @@ def steps_with_sync_bn(config, folder):
     with EventStorage(0) as trainer.storage:
         for trainer.iter in range(3):
             trainer.run_step()
-    assert trainer.weights.bad_total == trainer.alpha.bad_total == 0
+    assert trainer.weight_objective.bad_total == trainer.alpha_objective.bad_total == 0
     return {name: value.double().sum().item() for name, value in trainer.model.state_dict().items()}
 
 
@@ -213,15 +217,14 @@ def raise_with_sync_bn(bad_rank):
     torch.manual_seed(0)
     detector = SyncedDetector(bad_rank)
     # small buckets: several all-reduces, among those of the norm
-    losses = DistributedDataParallel(_LossModule(detector), bucket_cap_mb=1e-5)
-    trainer = ResumableTrainer.__new__(ResumableTrainer)
+    losses = DistributedDataParallel(LossModule(detector), bucket_cap_mb=1e-5)
     reports = []
     for detector.bad_rank in (bad_rank, None):
         found = losses(torch.randn(4, 3))
         detector.zero_grad()
         sum(found.values()).backward()
         gradients = [value for p in detector.parameters() for value in p.grad.flatten().tolist()]
-        reports.append((trainer._mean_over_ranks(found), gradients))
+        reports.append((mean_over_ranks(found)[0], gradients))
     return reports
 
 
@@ -239,7 +242,7 @@ def test_a_raise_on_one_rank_passes_through_sync_bn(bad_rank):
 DONE = """
 import atexit, builtins, os, sys
 import torch.distributed as dist
-from detectron2_nats.engine import launch
+from detectron2_nats.engine import processes
 
 class Torn:
     def __del__(self, write=os.write):
@@ -249,19 +252,19 @@ builtins.torn = Torn()  # goes with the interpreter
 atexit.register(lambda: print("at exit", dist.is_initialized()))
 atexit.register(lambda: 1 / 0)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-launch._call(print, "done")
+processes._call(print, "all", "done")
 """
 
 
 def test_leaves_the_group_when_done_and_tears_nothing_down():
     """A thread of the group that let go of a tensor meanwhile would abort the process."""
     process = subprocess.run([sys.executable, "-c", DONE], capture_output=True, text=True)
-    assert (process.returncode, process.stdout) == (0, "done\nat exit True\n")
+    assert (process.returncode, process.stdout) == (0, "all done\nat exit True\n")
     assert "ZeroDivisionError" in process.stderr
 
 
 def test_a_loss_that_one_rank_lacks_is_nan_on_all(monkeypatch):
     other = {"cls": 3.0, "mask": 1.0}
     monkeypatch.setattr(comm, "all_gather", lambda message: [message, (False, other)])
-    means = ResumableTrainer._mean_over_ranks(SimpleNamespace(), {"cls": torch.tensor(1.0)})
+    means, _ = mean_over_ranks({"cls": torch.tensor(1.0)})
     assert means["cls"] == 2.0 and math.isnan(means["mask"])

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from runs import REPOSITORY, TINY, run
 
+from detectron2_nats.bench.report import write_report
 from detectron2_nats.errors import NATSError
-from detectron2_nats.results.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Appended to a copy of the page: writes into the title what does not fit or has not loaded.
@@ -65,12 +65,12 @@ def search(tmp_path_factory):
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     results = str(REPOSITORY / "docs/results/bars_lying.json")
-    run("tools/study.py", "--again", results, "--output", str(folder))
+    run("nats-study", "--again", results, "--output", str(folder))
     return folder
 
 
 def test_of_a_search(search):
-    printed = run("tools/report.py", str(search), "--title", "Bars & <cells>")
+    printed = run("nats-report", str(search), "--title", "Bars & <cells>")
     path = search / "report.html"
     assert printed.splitlines()[-1] == f"wrote {path}"
     page = Page(path.read_text())
@@ -79,7 +79,7 @@ def test_of_a_search(search):
     # undecided: six iterations are few
     assert page.text.index("The search is undecided") < page.text.index("What was found")
     assert "found1.2500<b>plain1.5000" in re.sub(r"\s", "", page.text)
-    for needed in ("res5.2.conv2", "SEED: 7", "PyTorch  ", "search_net.py --config-file"):
+    for needed in ("res5.2.conv2", "SEED: 7", "PyTorch  ", "nats-search --config-file"):
         assert needed in page.text, needed
     assert len(page.loads) == 3 and all(load.startswith("data:image/") for load in page.loads)
     assert "<script" not in path.read_text() and "http" not in "".join(page.loads)
@@ -117,16 +117,14 @@ def test_takes_nothing_from_the_folder_that_it_is_called_in(study, tmp_path, mon
 
 def test_a_page_that_cannot_be_written(study, tmp_path):
     (tmp_path / "file").write_text("")
-    printed = run(
-        "tools/report.py", str(study), "--output", str(tmp_path / "file/page.html"), status=2
-    )
+    printed = run("nats-report", str(study), "--output", str(tmp_path / "file/page.html"), status=2)
     assert "cannot be written" in printed and "Traceback" not in printed
 
 
 def test_of_nothing(tmp_path):
     with pytest.raises(NATSError, match="neither architecture.yaml nor results.json"):
         write_report(str(tmp_path), str(tmp_path / "report.html"))
-    assert "neither" in run("tools/report.py", str(tmp_path), status=2)
+    assert "neither" in run("nats-report", str(tmp_path), status=2)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")

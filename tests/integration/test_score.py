@@ -1,6 +1,7 @@
 """The one-shot score against the decoded network that it stands for."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from runs import TINY, make_trainer
 
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from detectron2_nats.architecture import Architecture
-from detectron2_nats.commands import score
+from detectron2_nats.bench.baselines import random_architecture
+from detectron2_nats.bench.score import field_verdict, one_shot_score, scoring_batches
+from detectron2_nats.commands import export, score
+from detectron2_nats.config import load_config
 from detectron2_nats.errors import NATSError
-from detectron2_nats.export import export_config, frozen_weights, searched_detector
-from detectron2_nats.results.comparison import random_architecture
-from detectron2_nats.results.score import field_verdict, one_shot_score, scoring_batches
+from detectron2_nats.method.architecture import Architecture
+from detectron2_nats.search.export import export_config, frozen_weights, searched_detector
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mixed", "sampled"])
@@ -141,3 +143,32 @@ def test_a_folder_without_a_checkpoint_is_no_search(trainer, tmp_path, monkeypat
         score.run()
     assert left.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path} contains no checkpoint: search first\n"
+
+
+def test_export_and_score_fall_back_to_the_same_checkpoint(trainer, tmp_path, monkeypatch, caplog):
+    """If the newest one is damaged, both read the one before it, with a warning."""
+    folder = tmp_path / "search"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(trainer.cfg.dump())
+    state_dict = trainer.model.state_dict()
+    torch.save({"model": state_dict}, folder / "model_0000003.pth")
+    found = Architecture.decode(trainer.searched, "voted")
+    found.save(str(folder / "architecture.yaml"))
+    other = {k: -v if k.endswith(".alpha") else v for k, v in state_dict.items()}
+    newest = folder / "model_final.pth"
+    torch.save({"model": other}, newest)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+    config, candidates = str(tmp_path / "voted.yaml"), tmp_path / "candidates"
+    for command, options in (
+        (export, ["--order", "voted", "--output", config]),
+        (score, ["--random", "1", "--images", "2", "--write", str(candidates)]),
+    ):
+        caplog.clear()
+        monkeypatch.setattr("sys.argv", ["nats", str(folder), *options])
+        command.run()
+        assert f"{newest} is damaged" in caplog.text
+    exported = Architecture.from_config(load_config(config).MODEL.NATS.ARCHITECTURE)
+    scored = Architecture.load(str(candidates / "found.yaml"))
+    assert exported.layers == scored.layers == found.layers

@@ -66,7 +66,7 @@ def test_search_export_retrain_evaluate(undisturbed, tiny_config, tmp_path):
         "  RETINANET: {NUM_CLASSES: 5, IN_FEATURES: [p3, p4, p5, p6, p7], NUM_CONVS: 1}\n"
     )
     arguments = [str(undisturbed), "--config-file", str(base), "--output", str(retinanet)]
-    output = run("tools/export.py", *arguments)
+    output = run("nats-export", *arguments)
     assert f"wrote {retinanet}" in output
     for config in (retrain, retinanet):
         folder = tmp_path / config.stem
@@ -81,10 +81,10 @@ def test_search_export_retrain_evaluate(undisturbed, tiny_config, tmp_path):
 
 def test_frozen_weights_from_the_supernetwork(undisturbed, tmp_path):
     weights, config = tmp_path / "frozen.pth", tmp_path / "frozen.yaml"
-    output = run("tools/export.py", str(undisturbed), "--weights", str(weights), status=2)
+    output = run("nats-export", str(undisturbed), "--weights", str(weights), status=2)
     assert "fit only an architecture in voted order" in output
     arguments = ["--order", "voted", "--weights", str(weights), "--output", str(config)]
-    output = run("tools/export.py", str(undisturbed), *arguments)
+    output = run("nats-export", str(undisturbed), *arguments)
     assert f"wrote {weights}" in output and f"wrote {config}" in output
 
     # in another project: the config, the weights and the package are enough
@@ -374,7 +374,14 @@ def test_a_checkpoint_before_the_first_line_of_the_log(tiny_config, tmp_path):
     assert "no pictures" not in output
 
 
-@pytest.mark.parametrize("name", ["search_net.py", "train_net.py", "tools/export.py"])
-def test_help_has_an_example(name):
-    output = run(name, "--help")
-    assert "example" in output and f"$ python {name}" in output
+@pytest.mark.parametrize(
+    "script, name",
+    [
+        ("search_net.py", "nats-search"),
+        ("train_net.py", "nats-train"),
+        ("nats-export", "nats-export"),
+    ],
+)
+def test_help_has_an_example(script, name):
+    output = run(script, "--help")
+    assert "example" in output and f"$ {name}" in output

@@ -17,11 +17,11 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
-from detectron2_nats.architecture import decode_alpha
 from detectron2_nats.config import load_config, scaled_to_processes
 from detectron2_nats.engine import resumable
 from detectron2_nats.engine.resumable import ResumableTrainer
-from detectron2_nats.transform import searched_layers
+from detectron2_nats.method.architecture import decode_alpha
+from detectron2_nats.method.stages import searched_layers
 
 
 def snapshot(trainer):
@@ -31,8 +31,8 @@ def snapshot(trainer):
     momentum, adam = (
         {str(i): {k: torch.as_tensor(v).clone() for k, v in s.items()} for i, s in o.items()}
         for o in (
-            trainer.weights.optimizer.state_dict()["state"],
-            trainer.alpha.optimizer.state_dict()["state"],
+            trainer.weight_objective.optimizer.state_dict()["state"],
+            trainer.alpha_objective.optimizer.state_dict()["state"],
         )
     )
     return state, alphas, momentum, adam
@@ -130,8 +130,8 @@ def test_a_whole_iteration_is_a_weight_step_then_an_alpha_step(trainer, tiny_con
 
 def test_each_parameter_is_in_one_optimizer(either_trainer):
     trainer = either_trainer
-    weights = {id(p) for p in trainer.weights.parameters}
-    alphas = {id(p) for p in trainer.alpha.parameters}
+    weights = {id(p) for p in trainer.weight_objective.parameters}
+    alphas = {id(p) for p in trainer.alpha_objective.parameters}
     assert not weights & alphas
     assert weights | alphas == {id(p) for p in trainer.model.parameters()}
     assert alphas == {id(c.alpha) for c in trainer.searched.values()}
@@ -147,7 +147,7 @@ def test_the_alpha_step_is_adams_first_step_on_the_calibration_loss(trainer):
         assert moved.max() > 0.5 * trainer.cfg.SEARCH.ALPHA_LR, name
 
 
-def test_logs_both_phases_and_alpha(tiny_config, tmp_path):
+def test_logs_both_objectives_and_alpha(tiny_config, tmp_path):
     trainer = make_trainer(tiny_config, tmp_path / "run")
     trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.json").read_text().splitlines()]
@@ -374,17 +374,17 @@ def test_unreadable_calibration_data_shows_at_the_start(tiny_config, tmp_path):
             make_trainer(tiny_config, tmp_path, "DATASETS.CALIBRATION", f"('{name}',)")
     finally:
         DatasetCatalog.remove(name)
-    assert not trainer.weights.optimizer.state  # no step was taken
+    assert not trainer.weight_objective.optimizer.state  # no step was taken
 
 
 def test_an_error_in_the_alpha_step_shows_at_the_start(trainer):
     def forward(batch):
         raise RuntimeError("out of memory")
 
-    trainer.alpha.losses = forward
+    trainer.alpha_objective.losses = forward
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
-    assert not trainer.weights.optimizer.state
+    assert not trainer.weight_objective.optimizer.state
 
 
 # -- random numbers of the GPU --------------------------------------------------------------------
@@ -441,9 +441,9 @@ def test_a_step_with_nan_is_not_taken(trainer, monkeypatch, good, how):
     after = snapshot(trainer)
     for part, (a, b) in enumerate(zip(before, after)):
         assert_equal(a, b, f"part {part}")
-    assert (trainer.weights.bad_total, trainer.alpha.bad_total) == (1, 1)
+    assert (trainer.weight_objective.bad_total, trainer.alpha_objective.bad_total) == (1, 1)
     steps(trainer, 4, 1)
-    assert (trainer.weights.bad_in_row, trainer.weights.bad_total) == (0, 1)
+    assert (trainer.weight_objective.bad_in_row, trainer.weight_objective.bad_total) == (0, 1)
     assert not torch.equal(
         snapshot(trainer)[1]["backbone.bottom_up.res5.0.conv2.alpha"],
         after[1]["backbone.bottom_up.res5.0.conv2.alpha"],
@@ -457,7 +457,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(trainer):
     steps(trainer, 0, 1)
     handle.remove()
     assert_equal(before[0], snapshot(trainer)[0], "weights and statistics")
-    assert trainer.weights.bad_total == 1
+    assert trainer.weight_objective.bad_total == 1
 
 
 def test_stops_after_too_many_bad_steps_in_a_row(tiny_config, tmp_path, monkeypatch):
@@ -501,8 +501,8 @@ def test_mixed_precision(tiny_config, tmp_path, precision):
         steps(trainer, iteration, 1)
     after = snapshot(trainer)
     assert set(seen) == {getattr(torch, precision)}
-    assert trainer.weights.scaler.is_enabled() == (precision == "float16")
-    assert trainer.weights.bad_total == trainer.alpha.bad_total == 0
+    assert trainer.weight_objective.scaler.is_enabled() == (precision == "float16")
+    assert trainer.weight_objective.bad_total == trainer.alpha_objective.bad_total == 0
     assert not torch.equal(
         before[1]["backbone.bottom_up.res5.0.conv2.alpha"],
         after[1]["backbone.bottom_up.res5.0.conv2.alpha"],
@@ -582,10 +582,10 @@ def test_goes_on_with_another_number_of_processes(
     images = rest.cfg.SOLVER.IMS_PER_BATCH
     assert images == 2 * after
     if kind == "search":
-        (adam,) = rest.alpha.optimizer.param_groups
+        (adam,) = rest.alpha_objective.optimizer.param_groups
         assert adam["lr"] == rest.cfg.SEARCH.ALPHA_LR == pytest.approx(0.01 * after / 2)
     assert abs(start * images - half * first.cfg.SOLVER.IMS_PER_BATCH) <= images / 2
-    for old, new in zip(first.phases(), rest.phases()):
+    for old, new in zip(first.objectives().values(), rest.objectives().values()):
         seen = new.loader.batches * images
         assert abs(seen - old.loader.batches * first.cfg.SOLVER.IMS_PER_BATCH) <= images / 2
     rest.train()

@@ -1,22 +1,24 @@
-"""tools/study.py: a study goes on after a kill, and shares out the GPUs that it was given."""
+"""nats-study: a study goes on after a kill, and shares out the GPUs that it was given."""
 
 import argparse
 import json
 import os
-import runpy
 import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import REPOSITORY, TINY, finish, script, wait_until
+from runs import TINY, finish, script, wait_until
 
-from detectron2_nats.architecture import Architecture
+from detectron2_nats.bench.study.methods import Method, method_argument
+from detectron2_nats.bench.study.metrics import last_metric
+from detectron2_nats.bench.study.runs import Task, environment_of
+from detectron2_nats.commands import study as study_command
 from detectron2_nats.config import load_config
 from detectron2_nats.errors import NATSError
+from detectron2_nats.method.architecture import Architecture
 
 
 def children_of(process):
@@ -34,15 +36,13 @@ def children_of(process):
     ],
 )
 def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
-    script = runpy.run_path(str(REPOSITORY / "tools/study.py"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     count = len(given.split(",")) if given else 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if given:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    runner = SimpleNamespace(args=SimpleNamespace(jobs=2, num_gpus=2))
-    environments = [script["Study"]._environment(runner, slot) for slot in (0, 1)]
+    environments = [environment_of(slot, jobs=2, gpus=2) for slot in (0, 1)]
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == shares
 
 
@@ -70,13 +70,12 @@ def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
     ],
 )
 def test_methods(method, kind, known):
-    script = runpy.run_path(str(REPOSITORY / "tools/study.py"))
-    assert script["kind"](method) == kind
+    assert Method.of(method).kind == kind
     if known:
-        assert script["_method"](method) == method
+        assert method_argument(method) == method
     else:
         with pytest.raises(argparse.ArgumentTypeError, match="KEY VALUE pairs come after"):
-            script["_method"](method)
+            method_argument(method)
 
 
 def test_study_goes_on_after_a_kill(tmp_path):
@@ -99,7 +98,7 @@ def test_study_goes_on_after_a_kill(tmp_path):
     arguments += ["--search-config", str(tmp_path / "search.yaml")]
     arguments += ["SOLVER.MAX_ITER", "4", "DATASETS.TEST", "('nats_embedded_val',)"]
     arguments += ["MODEL.RESNETS.STEM_OUT_CHANNELS", "12"]
-    process = script("tools/study.py", *arguments)
+    process = script("nats-study", *arguments)
     console = output / "seed_0" / "search-nats" / "console.txt"
     wait_until(lambda: console.exists() and "Starting training" in console.read_text(), process)
     (run_of_it,) = children_of(process)
@@ -109,7 +108,7 @@ def test_study_goes_on_after_a_kill(tmp_path):
     while Path(f"/proc/{run_of_it}").exists():  # it was told to stop
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    printed = finish(script("tools/study.py", *arguments))
+    printed = finish(script("nats-study", *arguments))
     assert "0 of 4 runs are done" in printed and "[4/4]" in printed
     table = (output / "study.md").read_text()
     (search,) = [line for line in table.splitlines() if line.startswith("| nats  ")]
@@ -120,14 +119,14 @@ def test_study_goes_on_after_a_kill(tmp_path):
     assert load_config(str(output / "seed_0/plain-1.5x/config.yaml")).SOLVER.MAX_ITER == 6
     measured = json.loads((output / "results.json").read_text())["methods"]
     assert measured["plain"]["detector"]["flops"] > measured["plain"]["flops"]
-    assert "4 of 4 runs are done" in finish(script("tools/study.py", *arguments))
+    assert "4 of 4 runs are done" in finish(script("nats-study", *arguments))
 
     found = Architecture.from_config(measured["nats-voted"]["architectures"][0])
     found.save(str(tmp_path / "found.yaml"))
     arguments[arguments.index("--methods") : arguments.index("--seeds")] = [
         *("--methods", "3x3-warm", "--architecture", f"found-1.5x={tmp_path / 'found.yaml'}")
     ]
-    assert "1 of 3 runs are done" in finish(script("tools/study.py", *arguments))
+    assert "1 of 3 runs are done" in finish(script("nats-study", *arguments))
     cfg = load_config(str(output / "seed_0/found-1.5x/retrain.yaml"))  # complete by itself
     assert cfg.MODEL.RESNETS.STEM_OUT_CHANNELS == 12
     cfg = load_config(str(output / "seed_0/found-1.5x/config.yaml"))
@@ -139,31 +138,30 @@ def test_study_goes_on_after_a_kill(tmp_path):
     assert cfg.MODEL.WEIGHTS.endswith("3x3-warm/frozen.pth")
     turned = {name: segments[::-1] for name, segments in found.layers.items()}
     Architecture(turned).save(str(tmp_path / "found.yaml"))
-    changed = finish(script("tools/study.py", *arguments), status=2)
+    changed = finish(script("nats-study", *arguments), status=2)
     assert "found.yaml is another architecture than that in" in changed
 
 
 @pytest.fixture
 def prepared(tmp_path):
-    """(tools/study.py, a function: options → its study in tmp_path, of which nothing is run)."""
+    """A function: options → their study in tmp_path, of which nothing is run."""
     (tmp_path / "search.yaml").write_text(f"VERSION: 2\n{TINY}")
     (tmp_path / "plain.yaml").write_text(
         "_BASE_: search.yaml\nMODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone}}\n"
     )
-    module = runpy.run_path(str(REPOSITORY / "tools/study.py"))
 
     def study(*opts, test="('nats_embedded_val',)"):
         arguments = ["--config-file", "plain.yaml", "--search-config", "search.yaml", *opts]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path)
-            patch.setattr(sys, "argv", ["tools/study.py", *arguments, "DATASETS.TEST", test])
-            return module["Study"](module["parse_args"]())
+            patch.setattr(sys, "argv", ["nats-study", *arguments, "DATASETS.TEST", test])
+            return study_command.study_of(study_command.parse_args())
 
-    return module, study
+    return study
 
 
 def test_what_would_fail_after_the_search_fails_now(prepared, tmp_path):
-    _, study = prepared
+    study = prepared
     one = ("--methods", "plain", "--seeds", "1")
     with pytest.raises(NATSError, match="expected one data set, or --folds"):
         study(*one, test="()")
@@ -177,7 +175,7 @@ def test_what_would_fail_after_the_search_fails_now(prepared, tmp_path):
 
 def test_another_study_in_the_same_folder_is_refused(prepared, tmp_path):
     """What decides the AP must be equal for all of its runs."""
-    _, study = prepared
+    study = prepared
     one = ("--methods", "plain", "--seeds", "1")
     study(*one)
     study(*one, "MODEL.DEVICE", "cpu", "RUN.LOG_PERIOD", "7")
@@ -190,7 +188,7 @@ def test_another_study_in_the_same_folder_is_refused(prepared, tmp_path):
 
 def test_other_annotations_of_the_same_name_are_refused(prepared, tmp_path):
     """Other folds would test images that earlier runs were trained on."""
-    _, study = prepared
+    study = prepared
     boxes = {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(9)], "annotations": []}
     boxes["categories"] = [{"id": 1, "name": "one"}]
     (tmp_path / "all.json").write_text(json.dumps(boxes))
@@ -205,27 +203,24 @@ def test_other_annotations_of_the_same_name_are_refused(prepared, tmp_path):
     assert (tmp_path / "output/study/data/fold_0/test.json").read_text() == fold
 
 
-def test_a_line_that_a_kill_has_cut_off(prepared, tmp_path):
-    module, _ = prepared
+def test_a_line_that_a_kill_has_cut_off(tmp_path):
     (tmp_path / "metrics.json").write_text('{"bbox/AP": 3.5}\n{"bbox/AP": 4')
-    assert module["last_metric"](str(tmp_path), "bbox/AP") == 3.5
+    assert last_metric(str(tmp_path), "bbox/AP") == 3.5
     with pytest.raises(NATSError, match="metrics.json contains no bbox/AP75"):
-        module["last_metric"](str(tmp_path), "bbox/AP75")
+        last_metric(str(tmp_path), "bbox/AP75")
 
 
 def test_which_search_a_method_needs():
-    search_of = runpy.run_path(str(REPOSITORY / "tools/study.py"))["search_of"]
     for method in ("plain-long", "random-2x", "5x5-1.5x", "mine", "mine-1.5x"):
-        assert search_of(method) == ""
+        assert Method.of(method).search == ""
     for method in ("nats-paper", "nats-warm@0.1-2x", "transposed", "5x5-warm-2x", "mine-warm"):
-        assert search_of(method) == "nats"
-    assert search_of("path-warm") == search_of("path") == "path"
+        assert Method.of(method).search == "nats"
+    assert Method.of("path-warm").search == Method.of("path").search == "path"
 
 
 def test_a_run_that_had_ended_when_it_was_told_to_stop(tmp_path):
     """Sending a signal takes its exit status first; that must not hide what went wrong."""
-    task_class = runpy.run_path(str(REPOSITORY / "tools/study.py"))["Task"]
-    task = task_class("retraining", str(tmp_path), lambda: ["-c", "raise SystemExit(3)"])
+    task = Task("retraining", str(tmp_path), lambda: ["-c", "raise SystemExit(3)"])
     task.start({})
     os.waitid(os.P_PID, task.process.pid, os.WEXITED | os.WNOWAIT)
     task.process.send_signal(signal.SIGTERM)

@@ -19,14 +19,23 @@ from runs import REPOSITORY, TINY
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture
+from detectron2_nats.bench.baselines import dilation_shares
+from detectron2_nats.bench.study.merge import costs
+from detectron2_nats.bench.study.methods import seeds_argument
+from detectron2_nats.commands import cli
 from detectron2_nats.config import load_config
-from detectron2_nats.results.comparison import dilation_shares
-from detectron2_nats.transform import searched_layers
+from detectron2_nats.method.stages import searched_layers
+
+
+def file_of(name: str) -> str:
+    """Of a command, or of a script of the repository."""
+    is_command = name.startswith("nats-")
+    return str(Path(sys.executable).with_name(name) if is_command else REPOSITORY / name)
 
 
 def tool(name: str, *arguments, folder=REPOSITORY) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", str(REPOSITORY / name), *map(str, arguments)],
+        [sys.executable, "-W", "ignore", file_of(name), *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY / "projects/NATS")},
         stdin=subprocess.DEVNULL,
@@ -43,7 +52,10 @@ def tool_here(monkeypatch, folder: Path, name: str, *arguments: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            runpy.run_path(str(REPOSITORY / name), run_name="__main__")
+            if name.startswith("nats-"):
+                cli.main()
+            else:
+                runpy.run_path(file_of(name), run_name="__main__")
         except SystemExit as left:
             return left.code
 
@@ -94,12 +106,18 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["analyze", "export", "import_architecture", "make_val35k", "plot", "pretrain_embedded"]
+    "name",
+    [
+        *("nats-analyze", "nats-export", "nats-import", "nats-plot", "nats-report", "nats-score"),
+        *("nats-search", "nats-study", "nats-train"),
+        *("tools/make_val35k.py", "tools/pretrain_embedded.py"),
+    ],
 )
 def test_help(monkeypatch, capsys, name):
-    assert tool_here(monkeypatch, REPOSITORY, f"tools/{name}.py", "--help") == 0
+    assert tool_here(monkeypatch, REPOSITORY, name, "--help") == 0
     shown = capsys.readouterr().out
-    assert "usage: " in shown and "example" in shown and f"python tools/{name}.py" in shown
+    example = f"$ {name}" if name.startswith("nats-") else f"python {name}"
+    assert "usage: " in shown and "example" in shown and example in shown
 
 
 @pytest.mark.parametrize(
@@ -107,12 +125,12 @@ def test_help(monkeypatch, capsys, name):
     [
         ("plot", "search --output p --format both", "p/architecture.png p/history.svg"),
         ("plot", "search/architecture.yaml --output q", "q/architecture.png"),
-        ("import_architecture", "ic_conv.json --output ic.yaml --stages res5", "ic.yaml"),
+        ("import", "ic_conv.json --output ic.yaml --stages res5", "ic.yaml"),
         ("export", "search --order voted --weights w.pth --output voted.yaml", "w.pth voted.yaml"),
     ],
 )
 def test_good_run(folder, name, arguments, written):
-    done = tool(f"tools/{name}.py", *arguments.split(), folder=folder)
+    done = tool(f"nats-{name}", *arguments.split(), folder=folder)
     assert done.returncode == 0, done.stderr
     named = [line.removeprefix("wrote ") for line in done.stdout.splitlines()]
     assert set(written.split()) <= set(named), done.stdout
@@ -124,7 +142,7 @@ def test_a_margin_keeps_more_channels_plain(monkeypatch, folder):
     plain = []
     for margin in ("0", "0.1", "0.99"):
         arguments = ["search", "--margin", margin, "--output", "margin.yaml"]
-        assert tool_here(monkeypatch, folder, "tools/export.py", *arguments) is None
+        assert tool_here(monkeypatch, folder, "nats-export", *arguments) is None
         found = Architecture.from_config(load_config("margin.yaml").MODEL.NATS.ARCHITECTURE)
         plain.append(dilation_shares([found])[1, 1])
     assert plain[0] < plain[1] < plain[2] == 1
@@ -132,7 +150,7 @@ def test_a_margin_keeps_more_channels_plain(monkeypatch, folder):
 
 def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     arguments = ["--again", "results.json", "--output", "again"]
-    assert tool_here(monkeypatch, folder, "tools/study.py", *arguments) is None
+    assert tool_here(monkeypatch, folder, "nats-study", *arguments) is None
     shown = capsys.readouterr().out
     assert "| nats-warm  | 31.5 |" in shown and "1×3 92%, 1×1 8%" in shown
     assert re.search(r"\| nats-warm +\| +30\.0 \| +33\.0 \|", shown)  # AP of each class
@@ -141,20 +159,19 @@ def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     assert json.loads((folder / "again/results.json").read_text()) == results((1, 3))
     arguments = ["--cost", "results.json", "again/results.json", "--output", "again"]
     arguments += ["--methods", "plain", "nats-warm", "path"]
-    assert tool_here(monkeypatch, folder, "tools/study.py", *arguments) is None
+    assert tool_here(monkeypatch, folder, "nats-study", *arguments) is None
     assert capsys.readouterr().out == "wrote again/cost.png\n"
     assert (folder / "again/cost.png").stat().st_size > 1000
-    costs = runpy.run_path(str(REPOSITORY / "tools/study.py"))["costs"]
     assert list(costs(["results.json", "again/results.json"], ["plain"])) == [
         "results.json: plain",
         "again/results.json: plain",
     ]
     assert list(costs(["results.json"], ["plain"])) == ["results: plain"]
     (folder / "odd.json").write_text('{"methods": 3}')
-    left = tool_here(monkeypatch, folder, "tools/study.py", "--again", "odd.json")
+    left = tool_here(monkeypatch, folder, "nats-study", "--again", "odd.json")
     assert left == 2 and "odd.json: not the results of a study" in capsys.readouterr().err
     (folder / "new.json").write_text('{"methods": {}, "searches": {}, "seeds": [0]}')
-    left = tool_here(monkeypatch, folder, "tools/study.py", "--again", "new.json")
+    left = tool_here(monkeypatch, folder, "nats-study", "--again", "new.json")
     assert left == 2 and "new.json: contains no results yet" in capsys.readouterr().err
 
 
@@ -175,7 +192,7 @@ def test_a_study_that_several_machines_ran(monkeypatch, capsys, tmp_path):
     part("late.json", [1, 0], ("random",))
     part("far.json", [5], ("random",))
     files = ["two.json", "one.json", "late.json"]
-    assert tool_here(monkeypatch, tmp_path, "tools/study.py", "--again", *files) is None
+    assert tool_here(monkeypatch, tmp_path, "nats-study", "--again", *files) is None
     shown = capsys.readouterr().out
     assert "3 seeds" in shown and "seed 3" in shown
     assert not (tmp_path / "output/study").exists()  # where studies are by default
@@ -185,7 +202,7 @@ def test_a_study_that_several_machines_ran(monkeypatch, capsys, tmp_path):
     assert [m["time_ratio"] for m in written["methods"].values()] == [1.1, 1.1, 1.1]
     part("other.json", [0, 1], ("random", "5x5"))
     files = ["two.json", "other.json"]
-    assert tool_here(monkeypatch, tmp_path, "tools/study.py", "--again", *files) is None
+    assert tool_here(monkeypatch, tmp_path, "nats-study", "--again", *files) is None
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert ["1.100×" in row for row in rows[1:5]] == [True, True, False, False]
     for method in written["methods"].values():
@@ -199,19 +216,19 @@ def test_a_study_that_several_machines_ran(monkeypatch, capsys, tmp_path):
         ),
         (["two.json", "far.json"], "no seed has results of all methods"),
     ):
-        assert tool_here(monkeypatch, tmp_path, "tools/study.py", "--again", *files) == 2
+        assert tool_here(monkeypatch, tmp_path, "nats-study", "--again", *files) == 2
         assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, seeds", [("3", [0, 1, 2]), ("2-3", [2, 3]), ("7-7", [7])])
 def test_seeds_of_a_study(text, seeds):
-    assert list(runpy.run_path(str(REPOSITORY / "tools/study.py"))["_seeds"](text)) == seeds
+    assert list(seeds_argument(text)) == seeds
 
 
 @pytest.mark.parametrize("text", ["0", "3-2", "-1", "1-", "x", "1-2-3"])
 def test_no_seeds_of_a_study(text):
     with pytest.raises(argparse.ArgumentTypeError, match="a range like 2-3"):
-        runpy.run_path(str(REPOSITORY / "tools/study.py"))["_seeds"](text)
+        seeds_argument(text)
 
 
 def test_the_demo_says_whether_the_search_was_right():
@@ -226,7 +243,7 @@ def test_the_demo_says_whether_the_search_was_right():
 
 
 def test_analyze(folder):
-    done = tool("tools/analyze.py", "search", "--size", "64", "100", folder=folder)
+    done = tool("nats-analyze", "search", "--size", "64", "100", folder=folder)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert sum(line.startswith("res") for line in lines) == 13
@@ -243,28 +260,28 @@ def test_analyze(folder):
         ("plot", "", "give a search's output folder, an architecture file, or --plain"),
         ("analyze", "ic_conv.json", "not an architecture file"),
         ("analyze", "search --config-file none.yaml", "config none.yaml not found"),
-        ("import_architecture", "a_file --output x.yaml", "a_file: not readable as JSON"),
-        ("import_architecture", "ic_conv.json --output a_file/x", "a_file/x: cannot be written"),
+        ("import", "a_file --output x.yaml", "a_file: not readable as JSON"),
+        ("import", "ic_conv.json --output a_file/x", "a_file/x: cannot be written"),
         ("export", "a_file", "a_file: not an architecture file"),
         ("export", "none.yaml", "none.yaml: cannot be read"),
         ("export", "search --output a_file/x.yaml", "a_file/x.yaml: cannot be written"),
         ("export", "search --weights w.pth", "fit only an architecture in voted order"),
-        ("export", "damaged --order voted", "model_final.pth: not readable as a checkpoint"),
+        ("export", "damaged --order voted", "no checkpoint in damaged is intact"),
         ("export", "search --margin 1.5", "DECODE_MARGIN 1.5: expected a share"),
     ],
 )
 def test_bad_input(monkeypatch, capsys, folder, name, arguments, error):
-    assert tool_here(monkeypatch, folder, f"tools/{name}.py", *arguments.split()) == 2
+    assert tool_here(monkeypatch, folder, f"nats-{name}", *arguments.split()) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ") and error in line
     assert "wrote" not in captured.out
 
 
-@pytest.mark.parametrize("name", ["analyze", "export", "import_architecture", "plot"])
+@pytest.mark.parametrize("name", ["analyze", "export", "import", "plot"])
 def test_error_is_one_line_on_stderr(folder, name):
-    more = ["--output", "x.yaml"] if name == "import_architecture" else []
-    done = tool(f"tools/{name}.py", "nowhere", *more, folder=folder)
+    more = ["--output", "x.yaml"] if name == "import" else []
+    done = tool(f"nats-{name}", "nowhere", *more, folder=folder)
     assert done.returncode == 2 and not done.stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: nowhere: cannot be read")
@@ -273,17 +290,21 @@ def test_error_is_one_line_on_stderr(folder, name):
 @pytest.mark.parametrize(
     "name, arguments, error",
     [
-        ("plot", "search --images 0", "'0': expected a whole number from 1 to 4096"),
-        ("study", "--methods nats-best", "'nats-best': expected one of plain, plain-long"),
-        ("study", "--methods random@0.1", "'random@0.1': expected one of"),
-        ("study", "--methods nats-warm@2", "'nats-warm@2': expected one of"),
-        ("study", "--methods nats-warm@0.1", "--config-file and --search-config are needed"),
-        ("pretrain_embedded", "--steps 0", "--steps 0: expected at least 1"),
-        ("pretrain_embedded", "--output nowhere/x.pth", "the folder nowhere does not exist"),
+        ("nats-plot", "search --images 0", "'0': expected a whole number from 1 to 4096"),
+        ("nats-study", "--methods nats-best", "'nats-best': expected one of plain, plain-long"),
+        ("nats-study", "--methods random@0.1", "'random@0.1': expected one of"),
+        ("nats-study", "--methods nats-warm@2", "'nats-warm@2': expected one of"),
+        ("nats-study", "--methods nats-warm@0.1", "--config-file and --search-config are needed"),
+        ("tools/pretrain_embedded.py", "--steps 0", "--steps 0: expected at least 1"),
+        (
+            "tools/pretrain_embedded.py",
+            "--output nowhere/x.pth",
+            "the folder nowhere does not exist",
+        ),
     ],
 )
 def test_bad_options(monkeypatch, capsys, folder, name, arguments, error):
-    assert tool_here(monkeypatch, folder, f"tools/{name}.py", *arguments.split()) == 2
+    assert tool_here(monkeypatch, folder, name, *arguments.split()) == 2
     assert error in capsys.readouterr().err.splitlines()[-1]
 
 

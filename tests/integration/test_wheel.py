@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ["analyze", "export", "import", "plot", "report", "score", "search", "train"]
+COMMANDS = ["analyze", "export", "import", "plot", "report", "score", "search", "study", "train"]
 
 WITHOUT_DETECTRON2 = """
 import sys
@@ -23,7 +23,7 @@ for name in ("detectron2", "fvcore", "iopath", "pycocotools"):
 METHOD = """
 import pytest, torch, torchvision
 import detectron2_nats as nats
-from detectron2_nats.data.embedded import WEIGHTS
+from detectron2_nats.toy.sets import WEIGHTS
 
 assert nats.__file__.startswith(sys.argv[1]), nats.__file__
 assert torch.load(WEIGHTS)
@@ -49,7 +49,7 @@ with pytest.raises(AttributeError, match="no attribute 'nothing'"):
 
 RUN = """
 import sys
-from detectron2_nats.commands import main
+from detectron2_nats.commands.cli import main
 names, *arguments = sys.argv[1:]
 for name in names.split():
     sys.argv = [f"/somewhere/bin/nats-{name}", *arguments]
@@ -97,7 +97,9 @@ def test_metadata(site):
     scripts = configparser.ConfigParser()
     scripts.read(info / "entry_points.txt")
     names = [f"nats-{name}" for name in COMMANDS]
-    assert dict(scripts["console_scripts"]) == dict.fromkeys(names, "detectron2_nats.commands:main")
+    assert dict(scripts["console_scripts"]) == dict.fromkeys(
+        names, "detectron2_nats.commands.cli:main"
+    )
     files = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     mine = {
         str(path.relative_to(REPOSITORY / "projects/NATS"))

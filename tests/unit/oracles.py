@@ -15,7 +15,7 @@ from detectron2.modeling import FPN, ResNet, build_backbone
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 from detectron2_nats import Architecture, SearchSpace, add_nats_config
-from detectron2_nats.transform import conv3x3_layers, searched_layers
+from detectron2_nats.method.stages import conv3x3_layers, searched_layers
 
 RESNET, FPN_RESNET = "build_resnet_backbone", "build_resnet_fpn_backbone"
 

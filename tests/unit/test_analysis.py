@@ -7,14 +7,14 @@ from torch import nn
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture, apply_architecture
-from detectron2_nats.config import load_config
-from detectron2_nats.results.cost import (
+from detectron2_nats.bench.cost import (
     Cost,
     backbone_cost,
     cost_table,
     detector_flops,
     interleaved_seconds,
 )
+from detectron2_nats.config import load_config
 
 
 @pytest.mark.parametrize("name", ["R18", "FPN", "ResNeXt", "DC5", "Lazy"])

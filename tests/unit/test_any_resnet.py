@@ -22,8 +22,8 @@ from detectron2_nats import (
     frozen_state_dict,
     to_supernet,
 )
-from detectron2_nats.results.plot import effective_receptive_fields
-from detectron2_nats.stages import conv3x3_layers, residual_stages, searched_layers
+from detectron2_nats.bench.receptive_field import effective_receptive_fields
+from detectron2_nats.method.stages import conv3x3_layers, residual_stages, searched_layers
 
 
 class MMResLayer(nn.Sequential):

@@ -6,13 +6,13 @@ import yaml
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2_nats import Architecture, NATSError, add_nats_config
-from detectron2_nats.architecture import (
+from detectron2_nats.method.architecture import (
     decode_alpha,
     intensities,
     shipped_architectures,
     votes,
 )
-from detectron2_nats.search_space import PAPER_SETS
+from detectron2_nats.method.search_space import PAPER_SETS
 
 LAYERS = {
     "res3.0.conv2": [[64, 1, 1], [32, 1, 3], [32, 3, 3]],

@@ -33,8 +33,9 @@ from detectron2_nats import (
     apply_architecture,
 )
 from detectron2_nats.backbone import search_space_from_config
-from detectron2_nats.search_space import PAPER_SETS
-from detectron2_nats.transform import conv3x3_layers, searched_layers
+from detectron2_nats.method.sampling import SampledDilationConv2d
+from detectron2_nats.method.search_space import PAPER_SETS
+from detectron2_nats.method.stages import conv3x3_layers, searched_layers
 
 HALF_R50 = os.path.join(
     os.path.dirname(__file__), *[os.pardir] * 3, "shared", "weights", "R-50-half.pkl"
@@ -135,7 +136,8 @@ def test_bad_group_keys(num_groups, channels_per_group, message):
 def test_keys_without_replicas(key):
     supernet = build_backbone(nats(case_cfg("R50"), **{key: True}))
     for conv in searched_layers(supernet).values():
-        assert conv.replicas is None and conv.sample == (key == "SAMPLE")
+        assert conv.replicas is None
+        assert isinstance(conv, SampledDilationConv2d) == (key == "SAMPLE")
     assert not any("replicas" in key for key in supernet.state_dict())
 
 

@@ -9,8 +9,9 @@ import pytest
 from oracles import FPN_RESNET, tiny_cfg
 
 from detectron2_nats import Architecture, NATSError
-from detectron2_nats.results import comparison
-from detectron2_nats.results.plot import plot_cost, plot_study
+from detectron2_nats.bench import baselines
+from detectron2_nats.bench.pictures import plot_cost, plot_study
+from detectron2_nats.bench.study import folds, intervals
 
 CATEGORIES = [{"id": 3, "name": "cell"}]
 
@@ -40,7 +41,7 @@ def annotation_file(path, names, categories=CATEGORIES):
 def merged(tmp_path):
     one = annotation_file(tmp_path / "one.json", [f"a{i}.jpg" for i in range(11)])
     two = annotation_file(tmp_path / "two.json", [f"b{i}.jpg" for i in range(9)])
-    return comparison.merged_annotations([one, two])
+    return folds.merged_annotations([one, two])
 
 
 def test_merging_keeps_each_box_with_its_image(merged):
@@ -63,9 +64,9 @@ def test_files_that_do_not_go_together(tmp_path, names, categories, words):
     one = annotation_file(tmp_path / "one.json", ["a1.jpg"])
     two = annotation_file(tmp_path / "two.json", names, categories)
     with pytest.raises(NATSError, match=words):
-        comparison.merged_annotations([one, two])
+        folds.merged_annotations([one, two])
     with pytest.raises(NATSError, match="missing.json"):
-        comparison.merged_annotations([str(tmp_path / "missing.json")])
+        folds.merged_annotations([str(tmp_path / "missing.json")])
 
 
 def read(folder, fold, name):
@@ -75,7 +76,7 @@ def read(folder, fold, name):
 
 
 def test_every_image_is_tested_once_and_never_trained_on_then(merged, tmp_path):
-    comparison.write_folds(merged, 4, str(tmp_path))
+    folds.write_folds(merged, 4, str(tmp_path))
     everything = {image["file_name"] for image in merged["images"]}
     tested = [read(tmp_path, fold, "test") for fold in range(4)]
     assert set.union(*tested) == everything and sum(map(len, tested)) == len(everything)
@@ -86,14 +87,14 @@ def test_every_image_is_tested_once_and_never_trained_on_then(merged, tmp_path):
         assert train | calibration == rest and not train & calibration
         assert len(calibration) == 4  # 0.3 of 15
     before = (tmp_path / "fold_2/train.json").read_text()
-    comparison.write_folds(merged, 4, str(tmp_path))
+    folds.write_folds(merged, 4, str(tmp_path))
     assert (tmp_path / "fold_2/train.json").read_text() == before
     with pytest.raises(NATSError, match="too few for 7 folds"):
-        comparison.write_folds(merged, 7, str(tmp_path))
+        folds.write_folds(merged, 7, str(tmp_path))
 
 
 def test_pooled_ap_of_perfect_and_of_no_detections(merged, tmp_path):
-    comparison.write_folds(merged, 2, str(tmp_path))
+    folds.write_folds(merged, 2, str(tmp_path))
     truth = str(tmp_path / "all.json")
     perfect = [
         {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9}
@@ -103,38 +104,38 @@ def test_pooled_ap_of_perfect_and_of_no_detections(merged, tmp_path):
     for name, part in (("one", perfect[:10]), ("two", perfect[10:]), ("none", [])):
         (tmp_path / name).write_text(json.dumps(part))
         files.append(str(tmp_path / name))
-    assert comparison.pooled_ap(truth, files[:2]) == pytest.approx(100)
-    assert comparison.pooled_ap(truth, files[2:]) == 0
-    assert 45 < comparison.pooled_ap(truth, files[::2]) < 55  # half of the boxes are found
+    assert folds.pooled_ap(truth, files[:2]) == pytest.approx(100)
+    assert folds.pooled_ap(truth, files[2:]) == 0
+    assert 45 < folds.pooled_ap(truth, files[::2]) < 55  # half of the boxes are found
 
 
 def test_paired_interval_by_hand():
     # mean 2, standard deviation 1, three values: t = 4.302653 with two degrees of freedom
-    mean, half = comparison.paired_interval([1.0, 2.0, 3.0])
+    mean, half = intervals.paired_interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert comparison.paired_interval([1.5]) == (1.5, math.inf)
+    assert intervals.paired_interval([1.5]) == (1.5, math.inf)
 
 
 def test_the_interval_covers_and_the_detectable_difference_is_detected():
     rng = np.random.default_rng(0)
     runs = rng.normal(0.7, 1.3, size=(2000, 5))
-    intervals = [comparison.paired_interval(run) for run in runs]
-    covered = statistics.mean(abs(mean - 0.7) <= half for mean, half in intervals)
+    each = [intervals.paired_interval(run) for run in runs]
+    covered = statistics.mean(abs(mean - 0.7) <= half for mean, half in each)
     assert 0.93 < covered < 0.97
     # the rule of thumb is close: power of 80 % at the difference that it names
-    difference = comparison.detectable_difference({"a": [-1.0, 1.0] * 3})
+    difference = intervals.detectable_difference({"a": [-1.0, 1.0] * 3})
     deviation = np.std([-1, 1] * 3, ddof=1)
     found = rng.normal(difference, deviation, size=(4000, 6))
-    intervals = [comparison.paired_interval(run) for run in found]
-    assert 0.75 < statistics.mean(abs(m) > h for m, h in intervals) < 0.85
-    assert comparison.detectable_difference({"a": [1.0]}) == math.inf
+    each = [intervals.paired_interval(run) for run in found]
+    assert 0.75 < statistics.mean(abs(m) > h for m, h in each) < 0.85
+    assert intervals.detectable_difference({"a": [1.0]}) == math.inf
 
 
 def test_random_architectures_fit_differ_by_seed_and_use_all_genotypes():
     cfg = tiny_cfg(FPN_RESNET)
     cfg.MODEL.BACKBONE.NAME = "build_nats_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    one, same, other = (comparison.random_architecture(cfg, seed) for seed in (1, 1, 2))
+    one, same, other = (baselines.random_architecture(cfg, seed) for seed in (1, 1, 2))
     assert one == same and one != other
     dilations = {run[1:] for runs in one.layers.values() for run in runs}
     assert {(1, 1), (3, 3)} <= dilations
@@ -143,10 +144,10 @@ def test_random_architectures_fit_differ_by_seed_and_use_all_genotypes():
 def test_agreement_by_hand():
     one = Architecture({"res3.0.conv2": [(8, 1, 1), (8, 3, 3)]})
     other = Architecture({"res3.0.conv2": [(4, 1, 1), (4, 3, 3), (8, 3, 3)]})
-    seen, chance = comparison.agreement([one, other])
+    seen, chance = baselines.agreement([one, other])
     assert seen == 0.75 and chance == 0.5 * 0.25 + 0.5 * 0.75
-    assert comparison.agreement([one, one])[0] == 1
-    assert comparison.dilation_shares([other]) == {(3, 3): 0.75, (1, 1): 0.25}
+    assert baselines.agreement([one, one])[0] == 1
+    assert baselines.dilation_shares([other]) == {(3, 3): 0.75, (1, 1): 0.25}
 
 
 def test_the_picture_has_a_line_per_seed_and_a_mean_per_method():

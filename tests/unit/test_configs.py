@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.engine import DefaultTrainer
 from detectron2_nats import NATSError, add_nats_config
-from detectron2_nats.config import check_names, config_differences, load_config, with_norms_for
+from detectron2_nats.config import check_config, config_differences, load_config, with_norms_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -303,11 +303,11 @@ def test_a_lazy_config_is_refused():
 )
 def test_names_that_detectron2_does_not_know(key, value, expected):
     with pytest.raises(NATSError, match=f"{key} '{value}' is not known: expected .*{expected}"):
-        check_names(load_config("", [key, value]))
+        check_config(load_config("", [key, value]))
 
 
 @pytest.mark.parametrize(
     "path", config_files("search", "retrain", "quickstart", "examples", "study")
 )
 def test_the_repositorys_names_are_known(path):
-    check_names(load_config(str(path)))
+    check_config(load_config(str(path)))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from detectron2_nats.decidedness import Decidedness, all_votes
+from detectron2_nats.method.decidedness import Decidedness, all_votes
 
 # softmax of log p is p
 SURE = np.log([[0.98, 0.01, 0.01], [0.01, 0.01, 0.98]])

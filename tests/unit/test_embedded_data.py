@@ -18,19 +18,19 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from detectron2_nats import NATSError
-from detectron2_nats.data import embedded, scenes
-from detectron2_nats.data.embedded_catalog import register_embedded_datasets
+from detectron2_nats.toy import scenes, sets
+from detectron2_nats.toy.catalog import register_embedded_datasets
 
 ROOT = Path(__file__).parents[2]
 COUNTS = {"train": 12, "calibration": 8, "val": 6}
-SMALL = {name: replace(whole, splits=COUNTS) for name, whole in embedded.SETS.items()}
+SMALL = {name: replace(whole, splits=COUNTS) for name, whole in sets.SETS.items()}
 
 
 @pytest.fixture(autouse=True)
 def small_set_in_own_folder(tmp_path, monkeypatch):
     """Every test makes a small set of its own, if any."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    monkeypatch.setattr(embedded, "SETS", dict(SMALL))
+    monkeypatch.setattr(sets, "SETS", dict(SMALL))
     register_embedded_datasets()
 
 
@@ -43,7 +43,7 @@ def dataset(request):
 def folder(tmp_path, dataset):
     path = tmp_path / "scenes"
     path.mkdir()
-    embedded.write_embedded_dataset(path, dataset)
+    sets.write_embedded_dataset(path, dataset)
     return path
 
 
@@ -61,8 +61,8 @@ def test_the_same_seed_gives_the_same_files(folder, tmp_path, dataset):
     again.mkdir()
     other.mkdir()
     np.random.seed(5)  # the global generator plays no part
-    embedded.write_embedded_dataset(again, dataset)
-    embedded.write_embedded_dataset(other, replace(dataset, seed=(1,)))
+    sets.write_embedded_dataset(again, dataset)
+    sets.write_embedded_dataset(other, replace(dataset, seed=(1,)))
     assert digests(again) == digests(folder)
     assert not set(digests(other).values()) & set(digests(folder).values())
 
@@ -140,13 +140,13 @@ def test_a_bars_class_is_told_by_its_two_ends(standing, lengths):
 
 
 def test_is_made_once_and_anew_for_another_version(monkeypatch):
-    path = Path(embedded.ensure_embedded_dataset())
+    path = Path(sets.ensure_embedded_dataset())
     made = (path / "made_by.json").stat().st_mtime_ns
-    assert embedded.ensure_embedded_dataset() == str(path)
+    assert sets.ensure_embedded_dataset() == str(path)
     assert (path / "made_by.json").stat().st_mtime_ns == made
     (path / "left_over").touch()
-    monkeypatch.setitem(embedded.SETS, "nats_embedded", replace(SMALL["nats_embedded"], version=2))
-    embedded.ensure_embedded_dataset()
+    monkeypatch.setitem(sets.SETS, "nats_embedded", replace(SMALL["nats_embedded"], version=2))
+    sets.ensure_embedded_dataset()
     assert not (path / "left_over").exists()
 
 
@@ -158,13 +158,13 @@ def test_a_killed_run_leaves_nothing_half_made(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedded, "write_embedded_dataset", killed)
+        patch.setattr(sets, "write_embedded_dataset", killed)
         with pytest.raises(KeyboardInterrupt):
-            embedded.ensure_embedded_dataset()
+            sets.ensure_embedded_dataset()
     assert not final.exists()
     # A folder without its marker is not trusted either.
     (final / "train").mkdir(parents=True)
-    embedded.ensure_embedded_dataset()
+    sets.ensure_embedded_dataset()
     assert len(list((final / "train").iterdir())) == COUNTS["train"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nats_embedded", "nats_embedded.lock"]
 

@@ -9,8 +9,8 @@ from oracles import image, tiny_cfg
 
 from detectron2.modeling import build_backbone
 from detectron2_nats import Architecture, GroupedDilationConv2d, NATSError, apply_architecture
-from detectron2_nats.importers import from_ic_conv, from_rf_next, read_json
-from detectron2_nats.transform import conv3x3_layers
+from detectron2_nats.bench.importers import from_ic_conv, from_rf_next, read_json
+from detectron2_nats.method.stages import conv3x3_layers
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 IC_CONV = Path(__file__).resolve().parents[3] / "shared/data/ic_conv/ic_resnet50_k9.json"

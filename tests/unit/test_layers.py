@@ -7,12 +7,9 @@ from oracles import direct_frozen, direct_mixture
 from torch import nn
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from detectron2_nats import (
-    GroupedDilationConv2d,
-    MixedDilationConv2d,
-    NATSError,
-    convolution,
-)
+from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d, NATSError
+from detectron2_nats.method import speed
+from detectron2_nats.method.sampling import SampledDilationConv2d
 
 CONVS = [
     dict(),
@@ -43,13 +40,11 @@ def plain_conv(stride=1, base=1, groups=1, bias=False, norm=None, activation=Non
 
 def mixed_conv(num_groups=4, genotypes=GENOTYPES, share_weights=False, sample=False, **kwargs):
     """A super-network's conv with random α and replicas that differ."""
-    conv = MixedDilationConv2d(
-        plain_conv(**kwargs),
-        genotypes=genotypes,
-        num_groups=num_groups,
-        share_weights=share_weights,
-        sample=sample,
-    )
+    choice = {"genotypes": genotypes, "num_groups": num_groups}
+    if sample:
+        conv = SampledDilationConv2d(plain_conv(**kwargs), **choice)
+    else:
+        conv = MixedDilationConv2d(plain_conv(**kwargs), share_weights=share_weights, **choice)
     conv.alpha.data.normal_()
     if conv.replicas is not None:
         conv.replicas.data.normal_(std=0.1)
@@ -86,7 +81,7 @@ def processor(request, monkeypatch):
 @pytest.fixture(params=[True, False], ids=["recomputed", "kept"])
 def recomputed(request, monkeypatch):
     """Whether the step on α computes each y^g again in backward, or keeps it."""
-    monkeypatch.setattr(convolution, "_FEW_CHANNELS", 128 if request.param else 0)
+    monkeypatch.setattr(speed, "_FEW_CHANNELS", 128 if request.param else 0)
     return request.param
 
 

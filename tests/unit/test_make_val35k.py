@@ -8,7 +8,7 @@ import pytest
 
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
-from detectron2_nats.command import run_tool
+from detectron2_nats.commands.cli import run_tool
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "make_val35k.py"
 _spec = importlib.util.spec_from_file_location("make_val35k", SCRIPT)

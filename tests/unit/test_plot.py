@@ -10,9 +10,11 @@ from oracles import build_plain, image, random_architecture
 
 from detectron2.structures import BoxMode
 from detectron2_nats import Architecture, NATSError, apply_architecture
+from detectron2_nats.bench import pictures
+from detectron2_nats.bench.detectors import object_sizes
+from detectron2_nats.bench.history import read_history
+from detectron2_nats.bench.receptive_field import effective_receptive_fields, mass_side
 from detectron2_nats.config import load_config
-from detectron2_nats.results import plot
-from detectron2_nats.results.detectors import object_sizes
 
 
 def line(iteration, entropy, votes):
@@ -35,25 +37,25 @@ def test_history_the_last_of_an_iteration_wins(tmp_path):
         line(39, 0.8, 7.0) | layer | other,  # written again after a resume
         tail='{"iteration": 59, "alpha/ent',  # killed in the middle
     )
-    history = plot.read_history(path)
+    history = read_history(path)
     assert history["iteration"] == [19, 39]
     assert history["entropy"] == [1.0, 0.8] and history["votes_changed"] == [0.0, 7.0]
     # mean over the layers; one that lacks a genotype gives it nothing
     assert history["intensity"] == {(1, 1): [0.75, 0.75], (5, 1): [0.25, 0.25]}
-    picture = plot.as_image(plot.plot_history(history))
+    picture = pictures.as_image(pictures.plot_history(history))
     assert picture.dtype == np.uint8 and picture.shape[0] == 3 and picture.std() > 10
 
 
 def test_history_of_one_line(tmp_path):
     path = write(tmp_path / "metrics.json", line(0, 1.0, 0.0) | {"intensity/res3.0.conv2/1x1": 1.0})
-    plot.as_image(plot.plot_history(plot.read_history(path)))
+    pictures.as_image(pictures.plot_history(read_history(path)))
 
 
 def test_history_refuses(tmp_path):
     with pytest.raises(NATSError, match="contains no history of α"):
-        plot.read_history(write(tmp_path / "metrics.json", {"iteration": 1, "total_loss": 2.0}))
+        read_history(write(tmp_path / "metrics.json", {"iteration": 1, "total_loss": 2.0}))
     with pytest.raises(NATSError, match="cannot be read: No such file"):
-        plot.read_history(str(tmp_path / "none.json"))
+        read_history(str(tmp_path / "none.json"))
 
 
 def luminance(colour):
@@ -62,19 +64,21 @@ def luminance(colour):
 
 def test_styles_read_in_grey():
     dilations = [(h, w) for h in range(1, 5) for w in range(1, 5)]
-    styles = plot.dilation_styles(dilations)
+    styles = pictures.dilation_styles(dilations)
     assert set(styles) == set(dilations)
     for hatch in ("", "---", "|||"):
         greys = [luminance(s["facecolor"]) for s in styles.values() if s["hatch"] == hatch]
         # darker with size, by steps that can be told apart
         assert all(a - b > 0.02 for a, b in zip(greys, greys[1:])), hatch
     # the paper's dilations look the same wherever they stand
-    assert plot.dilation_styles([(3, 3)])[3, 3] == plot.dilation_styles([(1, 1), (3, 3)])[3, 3]
+    assert (
+        pictures.dilation_styles([(3, 3)])[3, 3] == pictures.dilation_styles([(1, 1), (3, 3)])[3, 3]
+    )
 
 
 @pytest.mark.parametrize("name", ["R18", "R50"])
 def test_architecture_bars_add_up(name):
-    figure = plot.plot_architecture(random_architecture(name, build_plain(name)))
+    figure = pictures.plot_architecture(random_architecture(name, build_plain(name)))
     heights = {}
     for bar in (patch for axes in figure.axes for patch in axes.patches):
         heights[bar.get_x()] = heights.get(bar.get_x(), 0) + bar.get_height()
@@ -87,7 +91,7 @@ def test_mass_side_by_hand():
     field[4, 4] = 0.5
     field[4, 6] = 0.45
     field[0, 4] = 0.05
-    assert [plot.mass_side(field, share) for share in (0.5, 0.9, 1.0)] == [1, 5, 9]
+    assert [mass_side(field, share) for share in (0.5, 0.9, 1.0)] == [1, 5, 9]
 
 
 def test_receptive_fields_grow_with_dilation():
@@ -98,7 +102,7 @@ def test_receptive_fields_grow_with_dilation():
     modes = [module.training for module in plain.modules()]
     state = {k: v.clone() for k, v in plain.state_dict().items()}
     images = image(128, batch=2)
-    fields = [plot.effective_receptive_fields(model, images) for model in (plain, dilated)]
+    fields = [effective_receptive_fields(model, images) for model in (plain, dilated)]
     assert list(fields[0]) == ["res2", "res3", "res4", "res5"]
     assert all(math.isclose(f.sum(), 1, rel_tol=1e-4) for f in fields[0].values())
     # what is not dilated sees the same; what is sees further, and only along the width
@@ -113,9 +117,9 @@ def test_receptive_fields_grow_with_dilation():
 
 
 def test_detections():
-    pictures = [np.zeros((20, 30, 3), np.uint8), np.zeros((30, 20, 3), np.uint8)]
+    images = [np.zeros((20, 30, 3), np.uint8), np.zeros((30, 20, 3), np.uint8)]
     found = [[([1, 2, 10, 12], 0, 0.9), ([5, 5, 9, 9], 7, 0.5)], []]
-    figure = plot.plot_detections(pictures, {"plain": found, "searched": found[::-1]}, ["disc"])
+    figure = pictures.plot_detections(images, {"plain": found, "searched": found[::-1]}, ["disc"])
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     some, none = ["disc 0.90", "7 0.50"], ["nothing detected"]
     assert texts == [some, none, none, some]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from detectron2_nats import Architecture
 from detectron2_nats.config import load_config
-from detectron2_nats.export import export_config, write_config
-from detectron2_nats.layers import GroupedDilationConv2d
-from detectron2_nats.transform import conv3x3_layers
+from detectron2_nats.method.layers import GroupedDilationConv2d
+from detectron2_nats.method.stages import conv3x3_layers
+from detectron2_nats.search.export import export_config, write_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text()

@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from detectron2_nats import NATSError, SearchSpace
-from detectron2_nats.search_space import PAPER_SETS, check_dilation
+from detectron2_nats.method.search_space import PAPER_SETS, check_dilation
 
 S3 = ((1, 1), (2, 2), (3, 3))
 S5 = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5))

@@ -34,8 +34,8 @@ from detectron2_nats import (
     apply_architecture,
     to_supernet,
 )
-from detectron2_nats.architecture import DECODE_ORDERS
-from detectron2_nats.transform import conv3x3_layers, searched_layers
+from detectron2_nats.method.architecture import DECODE_ORDERS
+from detectron2_nats.method.stages import conv3x3_layers, searched_layers
 
 BLOCKS = {
     "R18": {"res3": 2, "res4": 2, "res5": 2},

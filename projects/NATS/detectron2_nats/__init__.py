@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from . import versions  # noqa: F401  (first: says what is too old)
 
 # isort: split
-from .alpha import alpha_parameters, alpha_training
-from .architecture import Architecture
 from .errors import NATSError
-from .fuse import fuse_for_inference
-from .layers import GroupedDilationConv2d, MixedDilationConv2d
-from .search_space import SearchSpace
-from .transform import apply_architecture, frozen_state_dict, to_supernet
+from .method.alpha import alpha_parameters, alpha_training
+from .method.architecture import Architecture
+from .method.fuse import fuse_for_inference
+from .method.layers import GroupedDilationConv2d, MixedDilationConv2d
+from .method.search_space import SearchSpace
+from .method.transform import apply_architecture, frozen_state_dict, to_supernet
 
 __all__ = [
     "Architecture",
@@ -34,8 +34,8 @@ __all__ = [
 if find_spec("detectron2"):
     from . import backbone  # noqa: F401  (registration)
     from .config import add_nats_config
-    from .data.embedded_catalog import register_embedded_datasets
-    from .trainer import SearchTrainer
+    from .search.trainer import SearchTrainer
+    from .toy.catalog import register_embedded_datasets
 
     __all__ += ["SearchTrainer", "add_nats_config"]
     register_embedded_datasets()

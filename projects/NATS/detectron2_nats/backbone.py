@@ -4,13 +4,11 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from .architecture import Architecture
-from .config import DEFAULT_NUM_GROUPS
+from .config import DEFAULT_NUM_GROUPS, genotype_set
 from .errors import NATSError
-from .search_space import SearchSpace
-from .transform import apply_architecture, to_supernet
-
-__all__ = ["build_nats_backbone", "search_space_from_config"]
+from .method.architecture import Architecture
+from .method.search_space import SearchSpace
+from .method.transform import apply_architecture, to_supernet
 
 
 def search_space_from_config(cfg: CfgNode) -> SearchSpace:
@@ -20,7 +18,7 @@ def search_space_from_config(cfg: CfgNode) -> SearchSpace:
     if channels_per_group > 0 and num_groups == DEFAULT_NUM_GROUPS:
         num_groups = 0  # only CHANNELS_PER_GROUP was set
     return SearchSpace(
-        "C" if nats.SPACE is None else nats.SPACE,
+        genotype_set(cfg),
         stages=nats.STAGES,
         num_groups=num_groups if num_groups or not channels_per_group else None,
         channels_per_group=channels_per_group or None,

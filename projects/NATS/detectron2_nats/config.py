@@ -5,6 +5,8 @@ import os
 import re
 from typing import Any, Dict, List, Sequence
 
+import torch
+
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
@@ -12,15 +14,6 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS
 
 from .errors import NATSError, shown
 from .files import read_yaml
-
-__all__ = [
-    "DEFAULT_NUM_GROUPS",
-    "add_nats_config",
-    "config_differences",
-    "load_config",
-    "scaled_to_processes",
-    "with_norms_for",
-]
 
 DEFAULT_NUM_GROUPS = 16
 
@@ -35,7 +28,7 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.MODEL.NATS = CfgNode()
     # Any registered builder of a network with residual stages (stages.py says what they are).
     cfg.MODEL.NATS.BASE_BACKBONE = "build_resnet_fpn_backbone"
-    # List of [layer name, [[output channels, d_h, d_w], ...]], written by tools/export.py. If not
+    # List of [layer name, [[output channels, d_h, d_w], ...]], written by nats-export. If not
     # empty, this frozen network is built. If empty, the super-network is built.
     cfg.MODEL.NATS.ARCHITECTURE = []
     # Searched stages.
@@ -104,6 +97,48 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.RUN.RANK_CHECK_PERIOD = 100
 
 
+# What a value must be, where that can be said without the model and the data.
+_RULES = (
+    (
+        "SEARCH.ALPHA_START",
+        lambda v: 0 <= v < 1,
+        "a fraction of the search, at least 0 and below 1",
+    ),
+    ("SEARCH.RETRAIN_WEIGHTS", lambda v: v in ("base", "supernet"), "base or supernet"),
+    ("SOLVER.AMP.PRECISION", lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),
+    ("SOLVER.AVERAGE_LAST", lambda v: 0 <= v <= 1, "a share of the run, 0 to 1"),
+    ("RUN.KEEP_CHECKPOINTS", lambda v: v >= 1, "at least 1"),
+    ("RUN.LOG_PERIOD", lambda v: v >= 1, "at least 1"),
+    ("RUN.RANK_CHECK_PERIOD", lambda v: v >= 1, "at least 1"),
+)
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check every value that can be checked before the model is built and the data are read.
+
+    Raises:
+        NATSError: names the key and what it must be.
+    """
+    values = _flat(cfg)
+    for key, holds, expected in _RULES:
+        if not holds(values[key]):
+            raise NATSError(f"{key} {values[key]!r}: expected {expected}")
+    _check_names(values)
+
+
+def genotype_set(cfg: CfgNode) -> Any:
+    """``MODEL.NATS.SPACE``, or what its None means."""
+    return "C" if cfg.MODEL.NATS.SPACE is None else cfg.MODEL.NATS.SPACE
+
+
+def falls_back_to_cpu(cfg: CfgNode) -> bool:
+    """Set ``MODEL.DEVICE`` to the CPU where it is CUDA and PyTorch finds no GPU; whether it did."""
+    without = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if without:
+        cfg.MODEL.DEVICE = "cpu"
+    return without
+
+
 # -- reading --------------------------------------------------------------------------------------
 
 
@@ -164,13 +199,8 @@ def _check_pairs(opts: List[str]) -> None:
             )
 
 
-def check_names(cfg: CfgNode) -> None:
-    """Check the names in a config that Detectron2 looks up in its registries.
-
-    Raises:
-        NATSError: one is not known; suggests the nearest.
-    """
-    flat = _flat(cfg)
+def _check_names(flat: Dict[str, Any]) -> None:
+    """Check the names that Detectron2 looks up in its registries; suggests the nearest."""
     backbones = [name for name, _ in BACKBONE_REGISTRY]
     known = {
         "MODEL.META_ARCHITECTURE": [name for name, _ in META_ARCH_REGISTRY],

@@ -2,8 +2,6 @@
 
 import reprlib
 
-__all__ = ["NATSError", "one_line", "shown"]
-
 
 class NATSError(ValueError):
     """Bad input: its message names the thing that is wrong and the cure, in one line.

@@ -9,16 +9,6 @@ import yaml
 
 from .errors import NATSError
 
-__all__ = [
-    "MAX_FILE_BYTES",
-    "OneLine",
-    "parse_yaml",
-    "read_bounded",
-    "read_yaml",
-    "write_atomically",
-    "write_yaml",
-]
-
 MAX_FILE_BYTES = 8 * 2**20
 """Size limit of a config or architecture file. No more bytes are read."""
 

@@ -2,8 +2,6 @@
 
 import torch
 
-__all__ = ["LEAST_TORCH"]
-
 LEAST_TORCH = (2, 4)
 """2.3 takes no device in ``torch.is_autocast_enabled``."""
 

@@ -1,14 +1,14 @@
 """Print an architecture and its cost: the backbone's parameters, FLOPs and activations."""
 
 import argparse
-from typing import Optional
 
 from detectron2.modeling import build_backbone
 
-from ..architecture import Architecture
-from ..command import paths_of, run_tool, tool_parser
-from ..export import detector_of, export_config
-from ..results.cost import backbone_cost, cost_table
+from ..bench.cost import backbone_cost, cost_table
+from ..method.architecture import Architecture
+from ..search.export import detector_of, export_config
+from ..search.folder import SearchFolder
+from .cli import run_tool, tool_parser
 
 EPILOG = """
 examples:
@@ -21,8 +21,8 @@ examples:
 
 
 def main(args: argparse.Namespace) -> None:
-    folder, path = paths_of(args.source)
-    architecture = Architecture.load(path)
+    folder = SearchFolder(args.source)
+    architecture = folder.architecture()
     cfg = export_config(detector_of(folder, args.config_file), architecture)
     plain = cfg.clone()
     plain.MODEL.BACKBONE.NAME = cfg.MODEL.NATS.BASE_BACKBONE
@@ -39,9 +39,8 @@ def _pixels(text: str) -> int:
     return -(-int(text) // 32) * 32  # Detectron2 pads images to multiples of the stride
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-analyze")
     parser.add_argument("source", help="a search's output folder, or an architecture file")
     parser.add_argument(
         "--config-file", default="", help="config of the detector: a path or a zoo name"

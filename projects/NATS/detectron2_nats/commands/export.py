@@ -1,20 +1,16 @@
 """Write the plain config of a searched detector, and if asked for, its weights."""
 
 import argparse
-import os
-from typing import Optional
 
-from ..architecture import Architecture
-from ..command import paths_of, run_tool, tool_parser, write
-from ..export import (
+from ..search.export import (
     detector_of,
     export_config,
     frozen_weights,
-    read_search,
     write_config,
     write_weights,
 )
-from ..transform import searched_layers
+from ..search.folder import SearchFolder
+from .cli import run_tool, tool_parser, write
 
 EPILOG = """
 examples:
@@ -31,31 +27,24 @@ examples:
 
 
 def main(args: argparse.Namespace) -> None:
-    folder, path = paths_of(args.source)
-    architecture = Architecture.load(path)
-    if args.order or args.weights or args.margin is not None:
-        checkpoint, backbone = read_search(folder)
+    folder = SearchFolder(args.source)
+    architecture = folder.architecture()
     if args.order or args.margin is not None:
         search = dict(architecture.search)
         order, margin = search.pop("order", "paper"), search.pop("margin", 0.0)
-        architecture = Architecture.decode(
-            searched_layers(backbone),
-            args.order or order,
-            margin if args.margin is None else args.margin,
-            **search,
-        )
+        margin = margin if args.margin is None else args.margin
+        architecture = folder.decode(args.order or order, margin, **search)
     cfg = export_config(detector_of(folder, args.config_file), architecture)
     if args.weights:
-        frozen = frozen_weights(checkpoint, backbone, architecture)
+        frozen = frozen_weights(*folder.supernet, architecture)
         cfg.MODEL.WEIGHTS = args.weights
         write(args.weights, lambda: write_weights(frozen, args.weights))
-    path = args.output or os.path.join(folder, "retrain.yaml")
+    path = args.output or folder.file("retrain.yaml")
     write(path, lambda: write_config(cfg, path))
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-export")
     parser.add_argument("source", help="a search's output folder, or an architecture file")
     parser.add_argument(
         "--config-file",

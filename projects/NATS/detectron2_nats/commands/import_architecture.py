@@ -2,11 +2,10 @@
 
 import argparse
 import os
-from typing import Optional
 
-from ..command import run_tool, tool_parser, whole_number, write
+from ..bench.importers import from_ic_conv, from_rf_next, read_json
 from ..errors import NATSError
-from ..importers import from_ic_conv, from_rf_next, read_json
+from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """
 examples:
@@ -20,7 +19,7 @@ examples:
   the result of RF-Next on mmdet's ResNet:
     $ %(prog)s local_search_config_step11.json --output rf_next.yaml
 
-tools/export.py (nats-export) turns the architecture file into a detector's config.
+nats-export turns the architecture file into a detector's config.
 """
 
 
@@ -47,9 +46,8 @@ def main(args: argparse.Namespace) -> None:
     write(args.output, lambda: architecture.save(args.output))
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-import")
     parser.add_argument("source", help="IC-Conv's or RF-Next's JSON file")
     parser.add_argument("--output", required=True, help="architecture file to write")
     parser.add_argument(

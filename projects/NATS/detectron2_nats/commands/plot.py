@@ -2,12 +2,12 @@
 
 import argparse
 import os
-from typing import Optional
 
-from ..architecture import Architecture
-from ..command import paths_of, run_tool, tool_parser, whole_number
+from ..bench import pictures
+from ..bench.history import read_history
 from ..errors import NATSError
-from ..results import plot
+from ..search.folder import SearchFolder
+from .cli import run_tool, tool_parser, whole_number
 
 EPILOG = """
 examples:
@@ -30,33 +30,33 @@ def main(args: argparse.Namespace) -> None:
         raise NATSError("--searched is drawn beside --plain: give both")
     if not args.source and not args.plain:
         raise NATSError("give a search's output folder, an architecture file, or --plain")
-    folder, path = paths_of(args.source)
+    folder = SearchFolder(args.source)
     figures = {}
     if args.source:
-        architecture = Architecture.load(path)
-        figures["architecture"] = plot.plot_architecture(architecture, args.title)
-    metrics = os.path.join(folder, "metrics.json")
-    if os.path.isdir(args.source) and os.path.isfile(metrics):
+        architecture = folder.architecture()
+        figures["architecture"] = pictures.plot_architecture(architecture, args.title)
+    if os.path.isdir(args.source) and os.path.isfile(folder.file("metrics.json")):
         verdict = architecture.search.get("decidedness", {}).get("verdict", "")
-        figures["history"] = plot.plot_history(plot.read_history(metrics), args.title or verdict)
+        figures["history"] = pictures.plot_history(
+            read_history(folder.file("metrics.json")), args.title or verdict
+        )
     if args.plain:
-        from ..results.detectors import detector_figures  # the rest needs no Detectron2
+        from ..bench.detectors import detector_figures  # the rest needs no Detectron2
 
         figures.update(detector_figures(args))
-    output = args.output or os.path.join(folder, "pictures")
+    output = args.output or folder.file("pictures")
     paths = []
     for name, figure in figures.items():
         try:
-            paths += plot.save(figure, output, name, formats)
+            paths += pictures.save(figure, output, name, formats)
         except OSError as error:
             raise NATSError(f"{output}: cannot be written: {error.strerror or error}") from None
     for path in paths:
         print(f"wrote {path}")
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-plot")
     parser.add_argument(
         "source", nargs="?", default="", help="a search's output folder, or an architecture file"
     )

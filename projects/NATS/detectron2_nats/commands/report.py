@@ -1,16 +1,15 @@
 """Write one HTML page about a search, a study or the demo, to send to others.
 
 It begins with the verdict. Then follow accuracy and cost, the architecture, the history of α,
-receptive fields and detections (if tools/plot.py has drawn them), and how to repeat it. The page
+receptive fields and detections (if nats-plot has drawn them), and how to repeat it. The page
 needs no other file.
 """
 
 import argparse
 import os
-from typing import Optional
 
-from ..command import run_tool, tool_parser, write
-from ..results.report import write_report
+from ..bench.report import write_report
+from .cli import run_tool, tool_parser, write
 
 EPILOG = """
 examples:
@@ -26,9 +25,8 @@ def main(args: argparse.Namespace) -> None:
     write(path, lambda: write_report(args.folder, path, args.title))
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-report")
     parser.add_argument("folder", help="output folder of a search, a study or the demo")
     parser.add_argument(
         "--output", default="", metavar="HTML", help="file to write (FOLDER/report.html)"

@@ -10,24 +10,18 @@ everywhere. docs/study.md has the measurements.
 import argparse
 import json
 import os
-from typing import Optional
 
-import torch
 from tabulate import tabulate
 
-from detectron2.modeling import build_model
-
-from ..architecture import Architecture
-from ..command import run_tool, tool_parser, whole_number, write
-from ..config import load_config
+from ..bench.baselines import random_architecture, uniform_architecture
+from ..bench.score import field_verdict, one_shot_score, scoring_batches
 from ..data.registry import check_data, register_datasets
-from ..engine.checkpoint import SafeCheckpointer
 from ..engine.loader import dataset_dicts
-from ..errors import NATSError
 from ..files import write_atomically
-from ..results.comparison import random_architecture, uniform_architecture
-from ..results.score import field_verdict, one_shot_score, scoring_batches
-from ..transform import searched_layers
+from ..method.architecture import Architecture
+from ..method.stages import searched_layers
+from ..search.folder import SearchFolder
+from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """
 examples:
@@ -39,22 +33,13 @@ examples:
 
 
 def main(args: argparse.Namespace) -> None:
-    config = os.path.join(args.search, "config.yaml")
-    if not os.path.isfile(config):
-        raise NATSError(f"{args.search} is not a search's output folder: it has no config.yaml")
-    cfg = load_config(config)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    folder = SearchFolder(args.search)
+    cfg = folder.cfg
     register_datasets(cfg)
     check_data(cfg, ["CALIBRATION"])
     records = dataset_dicts(cfg, cfg.DATASETS.CALIBRATION)
     records = records[:: -(-len(records) // args.images)]
-    model = build_model(cfg)
-    checkpointer = SafeCheckpointer(model, args.search)
-    checkpoint = checkpointer.find_usable_checkpoint()
-    if not checkpoint:
-        raise NATSError(f"{args.search} contains no checkpoint: search first")
-    checkpointer.load(checkpoint, checkpointables=[])
+    model = folder.detector()
     searched = searched_layers(model)
     architectures = {"found": Architecture.decode(searched, "voted")}
     spaces = [set(conv.genotypes) for conv in searched.values()]
@@ -78,13 +63,12 @@ def main(args: argparse.Namespace) -> None:
     print("\n" + tabulate(sorted(scores.items(), key=lambda item: item[1]), ["", "loss"], "pipe"))
     print(f"\n{len(records)} images of {', '.join(cfg.DATASETS.CALIBRATION)}.")
     print(field_verdict(scores["plain"], drawn))
-    path = args.output or os.path.join(args.search, "scores.json")
+    path = args.output or folder.file("scores.json")
     write(path, lambda: write_atomically(path, json.dumps(scores, indent=1)))
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
+def run() -> None:
+    parser = tool_parser(__doc__, EPILOG, "nats-score")
     parser.add_argument("search", help="a search's output folder")
     number = whole_number(1_000_000)
     parser.add_argument(

@@ -1,11 +1,20 @@
 """Search which dilation each channel group of a detector's backbone should use."""
 
-from typing import Optional
+import argparse
+import logging
 
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+from ..bench.history import read_history
 from ..data.registry import check_datasets
-from ..engine.launch import run_script, setup, train_or_evaluate
 from ..errors import NATSError
-from ..trainer import SearchTrainer
+from ..search.folder import SearchFolder
+from ..search.trainer import SearchTrainer
+from .train import run_script, setup, train_or_evaluate
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """
 examples:
@@ -26,18 +35,41 @@ exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume)
 """
 
 
-def main(args):
-    cfg = setup(args)
+class _DrawingTrainer(SearchTrainer):
+    """Also draws the architecture and α's history for TensorBoard, at each checkpoint."""
+
+    def after_checkpoint(self) -> None:
+        super().after_checkpoint()
+        if comm.is_main_process():
+            try:
+                self._draw()
+            except Exception as error:  # a picture must not end a search
+                logger.warning(f"no pictures for TensorBoard: {error}")
+
+    def _draw(self) -> None:
+        from ..bench import pictures  # matplotlib is slow to import
+
+        done = f"after iteration {self.iter + 1} of {self.max_iter}"
+        figures = {"architecture": pictures.plot_architecture(self.architecture(), done)}
+        folder = SearchFolder(self.cfg.OUTPUT_DIR)
+        if folder.has("metrics.json"):  # empty before the first line
+            history = read_history(folder.file("metrics.json"))
+            figures["history"] = pictures.plot_history(history, done)
+        for name, figure in figures.items():
+            get_event_storage().put_image(f"alpha/{name}", pictures.as_image(figure))
+
+
+def main(cfg: CfgNode, args: argparse.Namespace) -> None:
+    setup(cfg, args)
     if not args.eval_only:
         if not cfg.DATASETS.CALIBRATION:
             raise NATSError("DATASETS.CALIBRATION is empty: set it to the data set that trains α")
         check_datasets(cfg.DATASETS.CALIBRATION, "DATASETS.CALIBRATION")
-    return train_or_evaluate(SearchTrainer, cfg, args)
+    train_or_evaluate(_DrawingTrainer, cfg, args)
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    run_script(main, __doc__, EPILOG, prog)
+def run() -> None:
+    run_script(main, "nats-search", __doc__, EPILOG)
 
 
 if __name__ == "__main__":  # for torchrun

@@ -1,10 +1,34 @@
 """Train or evaluate a detector: a plain one, or one with a searched backbone."""
 
-from typing import Optional
+import argparse
+import contextlib
+import logging
+import os
+from typing import Iterator, Type
 
-from ..engine.launch import run_script, setup, train_or_evaluate
+import torch
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+
+from ..config import check_config, falls_back_to_cpu, load_config
+from ..data.registry import (
+    check_data,
+    check_datasets,
+    check_registered_classes,
+    register_datasets,
+)
+from ..engine.checkpoint import SafeCheckpointer
+from ..engine.lock import lock_folder
+from ..engine.processes import Main, run_in_processes, why_no_cuda
 from ..engine.resumable import ResumableTrainer
 from ..errors import NATSError
+from ..files import read_bounded, write_atomically
+from .cli import exit_on_bad_input
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """
 examples:
@@ -22,19 +46,98 @@ exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume)
 """
 
 
-def main(args):
-    cfg = setup(args)
+def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Check the config and its data sets, lock OUTPUT_DIR, start the log; freezes `cfg`."""
+    no_cuda = falls_back_to_cpu(cfg)
+    check_config(cfg)
+    register_datasets(cfg)
+    if not args.eval_only:
+        if not cfg.DATASETS.TRAIN:
+            raise NATSError("DATASETS.TRAIN is empty: name the data set to train on")
+        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    elif not cfg.DATASETS.TEST:
+        raise NATSError("DATASETS.TEST is empty: name the data set to evaluate on")
+    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    cfg.freeze()
+    if comm.is_main_process() and not args.eval_only:
+        lock_folder(cfg.OUTPUT_DIR)
+    if args.config_file and not os.path.isfile(args.config_file):
+        args.config_file = ""  # a zoo name: default_setup would open it as a file
+    with _unchanged(_config_path(cfg)):  # default_setup overwrites it
+        default_setup(cfg, args)
+    logging.getLogger("detectron2_nats").parent = logging.getLogger("detectron2")
+    if no_cuda:
+        logger.warning(f"computing on the CPU, because PyTorch finds no GPU: {why_no_cuda()}")
+    if _emulates_bfloat16(cfg):
+        logger.warning(
+            "this CPU has no bfloat16: PyTorch emulates it, several times slower than float32. "
+            "Stop, and start with SOLVER.AMP.ENABLED False"
+        )
+
+
+def _config_path(cfg: CfgNode) -> str:
+    """config.yaml: how the checkpoints in the folder were made. Exports and scores rely on it."""
+    return os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+
+
+@contextlib.contextmanager
+def _unchanged(path: str) -> Iterator[None]:
+    """In the main process: if the file is there, write it again as it was."""
+    earlier = read_bounded(path) if comm.is_main_process() and os.path.isfile(path) else None
+    yield
+    if earlier is not None:
+        write_atomically(path, lambda file: file.write(earlier))
+
+
+def _emulates_bfloat16(cfg: CfgNode) -> bool:
+    amp = cfg.SOLVER.AMP
+    wanted = cfg.MODEL.DEVICE == "cpu" and amp.ENABLED and amp.PRECISION == "bfloat16"
+    return wanted and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def train_or_evaluate(
+    trainer_class: Type[ResumableTrainer], cfg: CfgNode, args: argparse.Namespace
+):
+    """Do what the command line asks for: evaluate, start training, or resume it."""
+    if args.eval_only:
+        model = build_model(cfg)
+        checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
+        loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer.check_complete()
+        check_data(cfg, ["TEST"], loaded.get("classes") or None)
+        check_registered_classes(cfg)
+        return trainer_class.test(cfg, model)
+    trainer = trainer_class(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process():  # not before: an earlier run in the folder may not be continued so
+        write_atomically(_config_path(cfg), cfg.dump())
+    return trainer.train()
+
+
+def main(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.MODEL.BACKBONE.NAME == "build_nats_backbone" and not cfg.MODEL.NATS.ARCHITECTURE:
         raise NATSError(
             f"{args.config_file or 'the config'} describes a search, whose α would be trained like "
             "a weight: start it with search_net.py, or train the retrain.yaml that it writes"
         )
-    return train_or_evaluate(ResumableTrainer, cfg, args)
+    setup(cfg, args)
+    train_or_evaluate(ResumableTrainer, cfg, args)
 
 
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    run_script(main, __doc__, EPILOG, prog)
+def run_script(main: Main, name: str, description: str, epilog: str) -> None:
+    """Parse the command line, read the config, and call ``main(cfg, args)`` in each process."""
+    parser = default_argument_parser(epilog=epilog)
+    parser.description, parser.prog = description, name
+    args = parser.parse_args()
+    if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
+        args.dist_url = "auto"
+    with exit_on_bad_input():
+        cfg = load_config(args.config_file, args.opts)
+    run_in_processes(main, cfg, args)
+
+
+def run() -> None:
+    run_script(main, "nats-train", __doc__, EPILOG)
 
 
 if __name__ == "__main__":  # for torchrun

@@ -12,8 +12,6 @@ from detectron2.utils import comm
 
 from ..errors import NATSError
 
-__all__ = ["check_disjoint", "shared_images", "warn_of_test_images"]
-
 _FEW = 5000  # up to this many files of both splits together, all are compared by content
 _MOST_READ = 5000  # in larger splits: up to this many names that both contain, spread evenly
 _MOST_NAMED = 10  # shared images that a message names

@@ -16,9 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import NATSError, one_line
 from ..files import write_atomically
-from ..transform import conv3x3_layers
-
-__all__ = ["SafeCheckpointer"]
+from ..method.stages import conv3x3_layers
 
 logger = logging.getLogger(__name__)
 

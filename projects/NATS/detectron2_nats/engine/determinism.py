@@ -11,14 +11,6 @@ import torch
 
 from detectron2.utils import comm
 
-__all__ = [
-    "compute_as",
-    "computed_by",
-    "preserved_random_states",
-    "random_states",
-    "set_random_states",
-]
-
 logger = logging.getLogger(__name__)
 
 

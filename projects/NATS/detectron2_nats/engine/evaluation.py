@@ -20,8 +20,6 @@ from detectron2.evaluation import (
 from ..data.registry import evaluated_name
 from ..errors import NATSError
 
-__all__ = ["build_evaluator"]
-
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator of a registered data set. It writes results to ``OUTPUT_DIR/inference``."""

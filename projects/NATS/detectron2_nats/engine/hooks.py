@@ -9,10 +9,7 @@ from torch import nn
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
-from ..errors import NATSError
-from .stopping import STOPPED_EXIT_CODE
-
-__all__ = ["AverageHook", "CheckpointHook", "EvalHook"]
+from .processes import STOPPED_EXIT_CODE
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +44,6 @@ class AverageHook(HookBase):
     """At the end, replaces the weights by their mean over the last `share` of the iterations."""
 
     def __init__(self, share: float):
-        if not 0 <= share <= 1:
-            raise NATSError(f"SOLVER.AVERAGE_LAST {share}: expected a share of the run, 0 to 1")
         self._share = share
         self._count, self._means = 0, {}
 

@@ -29,20 +29,13 @@ from ..data.annotations import digest
 from ..data.images import ImageMapper, read_image
 from ..errors import NATSError, one_line
 from .determinism import preserved_random_states
-from .stopping import (
+from .processes import (
     STOPPED_EXIT_CODE,
     hold_signals,
     ignore_signals,
     kill_children_at_exit,
     stop_requested,
 )
-
-__all__ = [
-    "ResumableLoader",
-    "EvaluationLoader",
-    "build_resumable_loader",
-    "dataset_dicts",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,6 @@ from typing import IO, Dict
 
 from ..errors import NATSError
 
-__all__ = ["lock_folder"]
-
 logger = logging.getLogger(__name__)
 
 _held: Dict[str, IO[str]] = {}  # the files stay open: closing one would release its lock

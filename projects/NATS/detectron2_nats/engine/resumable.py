@@ -8,28 +8,24 @@ on several CPU processes. The search and plain retraining share it.
 import logging
 import math
 import os
-import resource
 import time
 import weakref
-from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 
-from ..alpha import ForwardState
-from ..config import config_differences, scaled_to_processes, with_norms_for
+from ..config import check_config, config_differences, scaled_to_processes, with_norms_for
 from ..data.overlap import warn_of_test_images
 from ..data.registry import check_data
 from ..errors import NATSError
+from ..method.forward_state import ForwardState
 from .checkpoint import SafeCheckpointer
 from .determinism import (
     compute_as,
@@ -41,108 +37,9 @@ from .determinism import (
 from .evaluation import build_evaluator
 from .hooks import AverageHook, CheckpointHook, EvalHook
 from .loader import EvaluationLoader, build_resumable_loader, dataset_dicts
-from .stopping import stop_requested
-
-__all__ = ["ResumableTrainer"]
+from .steps import LossModule, Objective, distributed, finite_gradients, mean_over_ranks
 
 logger = logging.getLogger(__name__)
-
-
-class _LossModule(nn.Module):
-    """A detector's losses; one NaN loss if Detectron2 raises because predictions are not finite.
-
-    If a rank raised inside the forward pass, the others would wait for it in the all-reduces of the
-    backward pass: those of the weights' gradients, and those of SyncBN in the backbone. With a NaN
-    loss every rank takes part in them, and all ranks skip the step together.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, data: List[dict]) -> Dict[str, torch.Tensor]:
-        reached = [p for p in self.model.parameters() if p.requires_grad]
-
-        def keep(module, inputs, features):
-            if isinstance(features, dict):  # Detectron2's backbones return a dict, others may not
-                reached.extend(features.values())
-
-        # Detectron2 checks the predictions after the backbone's forward pass
-        hook = getattr(self.model, "backbone", self.model).register_forward_hook(keep)
-        try:
-            return self.model(data)
-        except FloatingPointError as error:
-            logger.warning(f"rank {comm.get_rank()}, forward pass: {error}")
-            return {"loss": sum(tensor.sum() for tensor in reached) * math.nan}
-        finally:
-            hook.remove()
-
-
-@dataclass
-class Phase:
-    """One kind of step: which losses, of which data, change which parameters.
-
-    Attributes:
-        name: "" for the weight step; else the prefix of everything that the step logs.
-        losses: callable, batch → dict of losses.
-        loader: endless iterable of batches.
-        optimizer: of the parameters that the step changes.
-        scaler: loss scaling of this kind of step (active only in float16).
-        bad_in_row: steps skipped since the last one taken, for a loss or gradient that is not
-            finite.
-        bad_total: steps skipped in the whole run.
-    """
-
-    name: str
-    losses: Any
-    loader: Any
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    bad_in_row: int = 0
-    bad_total: int = 0
-    _iterator: Optional[Iterator] = None
-
-    def next_batch(self) -> List[dict]:
-        if self._iterator is None:
-            self._iterator = iter(self.loader)
-        return next(self._iterator)
-
-    def close(self) -> None:
-        """End the loader's processes. The next batch starts new ones."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
-
-    @property
-    def settings(self) -> List[Dict[str, Any]]:
-        """Rate, weight decay and so on of each group of parameters."""
-        groups = self.optimizer.param_groups
-        return [{k: v for k, v in group.items() if k != "params"} for group in groups]
-
-    @settings.setter
-    def settings(self, values: List[Dict[str, Any]]) -> None:
-        for group, own in zip(self.optimizer.param_groups, values):
-            group.update(own)
-
-    @property
-    def parameters(self) -> List[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def state_dict(self) -> Dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "loader": self.loader.state_dict(),
-            "bad_in_row": self.bad_in_row,
-            "bad_total": self.bad_total,
-        }
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.loader.load_state_dict(state["loader"])
-        self.bad_in_row, self.bad_total = state["bad_in_row"], state["bad_total"]
-        self._iterator = None
 
 
 class ResumableTrainer(DefaultTrainer):
@@ -161,6 +58,7 @@ class ResumableTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)
+        check_config(cfg)
         check_data(cfg, self.DATA)
         self.given_cfg = cfg
         self.cfg = cfg = scaled_to_processes(cfg, comm.get_world_size())
@@ -186,13 +84,11 @@ class ResumableTrainer(DefaultTrainer):
         # DefaultTrainer's properties read model, loader and optimizer from it; its steps are unused
         self._trainer = SimpleTrainer(model, loader, optimizer)
         self._forward_state = ForwardState(model)
-        self._loss_module = _LossModule(model)
-        self.weights = self.new_phase("", _distributed(self._loss_module), loader, optimizer)
+        self._loss_module = LossModule(model)
+        losses = distributed(self._loss_module)
+        self.weight_objective = self.new_objective("weight", losses, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, run=weakref.proxy(self))
-        for key in ("KEEP_CHECKPOINTS", "LOG_PERIOD", "RANK_CHECK_PERIOD"):
-            if cfg.RUN[key] < 1:
-                raise NATSError(f"RUN.{key} {cfg.RUN[key]}: expected at least 1")
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._stop_now = False
@@ -203,9 +99,9 @@ class ResumableTrainer(DefaultTrainer):
     def prepare_model(self, model: nn.Module) -> None:
         """Called once, before the optimizer is built."""
 
-    def phases(self) -> List[Phase]:
-        """All kinds of step, for checkpoints."""
-        return [self.weights]
+    def objectives(self) -> Dict[str, Objective]:
+        """All kinds of step, under their names in checkpoints."""
+        return {"weights": self.weight_objective}
 
     def after_checkpoint(self) -> None:
         """Called on all ranks after a checkpoint has been written."""
@@ -215,121 +111,59 @@ class ResumableTrainer(DefaultTrainer):
 
     def weight_step(self) -> None:
         """Take an SGD step on the weights, on a batch of ``DATASETS.TRAIN``."""
-        self.take_step(self.weights)
+        self.take_step(self.weight_objective)
 
     # -- steps ------------------------------------------------------------------------------------
 
-    def new_phase(self, name: str, losses, loader, optimizer) -> Phase:
-        """A phase in the precision of ``SOLVER.AMP``."""
+    def new_objective(self, name: str, losses, loader, optimizer, **more) -> Objective:
+        """An objective in the precision of ``SOLVER.AMP``; see :class:`.steps.Objective`."""
         amp = self.cfg.SOLVER.AMP
-        loss_scaling = amp.ENABLED and amp.PRECISION == "float16"
-        scaler = torch.amp.GradScaler(self._device.type, enabled=loss_scaling)
-        return Phase(name, losses, loader, optimizer, scaler)
+        return Objective(name, losses, loader, optimizer, self._device, amp, **more)
 
-    def take_step(self, phase: Phase) -> None:
-        """Take one step of `phase`, unless its loss or gradient is not finite on some rank."""
+    def take_step(self, objective: Objective) -> None:
+        """Take one step, unless its loss or gradient is not finite on some rank."""
         start = time.perf_counter()
-        batch = phase.next_batch()
+        batch = objective.next_batch()
         data_time = time.perf_counter() - start
 
         self._forward_state.save()
-        losses = self._compute_gradients(phase, batch)
+        losses = objective.compute_gradients(batch)
         self.after_backward()
-        phase.scaler.unscale_(phase.optimizer)
+        objective.scaler.unscale_(objective.optimizer)
 
-        means = self._mean_over_ranks(losses)
+        means, self._stop_now = mean_over_ranks(losses)
         loss_finite = math.isfinite(sum(means.values()))
-        if loss_finite and _finite_gradients(phase.parameters):
-            phase.scaler.step(phase.optimizer)
-            phase.bad_in_row = 0
+        if loss_finite and finite_gradients(objective.parameters):
+            objective.scaler.step(objective.optimizer)
+            objective.bad_in_row = 0
         else:
             self._forward_state.restore()
             # float16's loss scale starts too high on purpose: steps skipped to find it do not count
-            if not loss_finite or phase.scaler.get_scale() <= 1.0:
-                phase.bad_in_row += 1
-                phase.bad_total += 1
-                self._report_bad_step(phase, means)
-        phase.scaler.update()
-        phase.optimizer.zero_grad(set_to_none=True)  # free the memory for the other phase
+            if not loss_finite or objective.scaler.get_scale() <= 1.0:
+                objective.bad_in_row += 1
+                objective.bad_total += 1
+                self._report_bad_step(objective, means)
+        objective.scaler.update()
+        objective.optimizer.zero_grad(set_to_none=True)  # free the memory for the other objective
 
-        prefix = f"{phase.name}/" if phase.name else ""
+        prefix = objective.prefix
         if loss_finite:
             scalars = {f"{prefix}{name}": value for name, value in means.items()}
             self.storage.put_scalars(**scalars)
             self.storage.put_scalar(f"{prefix}total_loss", sum(means.values()))
         self.storage.put_scalar(f"{prefix}data_time", data_time)
-        self.storage.put_scalar(f"{prefix}skipped_steps", phase.bad_total, smoothing_hint=False)
+        self.storage.put_scalar(f"{prefix}skipped_steps", objective.bad_total, smoothing_hint=False)
 
-    def _compute_gradients(self, phase: Phase, batch: List[dict]) -> Dict[str, torch.Tensor]:
-        """Forward and backward pass, gradients averaged over ranks; returns this rank's losses."""
-        amp = self.cfg.SOLVER.AMP
-        precision = getattr(torch, amp.PRECISION)
-        with torch.autocast(self._device.type, precision, enabled=amp.ENABLED):
-            losses = phase.losses(batch)
-            total = sum(losses.values())
-        phase.optimizer.zero_grad(set_to_none=True)
-        phase.scaler.scale(total).backward()
-        self.reduce_gradients(phase)
-        return losses
-
-    def rehearse_step(self, phase: Phase) -> str:
-        """Compute the gradient of the next step of `phase`, then restore everything it changed.
-
-        Call it on all ranks, in :func:`.alpha.alpha_training`. The run then continues as if nothing
-        had happened, bit for bit.
-
-        Returns:
-            Time and peak memory, as text.
-        """
-        states, loader_state = random_states(self._device), phase.loader.state_dict()
-        on_gpu = self._device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self._device)
-        try:
-            batch = phase.next_batch()
-        finally:
-            phase.close()
-        start = time.perf_counter()
-        with EventStorage(-1):  # what it logs belongs to no iteration
-            self._compute_gradients(phase, batch)
-        if on_gpu:
-            torch.cuda.synchronize(self._device)
-        seconds = time.perf_counter() - start
-        phase.optimizer.zero_grad(set_to_none=True)
-        phase.loader.load_state_dict(loader_state)
-        set_random_states(states, self._device)
-        if on_gpu:
-            peak = f"{torch.cuda.max_memory_allocated(self._device) / 2**20:.0f} MiB of the GPU"
-        else:
-            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
-        return f"{seconds:.2f} s, peak memory {peak}"
-
-    def reduce_gradients(self, phase: Phase) -> None:
-        """Called between backward and step. Data parallelism has averaged the weights' already."""
-
-    def _mean_over_ranks(self, losses: Dict[str, torch.Tensor]) -> Dict[str, float]:
-        """Mean losses; NaN where a rank lacks a loss because its forward pass raised.
-
-        The same message tells whether any rank was asked to stop.
-        """
-        values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
-        ranks = comm.all_gather((stop_requested(), dict(zip(losses, values))))
-        self._stop_now = any(stop for stop, _ in ranks)
-        names = dict.fromkeys(name for _, own in ranks for name in own)  # the same on all ranks
-        return {
-            name: sum(own.get(name, math.nan) for _, own in ranks) / len(ranks) for name in names
-        }
-
-    def _report_bad_step(self, phase: Phase, means: Dict[str, float]) -> None:
-        name = phase.name or "weight"
+    def _report_bad_step(self, objective: Objective, means: Dict[str, float]) -> None:
+        name, in_row = objective.name, objective.bad_in_row
         logger.warning(
             f"iteration {self.iter}: the {name} step was not taken, because its loss or gradient "
-            f"is not finite ({phase.bad_in_row} in a row, {phase.bad_total} in total): {means}"
+            f"is not finite ({in_row} in a row, {objective.bad_total} in total): {means}"
         )
-        if phase.bad_in_row >= self.cfg.RUN.MAX_BAD_STEPS:
+        if in_row >= self.cfg.RUN.MAX_BAD_STEPS:
             last = self.checkpointer.get_checkpoint_file() or "none yet"
             raise NATSError(
-                f"{phase.bad_in_row} {name} steps in a row had a loss or gradient that is not "
+                f"{in_row} {name} steps in a row had a loss or gradient that is not "
                 f"finite, up to iteration {self.iter}: check the data and continue with --resume, "
                 "or start a new run at a lower learning rate, in another OUTPUT_DIR with "
                 f"MODEL.WEIGHTS set to the last good checkpoint, {last}"
@@ -339,8 +173,8 @@ class ResumableTrainer(DefaultTrainer):
 
     def save_checkpoint(self, name: str) -> None:
         """Write a checkpoint. Call it on all ranks."""
-        for phase in self.phases():
-            phase.loader.merge_bad_files()
+        for objective in self.objectives().values():
+            objective.loader.merge_bad_files()
         self._random_states = comm.gather(random_states(self._device))
         self._normalizers = comm.gather(self._forward_state.normalizer)
         self.checkpointer.save(
@@ -394,14 +228,14 @@ class ResumableTrainer(DefaultTrainer):
         if len(computers) == comm.get_world_size():
             compute_as(computers[comm.get_rank()], self.cfg.MODEL.DEVICE)
         rates = list(self.scheduler.base_lrs)
-        settings = [phase.settings for phase in self.phases()]
+        settings = [objective.settings for objective in self.objectives().values()]
         loaded = self.checkpointer.load(usable)
         self.start_iter = loaded["iteration"] + 1
         if loaded["batch_scale"] != self._batch_scale:
             self._rescale_steps(loaded["batch_scale"] / self._batch_scale)
         # A checkpoint contains the settings of the run that wrote it, too. This run's apply.
-        for phase, own in zip(self.phases(), settings):
-            phase.settings = own
+        for objective, own in zip(self.objectives().values(), settings):
+            objective.settings = own
         self.scheduler.base_lrs = rates
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr()):
             group["lr"] = rate
@@ -434,8 +268,8 @@ class ResumableTrainer(DefaultTrainer):
         """
         old = self.start_iter
         self.start_iter = self.scheduler.last_epoch = min(round(old * factor), self.max_iter)
-        for phase in self.phases():
-            phase.loader.batches = round(phase.loader.batches * factor)
+        for objective in self.objectives().values():
+            objective.loader.batches = round(objective.loader.batches * factor)
         for hook in self._hooks:
             if isinstance(hook, AverageHook):
                 hook.rescale(factor)
@@ -457,8 +291,8 @@ class ResumableTrainer(DefaultTrainer):
         finally:
             # Otherwise the garbage collector waits for each loader process, 10 s and in vain
             if not self._stop_now:  # then they are killed at exit
-                for phase in self.phases():
-                    phase.close()
+                for objective in self.objectives().values():
+                    objective.close()
         logger.info(f"Training done: wrote {os.path.join(self.cfg.OUTPUT_DIR, 'model_final.pth')}")
         return results
 
@@ -511,7 +345,7 @@ class ResumableTrainer(DefaultTrainer):
     def state_dict(self) -> Dict[str, Any]:
         return {
             "hooks": TrainerBase.state_dict(self).get("hooks", {}),
-            "phases": {phase.name or "weights": phase.state_dict() for phase in self.phases()},
+            "phases": {name: o.state_dict() for name, o in self.objectives().items()},
             "rng": self._random_states,
             "loss_normalizers": self._normalizers,
         }
@@ -521,9 +355,11 @@ class ResumableTrainer(DefaultTrainer):
             name = type(hook).__qualname__
             if name in state["hooks"]:
                 hook.load_state_dict(state["hooks"][name])
-        for phase in self.phases():
-            phase.load_state_dict(state["phases"][phase.name or "weights"])
-        self.seed = self.weights.loader.seed  # with SEED -1 this run has just drawn another one
+        for name, objective in self.objectives().items():
+            objective.load_state_dict(state["phases"][name])
+        self.seed = (
+            self.weight_objective.loader.seed
+        )  # with SEED -1 this run has just drawn another one
         normalizers = state["loss_normalizers"]
         self._forward_state.normalizer = normalizers[comm.get_rank() % len(normalizers)]
         if len(state["rng"]) == comm.get_world_size():
@@ -535,28 +371,9 @@ class ResumableTrainer(DefaultTrainer):
             )
 
 
-def _distributed(module: nn.Module) -> nn.Module:
-    """`module`, averaging gradients over ranks."""
-    if comm.get_world_size() == 1:
-        return module
-    device = next(module.parameters()).device
-    ids = [device] if device.type == "cuda" else None
-    # Views: else each gradient is kept twice, once in the bucket that the ranks exchange
-    return DistributedDataParallel(
-        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-
-
 def _sizes(weights: Dict[str, torch.Tensor], optimizer: Dict[str, Any]):
     """What a run and its checkpoint must have in common, from both state dicts."""
     return (
         {name: tensor.shape for name, tensor in weights.items()},
         [len(group["params"]) for group in optimizer["param_groups"]],
     )
-
-
-def _finite_gradients(parameters: List[nn.Parameter]) -> bool:
-    """Whether all gradients are finite, with one transfer from the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    return bool(torch.stack([norm.float() for norm in norms]).sum().isfinite())

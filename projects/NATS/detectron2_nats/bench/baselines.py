@@ -1,0 +1,88 @@
+"""Architectures to compare a search with, and how alike architectures are."""
+
+import itertools
+from collections import Counter
+from typing import Dict, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
+
+from ..errors import NATSError
+from ..method.architecture import Architecture, decode_alpha
+from ..method.layers import MixedDilationConv2d
+from ..method.search_space import Dilation
+from ..method.stages import searched_layers
+
+
+def random_architecture(cfg: CfgNode, seed: int, uneven: bool = False) -> Architecture:
+    """Draw a genotype for each channel group in the search space of `cfg`.
+
+    Args:
+        uneven: first draw the genotypes' probabilities in each layer, uniformly among all that add
+            up to 1. Such architectures differ more from each other. Else all are equally probable.
+
+    Returns:
+        The architecture in voted order: groups keep their own channels.
+
+    Raises:
+        NATSError: `cfg` does not describe a super-network.
+    """
+    rng = np.random.default_rng(seed)
+    layers = {}
+    for name, conv in _searched(cfg).items():
+        count = len(conv.genotypes)
+        chances = rng.dirichlet(np.ones(count)) if uneven else None
+        drawn = np.eye(count)[rng.choice(count, size=conv.num_groups, p=chances)]
+        layers[name] = decode_alpha(drawn, conv.genotypes, conv.out_channels, "voted")
+    return Architecture(layers, {"method": "random", "seed": seed})
+
+
+def uniform_architecture(cfg: CfgNode, dilation: Dilation) -> Architecture:
+    """One dilation in all convs that `cfg` searches; it need not be in the search space.
+
+    Raises:
+        NATSError: `cfg` does not describe a super-network, or the dilation is malformed.
+    """
+    convs = _searched(cfg)
+    return Architecture({name: [(conv.out_channels, *dilation)] for name, conv in convs.items()})
+
+
+def _searched(cfg: CfgNode) -> Dict[str, MixedDilationConv2d]:
+    with torch.device("meta"):
+        searched = searched_layers(build_backbone(cfg))
+    if not searched:
+        raise NATSError("the search config describes no super-network to draw architectures from")
+    return searched
+
+
+def dilation_shares(architectures: Sequence[Architecture]) -> Dict[Dilation, float]:
+    """The share of all channels that has each dilation, most frequent first."""
+    counts: Counter = Counter()
+    for architecture in architectures:
+        for name in architecture.layers:
+            counts.update(architecture.channels_per_dilation(name))
+    return {dilation: n / counts.total() for dilation, n in counts.most_common()}
+
+
+def _per_channel(segments) -> np.ndarray:
+    """(C_out,): each channel's dilation as one number."""
+    return np.concatenate([np.full(channels, 65536 * d_h + d_w) for channels, d_h, d_w in segments])
+
+
+def agreement(architectures: Sequence[Architecture]) -> Tuple[float, float]:
+    """How many channels have the same dilation in two searches, mean over layers and pairs.
+
+    Returns:
+        The share of channels, and the share expected by chance if each layer keeps its number of
+        channels per dilation. If both are equal, the searches agree on nothing but these numbers.
+    """
+    seen, chance = [], []
+    for one, other in itertools.combinations(architectures, 2):
+        for name in one.layers:
+            a, b = _per_channel(one.layers[name]), _per_channel(other.layers[name])
+            seen.append(float((a == b).mean()))
+            chance.append(sum(float((a == d).mean() * (b == d).mean()) for d in np.unique(a)))
+    return float(np.mean(seen)), float(np.mean(chance))

@@ -1,0 +1,319 @@
+"""Pictures: an architecture, α's history, effective receptive fields, detections, a study.
+
+Each function draws a matplotlib figure and returns it. Nothing is shown on a screen.
+"""
+
+import os
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from ..method.architecture import Architecture
+from ..method.search_space import PAPER_SETS, Dilation
+from .receptive_field import mass_side
+
+# Within a kind, darker means further, so that a grey print keeps the order. Hatches distinguish the
+# kinds in grey: lines along the width for wide dilations, along the height for tall ones.
+_KINDS = {"square": ("Blues", ""), "wide": ("Oranges", "---"), "tall": ("Greens", "|||")}
+
+
+def _kind(dilation: Dilation) -> str:
+    d_h, d_w = dilation
+    return "square" if d_h == d_w else "wide" if d_w > d_h else "tall"
+
+
+def dilation_styles(dilations: Sequence[Dilation]) -> Dict[Dilation, Dict[str, Any]]:
+    """A face colour and a hatch for each dilation, in the order of a legend.
+
+    The plain (1, 1) is light grey, square dilations are blue, wide ones orange, tall ones green.
+    """
+    # always includes the paper's, so that they have the same colours in all pictures
+    known = sorted({*dilations, *PAPER_SETS["C"]["res5"]}, key=_legend_key)
+    styles = {(1, 1): _style("Greys", 0.2, 0.2, "")}
+    for kind, (colours, hatch) in _KINDS.items():
+        members = [d for d in known if _kind(d) == kind and d != (1, 1)]
+        for dilation, shade in zip(members, np.linspace(0.3, 0.95, len(members))):
+            styles[dilation] = _style(colours, shade, 0.2 if shade > 0.6 else 1.0, hatch)
+    return {dilation: styles[dilation] for dilation in sorted(set(dilations), key=_legend_key)}
+
+
+def _legend_key(dilation: Dilation):
+    return list(_KINDS).index(_kind(dilation)), sum(dilation), dilation
+
+
+def _style(colours: str, face: float, lines: float, hatch: str) -> Dict[str, Any]:
+    ramp = matplotlib.colormaps[colours]
+    # with a width of 0 no edge is drawn, and its colour is used for the hatch
+    return {"facecolor": ramp(face), "edgecolor": ramp(lines), "hatch": hatch, "linewidth": 0}
+
+
+def _legend(owner, styles: Mapping[Dilation, Mapping[str, Any]], **place) -> None:
+    """A legend of dilations, in the order in which their bars are stacked."""
+    handles = [
+        Patch(label=f"{d_h}×{d_w}" + (" (plain)" if d_h == d_w == 1 else ""), **style)
+        for (d_h, d_w), style in styles.items()
+    ]
+    owner.legend(
+        handles=handles[::-1],
+        title="dilation\nheight × width",
+        title_fontsize=9,
+        frameon=False,
+        fontsize=9,
+        handleheight=1.6,
+        handlelength=2.2,
+        ncols=1 + len(handles) // 13,
+        **place,
+    )
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    # Not pyplot, which keeps every figure and uses a screen if there is one
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
+    """A stacked bar per layer: the share of its output channels that has each dilation."""
+    counts = {name: architecture.channels_per_dilation(name) for name in architecture.layers}
+    styles = dilation_styles([d for layer in counts.values() for d in layer])
+    figure = _figure(max(6.5, 2.6 + 0.36 * len(counts)), 4.2, title)
+    axes = figure.subplots()
+    stages = np.array([name.split(".")[0] for name in counts])
+    channels = np.array([sum(layer.values()) for layer in counts.values()])
+    gaps = np.cumsum(np.append(False, stages[1:] != stages[:-1]))  # between stages
+    positions = np.arange(len(counts)) + 0.6 * gaps
+    bottom = np.zeros(len(counts))
+    for dilation, style in styles.items():
+        shares = 100 * np.array([layer.get(dilation, 0) for layer in counts.values()]) / channels
+        axes.bar(positions, shares, 0.86, bottom, **style)
+        bottom += shares
+    for stage in np.unique(stages):
+        widths = "/".join(map(str, np.unique(channels[stages == stage])))
+        label = f"{stage}\n{widths} channels"
+        centre = positions[stages == stage].mean()
+        axes.text(centre, 102, label, ha="center", va="bottom", fontsize=9)
+    basic = any(name.endswith("conv1") for name in counts)
+    labels = [name.split(".", 1)[1] if basic else name.split(".")[1] for name in counts]
+    axes.set_xticks(positions, labels, rotation=90 if basic else 0, fontsize=8)
+    axes.set_xlabel("3×3 conv of block" if not basic else "3×3 conv")
+    axes.set_ylabel("output channels, %")
+    axes.set_ylim(0, 100)
+    axes.set_xlim(-0.6, positions[-1] + 0.6)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend(figure, styles, loc="outside right center")
+    return figure
+
+
+# -- α's history -------------------------------------------------------------------------------
+
+
+def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
+    """α over the iterations: how decided it is, votes changed, intensity of each dilation.
+
+    Args:
+        history: what :func:`.history.read_history` returns.
+    """
+    figure = _figure(7.5, 6.6, title)
+    decided, votes, intensity = figure.subplots(3, sharex=True, height_ratios=[1.2, 1, 1.7])
+    # Iterations count from 0: the line of iteration i is the state after i + 1 iterations
+    x = np.asarray(history["iteration"]) + 1
+    line = {"marker": "o" if len(x) < 40 else None, "markersize": 3, "clip_on": False}
+    decided.plot(x, history["entropy"], label="entropy", color="#08519c", **line)
+    decided.plot(x, history["leading"], label="groups that lead", color="#a63603", **line)
+    decided.set_ylabel("share", fontsize=9)
+    decided.set_ylim(0, 1)
+    beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    decided.legend(frameon=False, fontsize=9, **beside)
+    votes.plot(x, history["votes_changed"], color="#08519c", **line)
+    votes.set_ylabel("votes changed since\nthe last log line", fontsize=9)
+    votes.set_ylim(bottom=0)
+    styles = dilation_styles(list(history["intensity"]))
+    shares = [100 * np.asarray(history["intensity"][d]) for d in styles]
+    if len(x) == 1:  # an area needs two points
+        x, shares = np.array([x[0] - 0.5, x[0] + 0.5]), [np.repeat(share, 2) for share in shares]
+    bottom = np.zeros(len(x))
+    for style, share in zip(styles.values(), shares):
+        intensity.fill_between(x, bottom, bottom + share, **style)
+        bottom += share
+    intensity.set_ylabel("votes over all layers, %", fontsize=9)
+    intensity.set_ylim(0, 100)
+    intensity.set_xlim(x[0], x[-1])
+    intensity.xaxis.get_major_locator().set_params(integer=True)
+    intensity.set_xlabel("iteration")
+    for axes in (decided, votes):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    _legend(intensity, styles, **beside)
+    return figure
+
+
+# -- receptive fields ---------------------------------------------------------------------------
+
+
+def plot_receptive_fields(
+    fields: Mapping[str, Mapping[str, np.ndarray]], title: str = ""
+) -> Figure:
+    """A grid of receptive fields: networks as rows, stages as columns.
+
+    Args:
+        fields: name of the network → what :mod:`.receptive_field` finds.
+    """
+    networks = list(fields)
+    stages = [s for s in fields[networks[0]] if all(s in fields[n] for n in networks)]
+    # not narrower than its texts
+    figure = _figure(max(5.5, 1.2 + 2.3 * len(stages)), 0.9 + 2.45 * len(networks), title)
+    grid = figure.subplots(len(networks), len(stages), squeeze=False)
+    for column, stage in enumerate(stages):
+        for row, network in enumerate(networks):
+            axes, field = grid[row][column], fields[network][stage]
+            side, (height, width) = mass_side(field), field.shape
+            # One bright pixel must not darken the rest. The square root shows the faint rim.
+            bright = np.quantile(field[field > 0], 0.999) if (field > 0).any() else 1.0
+            axes.imshow(np.sqrt(np.clip(field / bright, 0, 1)), cmap="magma", vmin=0, vmax=1)
+            corner = (width // 2 - side / 2, height // 2 - side / 2)
+            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", lw=1.2))
+            axes.set_title(f"{stage}: {side} px" if row == 0 else f"{side} px", fontsize=10)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.set_ylabel(network, fontsize=10)
+    figure.supxlabel(
+        "|input gradient of the centre output|, square root\n"
+        "the square around the centre contains 90 % of it; its side is given",
+        fontsize=8,
+    )
+    return figure
+
+
+# -- detections --------------------------------------------------------------------------------
+
+
+def plot_detections(
+    images: Sequence[np.ndarray],
+    detections: Mapping[str, Sequence[Sequence[Tuple[Sequence[float], int, float]]]],
+    class_names: Sequence[str],
+    title: str = "",
+) -> Figure:
+    """A grid of detections: images as rows, networks as columns, a colour per class.
+
+    Args:
+        images: each (H, W, 3) uint8, RGB.
+        detections: name of the network → for each image a list of (box, class index, score), with
+            boxes (x0, y0, x1, y1) in pixels.
+        class_names: in the order of their indices.
+    """
+    palette = matplotlib.colormaps["tab10"].colors
+    aspects = [image.shape[0] / image.shape[1] for image in images]
+    figure = _figure(3.6 * len(detections), 0.5 + 3.55 * sum(aspects), title)
+    grid = figure.subplots(len(images), len(detections), squeeze=False, height_ratios=aspects)
+    for column, (network, per_image) in enumerate(detections.items()):
+        for row, image in enumerate(images):
+            axes, height = grid[row][column], image.shape[0]
+            axes.imshow(image)
+            axes.axis("off")
+            if row == 0:
+                axes.set_title(network, fontsize=10)
+            if not per_image[row]:
+                style = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+                axes.text(2, 2, "nothing detected", fontsize=8, va="top", bbox=style)
+            for (x0, y0, x1, y1), label, score in per_image[row]:
+                colour = palette[label % len(palette)]
+                axes.add_patch(
+                    Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=1.5)
+                )
+                name = class_names[label] if label < len(class_names) else str(label)
+                # above the box, or inside it at the upper edge of the image
+                y = y0 if y0 > 0.07 * height else y0 + 0.065 * height
+                box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+                style = {"fontsize": 7, "color": "white", "va": "bottom", "clip_on": True}
+                axes.text(x0, y, f"{name} {score:.2f}", bbox=box, **style)
+    return figure
+
+
+# -- studies -------------------------------------------------------------------------------------
+
+
+def plot_study(ap: Mapping[str, Sequence[float]], title: str = "") -> Figure:
+    """AP of each method: a point per seed, a line per seed, and the mean as a bar.
+
+    Args:
+        ap: method → AP of each seed; the same seeds for all methods.
+    """
+    figure = _figure(1.6 + 1.1 * len(ap), 4.2, title)
+    axes = figure.subplots()
+    values = np.asarray(list(ap.values()))  # (methods, seeds)
+    places = np.arange(len(ap))
+    axes.plot(places, values, color="#9e9e9e", linewidth=0.8, marker="o", markersize=4, zorder=1)
+    means = values.mean(axis=1)
+    axes.hlines(means, places - 0.3, places + 0.3, color="#08519c", linewidth=2.5, zorder=2)
+    for place, mean in zip(places, means):
+        axes.annotate(
+            f"{mean:.1f}",
+            (place + 0.32, mean),
+            va="center",
+            fontsize=9,
+            color="#08519c",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+        )
+    axes.set_xticks(places, list(ap))
+    axes.set_xlim(-0.5, len(ap) - 0.2)
+    axes.set_ylabel("AP (a line joins the runs of one seed)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_cost(points: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """AP of detectors against what they cost: multiply-adds on the left, time on the right.
+
+    Args:
+        points: detector → {"AP": of each seed, "flops": multiply-adds of an image,
+            "milliseconds": of an image}. A point is the mean, its bar the standard deviation.
+    """
+    figure = _figure(10, 4.2, "")
+    scales = (
+        ("flops", 1e9, "10⁹ multiply-adds of an image"),
+        ("milliseconds", 1, "ms of an image"),
+    )
+    for axes, (name, unit, label) in zip(figure.subplots(1, 2, sharey=True), scales):
+        for point, values in points.items():
+            ap = np.asarray(values["AP"])
+            deviation = ap.std(ddof=1) if len(ap) > 1 else None
+            cost = values[name] / unit
+            axes.errorbar(cost, ap.mean(), deviation, fmt="o", capsize=3, label=point)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("AP (mean ± standard deviation of the seeds)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    return figure
+
+
+# -- output ------------------------------------------------------------------------------------
+
+
+def as_image(figure: Figure) -> np.ndarray:
+    """A figure as (3, H, W) uint8, for TensorBoard."""
+    figure.set_dpi(100)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].transpose(2, 0, 1).copy()
+
+
+def save(figure: Figure, folder: str, name: str, formats: Sequence[str]) -> List[str]:
+    """Write FOLDER/NAME.FORMAT for each format, such as "png"; returns the paths."""
+    os.makedirs(folder, exist_ok=True)
+    paths = []
+    for suffix in formats:
+        path = os.path.join(folder, f"{name}.{suffix}")
+        figure.savefig(path, dpi=150)
+        paths.append(path)
+    return paths

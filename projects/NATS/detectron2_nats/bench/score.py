@@ -1,0 +1,100 @@
+"""Does a wider field pay? Score architectures with the super-network that they come from.
+
+If α is one-hot, each channel group of the super-network uses one replica. The super-network then
+computes what the decoded network with the super-network's own weights would. Its loss on images
+that these weights were not trained on is the architecture's one-shot score. docs/study.md says what
+it predicts.
+"""
+
+import copy
+from typing import List, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.utils.events import EventStorage
+
+from ..data.images import ImageMapper, readable
+from ..errors import NATSError
+from ..method.architecture import Architecture
+from ..method.layers import MixedDilationConv2d
+from ..method.stages import searched_layers
+
+
+def one_shot_score(
+    model: nn.Module, architecture: Architecture, batches: Sequence[List[dict]]
+) -> float:
+    """Mean loss of the decoded network with the super-network's own weights.
+
+    Batch norms use each batch's statistics. The regions that a detector samples for its losses are
+    the same for all architectures.
+
+    Args:
+        model: a searched detector; it is not changed.
+        architecture: in voted order, the only one that the super-network's weights fit.
+        batches: lists of mapped samples with boxes.
+
+    Raises:
+        NATSError: the architecture is not in this super-network's search space.
+    """
+    model = copy.deepcopy(model).train()  # a forward pass changes only the copy
+    devices = range(torch.cuda.device_count()) if next(model.parameters()).is_cuda else []
+    losses = []
+    with torch.no_grad(), EventStorage(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        for name, conv in searched_layers(model).items():
+            conv.alpha.copy_(_one_hot_alpha(architecture, name, conv))
+            conv.training = False  # votes instead of drawing, which would take random numbers
+        for batch in batches:
+            losses.append(float(sum(model(batch).values())))
+    return float(np.mean(losses))
+
+
+def field_verdict(plain: float, drawn: Sequence[float]) -> str:
+    """Whether a wider field pays, in a sentence.
+
+    Args:
+        plain: score of the plain architecture.
+        drawn: scores of random architectures, at least one. Nearly all of them see further.
+    """
+    worse = sum(plain > score for score in drawn)
+    if worse == len(drawn):
+        verdict = "a wider field pays"
+    elif worse <= len(drawn) / 2:
+        verdict = "a wider field does not pay"
+    else:
+        verdict = "this does not tell whether a wider field pays"
+    return f"Plain has a higher loss than {worse} of {len(drawn)} random architectures: {verdict}."
+
+
+def scoring_batches(cfg: CfgNode, records: Sequence[dict]) -> List[List[dict]]:
+    """Images at test size, with their boxes, in batches of ``SOLVER.IMS_PER_BATCH``."""
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    mapper = ImageMapper(cfg, is_train=True, augmentations=[resize])
+    samples, size = [mapper(record) for record in readable(records)], cfg.SOLVER.IMS_PER_BATCH
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+
+def _one_hot_alpha(
+    architecture: Architecture, layer: str, conv: MixedDilationConv2d
+) -> torch.Tensor:
+    """One conv's α for an architecture, (N, G): 0 for a group's genotype, -inf for the others."""
+    dilations = [tuple(d) for c, *d in architecture.layers.get(layer, ()) for _ in range(c)]
+    if len(dilations) != conv.out_channels:
+        raise NATSError(
+            f"{layer}: {len(dilations)} channels in the architecture, not {conv.out_channels}"
+        )
+    per_group = conv.out_channels // conv.num_groups
+    alpha = torch.full((conv.num_groups, len(conv.genotypes)), -torch.inf)
+    for group in range(conv.num_groups):
+        given = set(dilations[group * per_group : (group + 1) * per_group])
+        if len(given) > 1 or not given <= set(conv.genotypes):
+            raise NATSError(
+                f"{layer}: the architecture gives channel group {group} the dilations "
+                f"{sorted(given)}, the search one of {list(conv.genotypes)}"
+            )
+        alpha[group, conv.genotypes.index(given.pop())] = 0
+    return alpha

@@ -1,0 +1,241 @@
+"""What a study consists of: its settings, and the runs of each method and seed."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence
+
+import torch
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
+
+from ...config import config_differences, load_config
+from ...errors import NATSError
+from ...files import write_atomically
+from ...method.architecture import Architecture
+from ...method.transform import frozen_state_dict
+from ...search.export import export_config, frozen_weights, write_config, write_weights
+from ...search.folder import SearchFolder
+from ..baselines import random_architecture, uniform_architecture
+from .folds import merged_annotations, write_folds
+from .methods import Method
+from .runs import Task
+
+# Settings (or beginnings of their names) that change no result of a run.
+_FREE_KEYS = (
+    "OUTPUT_DIR",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.DEVICE",
+    "RUN.",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "VIS_PERIOD",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study is told.
+
+    Attributes:
+        config_file, search_config: of the detector and of its search; paths or zoo names.
+        output: its folder.
+        seeds: which.
+        methods: names; the others are compared with the first.
+        given: name of a further method → its architecture file.
+        folds: number of folds into which `annotations`, of images in `images`, are cut; None where
+            the configs name the data.
+        num_gpus: of each run.
+        opts: KEY VALUE pairs for both configs.
+    """
+
+    config_file: str
+    search_config: str
+    output: str
+    seeds: range
+    methods: Sequence[str]
+    given: Dict[str, str]
+    folds: Optional[int] = None
+    annotations: Optional[Sequence[str]] = None
+    images: Optional[str] = None
+    num_gpus: int = 1
+    opts: Sequence[str] = ()
+
+
+class Study:
+    """A study's folder and its runs.
+
+    Raises:
+        NATSError: bad input, or the folder is another study's. Nothing has been run then.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.seeds = settings.seeds
+        self.methods = [Method.of(name) for name in (*settings.methods, *settings.given)]
+        test = self._config().DATASETS.TEST
+        if not settings.folds and len(test) != 1:
+            raise NATSError(f"DATASETS.TEST {test}: expected one data set, or --folds")
+        annotations = merged_annotations(settings.annotations) if settings.folds else None
+        self._check_same_study(annotations)
+        self._check_architectures()
+        if annotations:
+            write_folds(annotations, settings.folds, self.path("data"))
+        self.tasks = self._tasks()
+
+    def _config(self, search: bool = False) -> CfgNode:
+        """The detector's config, or that of its search."""
+        path = self.settings.search_config if search else self.settings.config_file
+        return load_config(path, self.settings.opts)
+
+    def path(self, *parts: str) -> str:
+        return os.path.join(self.settings.output, *parts)
+
+    def folder(self, name: str, seed: int) -> str:
+        """The OUTPUT_DIR of a method's retraining, or of a search ("search-nats")."""
+        return self.path(f"seed_{seed}", name)
+
+    def _check_architectures(self) -> None:
+        """Find now what would fail after the search, and files that have changed since a run."""
+        base = self._config()
+        with torch.device("meta"):
+            supernet = build_backbone(self._config(search=True))
+        for method in self.methods:
+            given = self.settings.given.get(method.name)
+            if not given and not method.dilation:
+                continue
+            try:
+                architecture = self.architecture(method, 0)
+                export_config(base, architecture)
+                if method.warm:
+                    frozen_state_dict(supernet, architecture)
+            except NATSError as error:
+                raise NATSError(f"{method.name}: {error}") from None
+            for seed in self.seeds:
+                path = os.path.join(self.folder(method.name, seed), "retrain.yaml")
+                if not os.path.isfile(path):
+                    continue
+                trained = Architecture.from_config(load_config(path).MODEL.NATS.ARCHITECTURE)
+                if trained != architecture.restrict(trained.stages):
+                    raise NATSError(
+                        f"{given or method.name} is another architecture than that in "
+                        f"{path}, which was trained: give it another name"
+                    )
+
+    def _check_same_study(self, annotations: Optional[dict]) -> None:
+        """Refuse the folder of another study. Seeds and methods may be added later."""
+        settings, configs = self.settings, {"config": False, "search_config": True}
+        ours = {key: self._config(search).dump() for key, search in configs.items()}
+        for key in ("folds", "annotations", "images"):
+            ours[key] = getattr(settings, key)
+        if annotations:
+            content = json.dumps(annotations, sort_keys=True).encode()
+            ours["content of the annotations"] = hashlib.sha256(content).hexdigest()[:16]
+        path = self.path("study.json")
+        os.makedirs(self.path("data"), exist_ok=True)
+        if not os.path.isfile(path):
+            write_atomically(path, json.dumps(ours, indent=1))
+            return
+        with open(path) as file:
+            old = json.load(file)
+        for key, value in ours.items():
+            if old.get(key, value) == value:  # older versions wrote fewer
+                continue
+            detail = f"{old.get(key)!r}, now {value!r}"
+            if key in configs:
+                differences = config_differences(old[key], self._config(configs[key]), _FREE_KEYS)
+                if not differences:
+                    continue
+                detail = "; ".join(differences[:5])
+            raise NATSError(f"{path} is of another study: {key}: {detail}. Choose another --output")
+
+    # -- runs ------------------------------------------------------------------------------------
+
+    def _options(self, seed: int, folder: str, searching: bool) -> List[str]:
+        opts = [*self.settings.opts, "SEED", str(seed), "OUTPUT_DIR", folder]
+        if self.settings.folds:
+            number, images = seed % self.settings.folds, self.settings.images
+            fold = self.path("data", f"fold_{number}")
+            names = {n: f"study_{number}_{n}" for n in os.listdir(fold)}
+            register = [[v, os.path.join(fold, n), images] for n, v in names.items()]
+            train = "train.json" if searching else "rest.json"
+            opts += ["DATASETS.REGISTER", repr(register)]
+            opts += ["DATASETS.TRAIN", repr((names[train],))]
+            opts += ["DATASETS.TEST", repr((names["test.json"],))]
+            opts += ["DATASETS.CALIBRATION", repr((names["calibration.json"],))]
+        if searching:
+            opts += ["DATASETS.TEST", "()"]
+        return opts
+
+    def _tasks(self) -> List[Task]:
+        tasks = []
+        for seed in self.seeds:  # seed by seed, so that complete seeds can be reported
+            needed = [method.search for method in self.methods]
+            searches = {n: self._search(n, seed) for n in ("path", "nats") if n in needed}
+            tasks += searches.values()
+            tasks += [self._retraining(method, seed, searches) for method in self.methods]
+        return tasks
+
+    def _search(self, name: str, seed: int) -> Task:
+        folder = self.folder(f"search-{name}", seed)
+        opts = self._options(seed, folder, searching=True)
+        if name == "path":
+            opts += ["MODEL.NATS.NUM_GROUPS", "1", "MODEL.NATS.CHANNELS_PER_GROUP", "0"]
+        command = self._command("search", self.settings.search_config, opts)
+        return Task("search", folder, lambda: command)
+
+    def _retraining(self, method: Method, seed: int, searches: Dict[str, Task]) -> Task:
+        folder = self.folder(method.name, seed)
+        search = searches.get(method.search)
+
+        def prepare() -> List[str]:
+            config = self.settings.config_file
+            opts = self._options(seed, folder, searching=False)
+            architecture = self.architecture(method, seed)
+            if architecture is not None:
+                config = os.path.join(folder, "retrain.yaml")
+                write_config(export_config(self._config(), architecture), config)
+            if method.warm:
+                weights = os.path.join(folder, "frozen.pth")
+                supernet = SearchFolder(search.folder).supernet
+                write_weights(frozen_weights(*supernet, architecture), weights)
+                opts += ["MODEL.WEIGHTS", weights]
+            opts += self._schedule(method)
+            return self._command("train", config, opts)
+
+        return Task("retraining", folder, prepare, [search] if search else [])
+
+    def _command(self, name: str, config: str, opts: List[str]) -> List[str]:
+        module = f"{__package__.partition('.')[0]}.commands.{name}"
+        gpus = str(self.settings.num_gpus)
+        return ["-m", module, "--config-file", config, "--resume", "--num-gpus", gpus, *opts]
+
+    def _schedule(self, method: Method) -> List[str]:
+        """The retraining's schedule, stretched to the method's length."""
+        solver, factor = self._config().SOLVER, method.length
+        if factor is None:
+            factor = 1 + self._config(search=True).SOLVER.MAX_ITER / solver.MAX_ITER
+        steps = tuple(round(step * factor) for step in solver.STEPS)
+        iterations = round(solver.MAX_ITER * factor)
+        return ["SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", repr(steps)]
+
+    def architecture(self, method: Method, seed: int) -> Optional[Architecture]:
+        """A method's architecture for a seed; None for the plain detector."""
+        if method.name in self.settings.given:
+            return Architecture.load(self.settings.given[method.name])
+        if method.kind == "random":
+            return random_architecture(self._config(search=True), seed)
+        if method.dilation:
+            return uniform_architecture(self._config(search=True), method.dilation)
+        if not method.search:
+            return None
+        order = "paper" if method.kind == "nats-paper" else "voted"
+        search = SearchFolder(self.folder(f"search-{method.search}", seed))
+        found = search.decode(order, method.margin or 0.0)
+        return found.transposed() if method.kind == "transposed" else found
+
+    def task(self, name: str, seed: int) -> Optional[Task]:
+        """The run in :meth:`folder`; None if the study has none there."""
+        folder = self.folder(name, seed)
+        return next((task for task in self.tasks if task.folder == folder), None)

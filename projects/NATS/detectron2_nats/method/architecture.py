@@ -1,0 +1,319 @@
+"""The result of a search: the dilation of each output channel of each conv (section 3.3)."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from ..errors import NATSError
+from ..files import OneLine, read_yaml, write_yaml
+from .search_space import Dilation, check_dilation, shortened
+from .stages import searched_layers
+
+FORMAT = "detectron2-nats/1"
+DECODE_ORDERS = ("paper", "voted")
+
+# Far above any ResNet (R-152 has 50 convs of at most 2048 channels), and still cheap to read.
+MAX_LAYERS = 1000
+MAX_CHANNELS = 65536
+
+_SHIPPED = os.path.join(os.path.dirname(__file__), "architectures")
+
+Segment = Tuple[int, int, int]
+"""A segment, (output channels, d_h, d_w): consecutive output channels of one dilation."""
+
+
+def votes(alpha: np.ndarray, margin: float = 0.0) -> np.ndarray:
+    """The genotype index that each group votes for: (N, G) → (N,). A tie goes to the first.
+
+    Args:
+        margin: a group leaves genotype 0, the plain conv, only if the softmax(α) of its best
+            genotype exceeds that of genotype 0 by more than this. 0 is the paper's argmax.
+    """
+    alpha = np.asarray(alpha)
+    if not np.isfinite(alpha).all():
+        raise NATSError("alpha has non-finite values and cannot be decoded")
+    chosen = alpha.argmax(axis=1)
+    if margin:
+        shares = torch.as_tensor(alpha).double().softmax(dim=1).numpy()
+        chosen[shares.max(axis=1) - shares[:, 0] <= margin] = 0
+    return chosen
+
+
+def intensities(alpha: np.ndarray) -> np.ndarray:
+    """The share of the groups that vote for each genotype, I^g: (N, G) → (G,). Sums to 1."""
+    return np.bincount(votes(alpha), minlength=np.shape(alpha)[1]) / np.shape(alpha)[0]
+
+
+def decode_alpha(
+    alpha: np.ndarray,
+    genotypes: Sequence[Dilation],
+    channels: int,
+    order: str = "paper",
+    margin: float = 0.0,
+) -> Tuple[Segment, ...]:
+    """Decode one conv's α (N, G) into segments of its `channels` output channels.
+
+    Args:
+        order: "paper": only the number of votes per genotype counts, and the channels get their
+            dilations in genotype order. "voted": each group keeps its own channels and gets the
+            dilation that it voted for.
+        margin: see :func:`votes`.
+    """
+    if order not in DECODE_ORDERS:
+        raise NATSError(f"unknown DECODE_ORDER {order!r}: expected one of {list(DECODE_ORDERS)}")
+    if not 0 <= margin < 1:
+        raise NATSError(
+            f"DECODE_MARGIN {margin}: expected a share of softmax(α), at least 0 and below 1"
+        )
+    chosen = votes(alpha, margin)
+    if order == "paper":
+        chosen = np.sort(chosen)
+    per_group = channels // len(chosen)
+    return _merged((per_group, *genotypes[g]) for g in chosen)
+
+
+def _merged(segments) -> Tuple[Segment, ...]:
+    """Join neighbours of equal dilation, so that equal architectures compare equal."""
+    merged: List[Segment] = []
+    for channels, d_h, d_w in segments:
+        if merged and merged[-1][1:] == (d_h, d_w):
+            channels += merged.pop()[0]
+        merged.append((channels, d_h, d_w))
+    return tuple(merged)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Segments of dilations per layer.
+
+    Args:
+        layers: layer name inside the residual network ("res3.0.conv2") → segments (output channels,
+            d_h, d_w) in channel order. Names every 3×3 conv of each stage that it changes.
+        search: its origin (space, iteration, seed, …) in plain values; may be empty.
+
+    Raises:
+        NATSError: something is malformed; the message names the layer.
+    """
+
+    layers: Mapping[str, Tuple[Segment, ...]]
+    search: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self):
+        if not isinstance(self.layers, Mapping) or not self.layers:
+            raise NATSError("architecture: 'layers' must map one or more layer names to segments")
+        if len(self.layers) > MAX_LAYERS:
+            raise NATSError(
+                f"architecture: {len(self.layers)} layers, at most {MAX_LAYERS} allowed"
+            )
+        if not isinstance(self.search, Mapping):
+            raise NATSError("architecture: 'search' must be a mapping")
+        layers = {_check_name(name): _check_segments(name, v) for name, v in self.layers.items()}
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "search", dict(self.search))
+
+    # -- from a search ------------------------------------------------------------------------
+
+    @classmethod
+    def decode(
+        cls,
+        supernet: Union[nn.Module, Mapping[str, nn.Module]],
+        order: str = "paper",
+        margin: float = 0.0,
+        **search,
+    ) -> "Architecture":
+        """Decode a search's result (section 3.3).
+
+        Args:
+            supernet: what :func:`to_supernet` gave, or a detector around it; or its searched
+                convs, layer name → :class:`MixedDilationConv2d`.
+            order: "paper" or "voted", see :func:`decode_alpha`.
+            margin: see :func:`votes`.
+            search: the origin, recorded in the file.
+
+        Raises:
+            NATSError: nothing is searched in it.
+        """
+        convs = searched_layers(supernet) if isinstance(supernet, nn.Module) else supernet
+        if not convs:
+            raise NATSError("no conv is searched: decode what to_supernet made")
+        layers = {
+            name: decode_alpha(
+                conv.alpha.detach().cpu().numpy(),
+                conv.genotypes,
+                conv.out_channels,
+                order,
+                margin,
+            )
+            for name, conv in convs.items()
+        }
+        return cls(layers, {**search, "order": order, **({"margin": margin} if margin else {})})
+
+    # -- files and configs --------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Architecture":
+        """Read the content of an architecture file."""
+        if not isinstance(content, Mapping):
+            raise NATSError(f"not an architecture file: expected a mapping with 'format: {FORMAT}'")
+        unknown = sorted(shortened(key) for key in set(content) - {"format", "layers", "search"})
+        if content.get("format") != FORMAT:
+            raise NATSError(
+                f"not an architecture file of this version: format is "
+                f"{shortened(content.get('format'))}, expected {FORMAT!r}"
+            )
+        if unknown:
+            raise NATSError(f"architecture: unknown keys {', '.join(unknown[:5])}")
+        return cls(content.get("layers"), content.get("search") or {})
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The content of an architecture file: plain values, segments as lists."""
+        content = {
+            "format": FORMAT,
+            "layers": {k: OneLine(list(r) for r in v) for k, v in self.layers.items()},
+        }
+        if self.search:
+            content["search"] = dict(self.search)
+        return content
+
+    @classmethod
+    def from_config(cls, value: Sequence[Any]) -> "Architecture":
+        """Read ``MODEL.NATS.ARCHITECTURE``: a list of [layer name, segments]."""
+        is_list = isinstance(value, (list, tuple))
+        if not is_list or not all(isinstance(v, (list, tuple)) and len(v) == 2 for v in value):
+            raise NATSError("MODEL.NATS.ARCHITECTURE must be a list of [layer name, segments]")
+        names = [_check_name(name) for name, _ in value]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise NATSError(f"MODEL.NATS.ARCHITECTURE names layers twice: {', '.join(twice[:5])}")
+        return cls(dict(value))
+
+    def to_config(self) -> List[List[Any]]:
+        """The value of ``MODEL.NATS.ARCHITECTURE``."""
+        return [[name, [list(segment) for segment in v]] for name, v in self.layers.items()]
+
+    @classmethod
+    def load(cls, path: str) -> "Architecture":
+        """Read an architecture file (YAML, safe loader, at most 8 MiB).
+
+        Args:
+            path: a file, or the name of one that the package ships, such as "bars_lying".
+
+        Raises:
+            NATSError: missing, too large, not YAML, or malformed; names the file.
+        """
+        if path in shipped_architectures() and not os.path.exists(path):
+            path = os.path.join(_SHIPPED, f"{path}.yaml")
+        content = read_yaml(path, aliases=False)
+        try:
+            return cls.from_dict(content)
+        except NATSError as error:
+            raise NATSError(f"{path}: {error}") from None
+
+    def save(self, path: str) -> None:
+        """Write an architecture file. A kill leaves the old or the new one."""
+        write_yaml(path, self.to_dict())
+
+    # -- questions ----------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> Tuple[str, ...]:
+        """The stages that it changes, in order of first mention."""
+        return tuple(dict.fromkeys(name.split(".")[0] for name in self.layers))
+
+    def restrict(self, stages: Sequence[str]) -> "Architecture":
+        """Only the layers of `stages`."""
+        layers = {k: v for k, v in self.layers.items() if k.split(".")[0] in stages}
+        return Architecture(layers, self.search)
+
+    def transposed(self) -> "Architecture":
+        """The same with height and width of each dilation swapped."""
+        layers = {k: [(c, d_w, d_h) for c, d_h, d_w in v] for k, v in self.layers.items()}
+        return Architecture(layers, {**self.search, "transposed": True})
+
+    def channels_per_dilation(self, layer: str) -> Dict[Dilation, int]:
+        """Output channels of each dilation in one layer."""
+        counts: Dict[Dilation, int] = {}
+        for channels, d_h, d_w in self.layers[layer]:
+            counts[d_h, d_w] = counts.get((d_h, d_w), 0) + channels
+        return dict(sorted(counts.items()))
+
+    def summary(self) -> str:
+        """A table: each layer's channels per dilation, and the reach of its conv.
+
+        ::
+
+            layer         channels per dilation    largest    mean
+            ------------  -----------------------  ---------  -------
+            res3.0.conv2  1x1:64, 1x3:32, 3x3:32   7x7        4.0x5.0
+        """
+        rows = []
+        for name in self.layers:
+            counts = self.channels_per_dilation(name)
+            extents = np.array([(2 * d_h + 1, 2 * d_w + 1) for d_h, d_w in counts])
+            mean = np.average(extents, axis=0, weights=list(counts.values()))
+            rows.append(
+                (
+                    name,
+                    ", ".join(f"{d_h}x{d_w}:{c}" for (d_h, d_w), c in counts.items()),
+                    "{}x{}".format(*extents.max(axis=0)),
+                    "{:.1f}x{:.1f}".format(*mean),
+                )
+            )
+        headers = ("layer", "channels per dilation", "largest", "mean")
+        widths = (None, 64, None, None)  # break lines: per-channel patterns have many dilations
+        return (
+            f"{tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths)}\n\n"
+            "All sizes are height x width. The receptive field of a 3x3 conv on its input is "
+            '2d + 1 on a side\n(plain: 3x3). "largest" is the largest of each side, "mean" the '
+            "mean over the output channels.\nA stage's own dilation (DC5), which multiplies d, is "
+            "not included."
+        )
+
+
+def shipped_architectures() -> List[str]:
+    """The names that :meth:`Architecture.load` takes beside paths."""
+    return sorted(name.removesuffix(".yaml") for name in os.listdir(_SHIPPED))
+
+
+def _check_name(name: Any) -> str:
+    # names are unquoted in files
+    if (
+        not isinstance(name, str)
+        or len(name) > 200
+        or not re.fullmatch(r"res[\w.]+", name, re.ASCII)
+    ):
+        raise NATSError(
+            f"architecture: layer name {shortened(name)}: expected one like 'res3.0.conv2'"
+        )
+    return name
+
+
+def _check_segments(name: str, segments: Any) -> Tuple[Segment, ...]:
+    if not isinstance(segments, (list, tuple)) or not segments or len(segments) > MAX_CHANNELS:
+        raise NATSError(f"architecture: {name}: expected a list of [channels, d_h, d_w]")
+    checked, total = [], 0
+    for segment in segments:
+        if not isinstance(segment, (list, tuple)) or len(segment) != 3:
+            raise NATSError(
+                f"architecture: {name}: expected [channels, d_h, d_w], got {shortened(segment)}"
+            )
+        channels = segment[0]
+        if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
+            raise NATSError(
+                f"architecture: {name}: {shortened(channels)} is not a number of channels"
+            )
+        try:
+            dilation = check_dilation(list(segment[1:]))
+        except NATSError as error:
+            raise NATSError(f"architecture: {name}: {error}") from None
+        checked.append((channels, *dilation))
+        total += channels
+    if total > MAX_CHANNELS:
+        raise NATSError(f"architecture: {name}: {total} channels, at most {MAX_CHANNELS} allowed")
+    return _merged(checked)

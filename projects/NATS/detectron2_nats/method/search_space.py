@@ -1,0 +1,166 @@
+"""What is searched: the genotypes of each stage, and the channel groups of a conv (section 3.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional, Tuple, Union
+
+from ..errors import NATSError
+
+Dilation = Tuple[int, int]
+"""(d_h, d_w): along height and width. A *genotype* is a dilation that a group may choose."""
+
+MAX_DILATION = 64
+"""Larger dilations reach past any feature map and are refused as typing errors."""
+
+_SQUARE_3 = ((1, 1), (2, 2), (3, 3))
+_SQUARE_5 = _SQUARE_3 + ((4, 4), (5, 5))
+_LONG_3 = ((1, 3), (3, 1))
+_LONG_5 = _LONG_3 + ((1, 5), (5, 1))
+
+PAPER_SETS: Mapping[str, Mapping[str, Tuple[Dilation, ...]]] = {
+    name: {"res2": early, "res3": early, "res4": early, "res5": res5}
+    for name, early, res5 in (
+        ("A", ((1, 1), (3, 3)), ((1, 1), (3, 3), (5, 5))),
+        ("B", _SQUARE_3, _SQUARE_5),
+        ("C", _SQUARE_3 + _LONG_3, _SQUARE_5 + _LONG_5),
+    )
+}
+"""The paper's genotype sets. The paper does not search res2; here it has the set of res3."""
+
+
+def check_dilation(value: Any) -> Dilation:
+    """Return `value` as a pair of ints, or raise :class:`NATSError`."""
+    is_pair = _is_list(value) and len(value) == 2
+    if not is_pair or not all(type(d) is int and 1 <= d <= MAX_DILATION for d in value):
+        raise NATSError(
+            f"malformed dilation {shortened(value)}: expected a pair (d_h, d_w) of whole numbers "
+            f"from 1 to {MAX_DILATION}"
+        )
+    return value[0], value[1]
+
+
+def _is_list(value: Any) -> bool:
+    """True for OmegaConf's lists too, which LazyConfig passes."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def shortened(value: Any) -> str:
+    """`value` as one short line, for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print ints of thousands of digits
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True, init=False)
+class SearchSpace:
+    """The searched stages, their genotypes, and the number of channel groups.
+
+    Args:
+        space: "A", "B" or "C" (the paper's sets), or one list of dilation pairs per stage. Each
+            list must begin with (1, 1), the plain conv.
+        stages: names of the searched stages, "res2" to "res5".
+        num_groups: N, channel groups per conv; 1 is path-level search. The default is 16, unless
+            `channels_per_group` is given.
+        channels_per_group: output channels per group, instead of `num_groups`.
+        share_weights: use one weight for all genotypes instead of one replica per genotype.
+        sample: draw one genotype per group at each step instead of mixing them; one weight for all.
+
+    Raises:
+        NATSError: unknown set, malformed dilation, or both group arguments given.
+    """
+
+    stages: Tuple[str, ...]
+    genotypes: Mapping[str, Tuple[Dilation, ...]]
+    num_groups: Optional[int]
+    channels_per_group: Optional[int]
+    share_weights: bool
+    sample: bool
+
+    def __init__(
+        self,
+        space: Union[str, Sequence[Sequence[Sequence[int]]]] = "C",
+        *,
+        stages: Sequence[str] = ("res3", "res4", "res5"),
+        num_groups: Optional[int] = None,
+        channels_per_group: Optional[int] = None,
+        share_weights: bool = False,
+        sample: bool = False,
+    ):
+        known = list(PAPER_SETS["C"])
+        is_list = _is_list(stages) and all(stage in known for stage in stages)
+        if not stages or not is_list or len(set(stages)) < len(stages):
+            raise NATSError(
+                f"STAGES {shortened(stages)}: expected one or more of {known}, each once"
+            )
+        stages = tuple(stages)
+        if num_groups is not None and channels_per_group is not None:
+            raise NATSError(
+                f"both NUM_GROUPS ({num_groups}) and CHANNELS_PER_GROUP ({channels_per_group}) are "
+                "set: keep one of them and set the other to 0"
+            )
+        if num_groups is None and channels_per_group is None:
+            num_groups = 16
+        for key, value in (("NUM_GROUPS", num_groups), ("CHANNELS_PER_GROUP", channels_per_group)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise NATSError(f"{key} {shortened(value)}: expected a whole number of at least 1")
+        # the dataclass is frozen: set its values here, once
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "genotypes", _genotypes_per_stage(space, stages))
+        object.__setattr__(self, "num_groups", num_groups)
+        object.__setattr__(self, "channels_per_group", channels_per_group)
+        object.__setattr__(self, "share_weights", bool(share_weights or sample))
+        object.__setattr__(self, "sample", bool(sample))
+
+    def groups_of(self, layer: str, channels: int, conv_groups: int = 1) -> int:
+        """Return N for a conv of `channels` output channels in `conv_groups` conv groups (ResNeXt).
+
+        Raises:
+            NATSError: the groups do not divide the channels, or split a conv group.
+        """
+        if self.channels_per_group is not None:
+            key, value = "CHANNELS_PER_GROUP", self.channels_per_group
+            num_groups, rest = divmod(channels, value)
+        else:
+            key, value = "NUM_GROUPS", self.num_groups
+            num_groups, rest = value, channels % value
+        if rest:
+            raise NATSError(
+                f"{key} {value} does not divide the {channels} channels of {layer}: "
+                f"choose a divisor of {channels}"
+            )
+        if conv_groups > 1 and conv_groups % num_groups:
+            raise NATSError(
+                f"{key} {value} cuts the conv groups of {layer}: it has {conv_groups} conv groups "
+                f"of {channels // conv_groups} channels, and a channel group must not split one"
+            )
+        return num_groups
+
+
+def _genotypes_per_stage(space: Any, stages: Tuple[str, ...]) -> Mapping[str, Tuple[Dilation, ...]]:
+    if isinstance(space, str):
+        if space not in PAPER_SETS:
+            raise NATSError(
+                f"unknown SPACE {shortened(space)}: expected one of {', '.join(PAPER_SETS)}, or a "
+                "list of dilation pairs for each stage"
+            )
+        return {stage: PAPER_SETS[space][stage] for stage in stages}
+    if not _is_list(space) or len(space) != len(stages):
+        raise NATSError(
+            f"SPACE {shortened(space)}: expected one list of dilation pairs for each of "
+            f"{list(stages)}"
+        )
+    genotypes = {}
+    for stage, pairs in zip(stages, space):
+        if not _is_list(pairs) or not pairs:
+            raise NATSError(
+                f"SPACE of {stage}: expected a list of dilation pairs, got {shortened(pairs)}"
+            )
+        genotypes[stage] = tuple(check_dilation(pair) for pair in pairs)
+        if genotypes[stage][0] != (1, 1) or len(set(genotypes[stage])) < len(pairs):
+            raise NATSError(
+                f"SPACE of {stage}: {shortened(pairs)} must begin with (1, 1), the plain conv, and "
+                "name each dilation once"
+            )
+    return genotypes

@@ -1,0 +1,121 @@
+"""Turn an architecture into a plain config, and a super-network's weights into frozen ones."""
+
+import os
+from typing import Any, Dict, Mapping
+
+import torch
+
+from detectron2.config import CfgNode
+from detectron2.modeling import Backbone, build_backbone
+
+from ..config import load_config
+from ..errors import NATSError
+from ..files import OneLine, write_atomically, write_yaml
+from ..method.architecture import Architecture
+from ..method.stages import conv3x3_layers
+from ..method.transform import apply_architecture, frozen_state_dict
+from .folder import SearchFolder
+
+
+def detector_of(folder: SearchFolder, path: str) -> CfgNode:
+    """The config of the detector to export: a file, a zoo name, or "" for what `folder` searched.
+
+    Raises:
+        NATSError: it cannot be read, or `folder` is not a search's output folder.
+    """
+    if path:
+        return load_config(path)
+    if not folder.has("config.yaml"):
+        where = folder.path or "."
+        raise NATSError(f"{where} has no config.yaml: name the detector with --config-file")
+    return searched_detector(folder.cfg)
+
+
+def searched_detector(cfg: CfgNode) -> CfgNode:
+    """The config of the detector that a search's config searches."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    defaults = load_config("")
+    cfg.SEARCH, cfg.DATASETS.CALIBRATION = defaults.SEARCH, defaults.DATASETS.CALIBRATION
+    for key in ("STAGES", "SPACE", "NUM_GROUPS", "CHANNELS_PER_GROUP", "SHARE_WEIGHTS", "SAMPLE"):
+        cfg.MODEL.NATS[key] = defaults.MODEL.NATS[key]
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "retrain")
+    return cfg
+
+
+def export_config(base: CfgNode, architecture: Architecture) -> CfgNode:
+    """A plain config: the detector `base` with the architecture in its backbone.
+
+    Leaves out stages that the base's backbone does not build (C4 keeps res5 in its heads).
+
+    Raises:
+        NATSError: the architecture does not fit the base's backbone.
+    """
+    cfg = base.clone()
+    cfg.defrost()
+    if cfg.MODEL.BACKBONE.NAME != "build_nats_backbone":
+        cfg.MODEL.NATS.BASE_BACKBONE = cfg.MODEL.BACKBONE.NAME
+    plain = cfg.clone()
+    plain.MODEL.BACKBONE.NAME = cfg.MODEL.NATS.BASE_BACKBONE
+    with torch.device("meta"):  # shapes are enough to check that it fits
+        backbone = build_backbone(plain)
+    built = {name.split(".")[0] for name in conv3x3_layers(backbone)}
+    if not built & set(architecture.stages):
+        raise NATSError(f"the architecture changes {architecture.stages}, the detector has {built}")
+    architecture = architecture.restrict(built)
+    apply_architecture(backbone, architecture)
+    cfg.MODEL.BACKBONE.NAME = "build_nats_backbone"
+    cfg.MODEL.NATS.ARCHITECTURE = architecture.to_config()
+    return cfg
+
+
+def write_config(cfg: CfgNode, path: str) -> None:
+    """Write what differs from the defaults. Load it after ``get_cfg(); add_nats_config(cfg)``."""
+    difference = settings_of(cfg)
+    nats = difference.get("MODEL", {}).get("NATS", {})
+    if "ARCHITECTURE" in nats:  # one line per layer, for readers
+        nats["ARCHITECTURE"] = [OneLine(layer) for layer in nats["ARCHITECTURE"]]
+    comment = (
+        "# A plain detector with searched dilations. Load it after: import detectron2_nats;\n"
+        "# cfg = get_cfg(); detectron2_nats.add_nats_config(cfg)\n"
+    )
+    write_yaml(path, {"VERSION": 2, **difference}, comment)
+
+
+def write_weights(weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Write a detector's weights as a file for ``MODEL.WEIGHTS``."""
+    content = {"model": weights, "__author__": "detectron2-nats"}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def settings_of(cfg: CfgNode) -> Dict[str, Any]:
+    """What differs from the defaults, as nested plain values."""
+    return _difference(cfg, load_config(""))
+
+
+def _difference(cfg: CfgNode, default: Mapping[str, Any]) -> Dict[str, Any]:
+    difference: Dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            # other projects have nodes of their own, which the defaults lack
+            inner = _difference(value, default.get(key, {}))
+            if inner:
+                difference[key] = inner
+        elif key not in default or value != default[key]:
+            difference[key] = value
+    return difference
+
+
+def frozen_weights(
+    state_dict: Mapping[str, torch.Tensor], backbone: Backbone, architecture: Architecture
+) -> Dict[str, torch.Tensor]:
+    """:func:`.transform.frozen_state_dict` of a searched detector whose backbone alone is built.
+
+    Args:
+        state_dict: the searched detector's, with the prefix "backbone." for the backbone.
+        backbone: the detector's super-network, with weights.
+        architecture: decoded from it in voted order, or of its search space and never decoded.
+    """
+    rest = {k: v for k, v in state_dict.items() if not k.startswith("backbone.")}
+    own = frozen_state_dict(backbone, architecture)
+    return {**{f"backbone.{name}": value for name, value in own.items()}, **rest}

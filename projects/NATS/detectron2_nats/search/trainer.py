@@ -1,0 +1,232 @@
+"""The search: SGD trains the weights on one split, Adam trains α on another (section 4.2)."""
+
+import logging
+import os
+from typing import Dict, List
+
+import numpy as np
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+from ..config import config_differences, genotype_set, load_config
+from ..data.overlap import check_disjoint, warn_of_test_images
+from ..engine.loader import build_resumable_loader, dataset_dicts
+from ..engine.resumable import ResumableTrainer
+from ..engine.steps import Objective
+from ..errors import NATSError
+from ..method.alpha import alpha_parameters, alpha_training
+from ..method.architecture import Architecture
+from ..method.decidedness import Decidedness
+from ..method.stages import searched_layers
+from ..method.transform import frozen_state_dict
+from .alpha_log import AlphaHook
+from .export import export_config, searched_detector, write_config, write_weights
+
+logger = logging.getLogger(__name__)
+
+
+class SearchTrainer(ResumableTrainer):
+    """Trains a super-network and writes ``architecture.yaml`` and ``retrain.yaml`` to OUTPUT_DIR.
+
+    Each iteration takes a weight step on ``DATASETS.TRAIN``. After ``SEARCH.ALPHA_START`` of the
+    search, an α step on ``DATASETS.CALIBRATION`` follows. α's gradient is first order: the weights
+    count as constants (the paper does not say).
+
+    Args:
+        cfg: has the keys of :func:`add_nats_config`, and an empty ``MODEL.NATS.ARCHITECTURE``.
+
+    Raises:
+        NATSError: bad input; raised before training starts.
+    """
+
+    DATA = ("TRAIN", "CALIBRATION", "TEST")
+
+    def __init__(self, cfg: CfgNode):
+        # Fail on a wrong path now, not days later
+        other = cfg.SEARCH.RETRAIN_CONFIG
+        self.retrain_base = load_config(other) if other else searched_detector(cfg)
+        super().__init__(cfg)
+        cfg = self.cfg  # scaled to the number of processes
+        # The same for settings that cannot be decoded, and for a result that cannot fit
+        export_config(self.retrain_base, self.architecture())
+        self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.max_iter)
+        loader = build_resumable_loader(
+            cfg,
+            dataset_dicts(cfg, cfg.DATASETS.CALIBRATION),
+            total_batch_size=cfg.SEARCH.ALPHA_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH,
+            seed=self.seed + 1,
+        )
+        check_disjoint(self.weight_objective.loader.files, loader.files)
+        warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.CALIBRATION")
+        optimizer = torch.optim.Adam(
+            alpha_parameters(self._supernet),
+            lr=cfg.SEARCH.ALPHA_LR,
+            weight_decay=cfg.SEARCH.ALPHA_WEIGHT_DECAY,
+        )
+        self.alpha_objective = self.new_objective(
+            "alpha",
+            self._alpha_losses,
+            loader,
+            optimizer,
+            average_gradients=self._average_alpha_gradients,
+            prefix="alpha/",
+        )
+
+    def prepare_model(self, model: nn.Module) -> None:
+        self._supernet = model
+        self.searched = searched_layers(model)
+        if not self.searched:
+            raise NATSError(
+                "nothing to search: set MODEL.BACKBONE.NAME to build_nats_backbone and leave "
+                "MODEL.NATS.ARCHITECTURE empty"
+            )
+        # Without requires_grad, the weights' optimizer and data parallelism both skip α.
+        for alpha in alpha_parameters(model):
+            alpha.requires_grad_(False)
+        self._trained_weights = [p for p in model.parameters() if p.requires_grad]
+
+    def objectives(self) -> Dict[str, Objective]:
+        return {**super().objectives(), "alpha": self.alpha_objective}
+
+    def run_step(self) -> None:
+        self.weight_step()
+        if self.iter >= self.alpha_start:
+            self.alpha_step()
+
+    def alpha_step(self) -> None:
+        """Take an Adam step on α, on a batch of ``DATASETS.CALIBRATION``. Nothing else changes."""
+        with alpha_training(self._supernet):
+            self.take_step(self.alpha_objective)
+
+    def rehearse_alpha_step(self) -> None:
+        """Compute the gradient of an α step and discard it.
+
+        Too little memory or unreadable calibration data then stop the search at its start, not when
+        the first α step comes.
+        """
+        momentum = []  # as much memory as SGD's momentum will take by then
+        if not self.weight_objective.optimizer.state:
+            momentum = [torch.empty_like(weight) for weight in self._trained_weights]
+        with alpha_training(self._supernet):
+            needed = self.alpha_objective.rehearse()
+        del momentum
+        logger.info(f"α steps start at iteration {self.alpha_start}. One α step takes {needed}")
+
+    def _alpha_losses(self, batch: List[dict]) -> Dict[str, torch.Tensor]:
+        # The scope separates what the heads log from what they log in the weight step.
+        with get_event_storage().name_scope("alpha"):
+            return self._loss_module(batch)
+
+    def _average_alpha_gradients(self) -> None:
+        """In one message over all ranks, because data parallelism does not include α."""
+        if comm.get_world_size() == 1:
+            return
+        gradients = [conv.alpha.grad for conv in self.searched.values()]
+        flat = torch.cat([g.flatten() for g in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= comm.get_world_size()
+        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(piece.view_as(gradient))
+
+    # -- results --------------------------------------------------------------------------------
+
+    def architecture(self) -> Architecture:
+        """The architecture that the current α decodes to."""
+        nats, search = self.cfg.MODEL.NATS, self.cfg.SEARCH
+        # the super-network's weights fit only voted order
+        order = "voted" if search.RETRAIN_WEIGHTS == "supernet" else search.DECODE_ORDER
+        return Architecture.decode(
+            self._supernet,
+            order,
+            search.DECODE_MARGIN,
+            space=genotype_set(self.cfg),
+            num_groups=(
+                {name: conv.num_groups for name, conv in self.searched.items()}
+                if nats.CHANNELS_PER_GROUP
+                else nats.NUM_GROUPS
+            ),
+            iteration=min(self.iter + 1, self.max_iter),
+            max_iter=self.max_iter,
+            seed=self.seed,
+            decidedness=self.decidedness().summary(),
+        )
+
+    def alphas(self) -> Dict[str, np.ndarray]:
+        """Layer → α, (N, G)."""
+        return {name: conv.alpha.detach().cpu().numpy() for name, conv in self.searched.items()}
+
+    def decidedness(self) -> Decidedness:
+        """How decided the current α is."""
+        return Decidedness.of(self.alphas(), self._alpha_hook.tenth_votes)
+
+    def after_checkpoint(self) -> None:
+        if not comm.is_main_process():
+            return
+        architecture = self.architecture()
+        for name in (f"architecture_{self.iter:07d}.yaml", "architecture.yaml"):
+            architecture.save(os.path.join(self.cfg.OUTPUT_DIR, name))
+
+    def train(self):
+        """Train to the end and write the result; a finished search writes it again."""
+        if self.start_iter < self.alpha_start:
+            self.rehearse_alpha_step()
+        results = super().train()
+        if comm.is_main_process():
+            decidedness = self.decidedness()
+            logger.log(
+                logging.INFO if decidedness.decided else logging.WARNING,
+                f"The search is {decidedness.verdict()} ({decidedness})",
+            )
+            names = ("architecture.yaml", "retrain.yaml")
+            path, retrain = (os.path.join(self.cfg.OUTPUT_DIR, name) for name in names)
+            logger.info(f"Search done: wrote {path} and the plain config {retrain}")
+        return results
+
+    def write_result(self) -> None:
+        """Write architecture, plain config and, if asked for, weights to OUTPUT_DIR."""
+        architecture = self.architecture()
+        architecture.save(os.path.join(self.cfg.OUTPUT_DIR, "architecture.yaml"))
+        cfg = export_config(self.retrain_base, architecture)
+        cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "retrain")
+        if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
+            cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
+            write_weights(frozen_state_dict(self.model, architecture), cfg.MODEL.WEIGHTS)
+        write_config(cfg, os.path.join(self.cfg.OUTPUT_DIR, "retrain.yaml"))
+
+    def check_same_run(self, saved_config: str) -> None:
+        differences = config_differences(saved_config, self.given_cfg)
+        if differences:
+            raise NATSError(
+                f"{self.cfg.OUTPUT_DIR} contains a search with other settings: "
+                f"{'; '.join(differences[:5])}. Choose another OUTPUT_DIR or restore the settings"
+            )
+
+    def build_hooks(self) -> List[HookBase]:
+        built = super().build_hooks()
+        self._alpha_hook = AlphaHook(self.cfg.RUN.LOG_PERIOD, self.cfg.RUN.RANK_CHECK_PERIOD)
+        # early in the list: what it logs must be there when the writer writes, and the result is
+        # written before the last evaluation, which may fail
+        return [built[0], self._alpha_hook, _ResultHook(), *built[1:]]
+
+    def state_dict(self):
+        hook = self._alpha_hook
+        votes = {"last_votes": hook.last_votes, "tenth_votes": hook.tenth_votes}
+        return {**super().state_dict(), **votes}
+
+    def load_state_dict(self, state) -> None:
+        super().load_state_dict(state)
+        self._alpha_hook.last_votes = state["last_votes"]
+        self._alpha_hook.tenth_votes = state["tenth_votes"]
+
+
+class _ResultHook(HookBase):
+    """Writes the result of a search that has come to its end."""
+
+    def after_train(self):
+        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
+            self.trainer.write_result()
