@@ -37,8 +37,10 @@ PAGES = [
     REPOSITORY / "projects/NATS/README.md",
     REPOSITORY / "CONTRIBUTING.md",
     REPOSITORY / "CHANGELOG.md",
+    REPOSITORY / "configs/README.md",
 ]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
+PAGES += sorted((REPOSITORY / "docs/results").glob("*.md"))
 SCRIPTS = [REPOSITORY / "search_net.py", REPOSITORY / "train_net.py"]
 SCRIPTS += sorted((REPOSITORY / "tools").glob("*.py"))
 SCRIPTS += sorted((REPOSITORY / "examples").glob("*.py"))
