@@ -226,8 +226,12 @@ def _pairs(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple]:
         yield tuple(repr(names[label]) if label < len(names) else "" for names in (one, other))
 
 
-def check_number_of_classes(cfg: CfgNode, name: str, things: int, stuff: int) -> None:
-    """Compare with what the model is told, by the keys that its architecture reads."""
+def check_number_of_classes(cfg: CfgNode, name: str, things: int, stuff: int = 0) -> None:
+    """Compare with what the model is told, by the keys that its architecture reads.
+
+    Raises:
+        NATSError: names the key to set.
+    """
     architecture = cfg.MODEL.META_ARCHITECTURE
     read = {}
     if architecture in ("GeneralizedRCNN", "PanopticFPN"):

@@ -9,9 +9,12 @@ from typing import Dict, List, Optional, Sequence
 import torch
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_backbone
 
 from ...config import config_differences, load_config
+from ...data.annotations import Needs
+from ...data.registry import check_data, check_number_of_classes, register_datasets
 from ...errors import NATSError
 from ...files import write_atomically
 from ...method.architecture import Architecture
@@ -77,7 +80,7 @@ class Study:
         test = self._config().DATASETS.TEST
         if not settings.folds and len(test) != 1:
             raise NATSError(f"DATASETS.TEST {test}: expected one data set, or --folds")
-        annotations = merged_annotations(settings.annotations) if settings.folds else None
+        annotations = self._checked_annotations() if settings.folds else self._check_data()
         self._check_same_study(annotations)
         self._check_architectures()
         if annotations:
@@ -88,6 +91,26 @@ class Study:
         """The detector's config, or that of its search."""
         path = self.settings.search_config if search else self.settings.config_file
         return load_config(path, self.settings.opts)
+
+    def _checked_annotations(self) -> dict:
+        """The annotations to be cut into folds, if the detector fits them."""
+        cfg = self._config()
+        masks = "any" if cfg.MODEL.MASK_ON else ""
+        merged = merged_annotations(
+            self.settings.annotations, Needs(cfg.RUN.MAX_BAD_DATA, masks, to_train=True)
+        )
+        for cfg in (self._config(), self._config(search=True)):
+            check_number_of_classes(cfg, "the data", len(merged["categories"]))
+        return merged
+
+    def _check_data(self) -> None:
+        """Check the data that the configs name, which must all have the same classes."""
+        cfg, search_cfg = self._config(), self._config(search=True)
+        for one in (cfg, search_cfg):
+            register_datasets(one)
+        check_data(cfg, ["TRAIN", "TEST"])
+        names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+        check_data(search_cfg, ["TRAIN", "CALIBRATION"], names)
 
     def path(self, *parts: str) -> str:
         return os.path.join(self.settings.output, *parts)
