@@ -1,9 +1,9 @@
 """Every command in the documentation does what it says, or at least can be parsed.
 
-Commands stand in the code blocks and inline code of Markdown pages, and after `$` in the scripts'
-help. What can run on the embedded data set is run, in a copy of a folder that holds the files that
-the pages speak of; what needs COCO, many GPUs or hours is parsed by its own parser and its config
-is loaded. A command for which RULES has no line fails.
+Commands stand in the code blocks and inline code of Markdown pages, and after `$` in the help of
+scripts and commands. What can run on the embedded data set is run, in a copy of a folder that holds
+the files that the pages speak of; what needs COCO, many GPUs or hours is parsed by its own parser
+and its config is loaded. A command for which RULES has no line fails.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from runs import REPOSITORY, TINY
 
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import Architecture, apply_architecture
+from detectron2_nats.commands import cli
 from detectron2_nats.config import load_config
 from detectron2_nats.files import parse_yaml
 from detectron2_nats.search.export import export_config, write_config
@@ -41,23 +42,31 @@ PAGES = [
 ]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES += sorted((REPOSITORY / "docs/results").glob("*.md"))
-SCRIPTS = [REPOSITORY / "search_net.py", REPOSITORY / "train_net.py"]
-SCRIPTS += sorted((REPOSITORY / "tools").glob("*.py"))
-SCRIPTS += sorted((REPOSITORY / "examples").glob("*.py"))
-SCRIPTS += [REPOSITORY / "tests/faults/run_faults.py"]
+SOURCES = {  # script or command → where its help stands
+    str(path.relative_to(REPOSITORY)): path
+    for folder in ("tools", "examples")
+    for path in sorted((REPOSITORY / folder).glob("*.py"))
+}
+SOURCES["tests/faults/run_faults.py"] = REPOSITORY / "tests/faults/run_faults.py"
+for path in sorted((REPOSITORY / "projects/NATS/detectron2_nats/commands").glob("*.py")):
+    if "EPILOG" in path.read_text():
+        SOURCES[f"nats-{path.stem.removesuffix('_architecture')}"] = path
 
 # What stands in the text → what is run instead. The files that it then names are made by
 # `workspace` below.
 SUBSTITUTIONS = [
-    (r"(train_net\.py .*--config-file) \.\.\.", r"\1 configs/quickstart/base.yaml"),
+    (
+        r"((?:train_net\.py|nats-train) .*--config-file) \.\.\.",
+        r"\1 configs/quickstart/base.yaml",
+    ),
     (r"--config-file \.\.\.", "--config-file configs/quickstart/search.yaml"),
     (r"--num-gpus 8 (--config-file output/)", r"\1"),
     (r"'\$SLURM_NODEID'", "0"),
     (r"output/demo/seed_0/", "output/bars/"),
-    (r"(tools/report\.py) output/demo", r"\1 output/bars/search-nats"),
+    (r"(nats-report) output/demo", r"\1 output/bars/search-nats"),
     (r"output/improved/retrain.yaml", "output/search/retrain.yaml"),
     (
-        r"(tools/study\.py) \.\.\.",
+        r"(nats-study) \.\.\.",
         r"\1 --config-file configs/quickstart/base.yaml "
         "--search-config configs/quickstart/search.yaml",
     ),
@@ -65,6 +74,8 @@ SUBSTITUTIONS = [
     (r"output/bars_lying/seed_0/search-nats", "output/search"),
     (r"DETECTRON2_DATASETS=/data", "DETECTRON2_DATASETS=datasets"),
 ]
+
+TRAINS = r"(python (search_net|train_net)\.py|nats-(search|train))"
 
 # The first pattern that is found decides: the name of a check_… function below.
 RULES = [
@@ -74,14 +85,15 @@ RULES = [
     (r"^(TORCH_\w+=1 )?torchrun ", "torchrun"),
     (r"^tensorboard --logdir ", "tensorboard"),
     # COCO, its weights, or several machines
-    (r"^python (search_net|train_net)\.py .*configs/(search|retrain|study)/", "parsed"),
-    (r"^python (search_net|train_net)\.py .*--num-(gpus|machines)", "parsed"),
+    (rf"^{TRAINS} .*configs/(search|retrain|study)/", "parsed"),
+    (rf"^{TRAINS} .*--num-(gpus|machines)", "parsed"),
     # minutes to hours
-    (r"^python tools/(benchmark|demo|gpu_report|pretrain_embedded|study)\.py", "parsed"),
+    (r"^python tools/(benchmark|demo|gpu_report|pretrain_embedded)\.py", "parsed"),
+    (r"^nats-study ", "parsed"),
     (r"^python tests/faults/run_faults\.py", "parsed"),
-    (r"^python (search_net|train_net)\.py", "trained"),
+    (rf"^{TRAINS} ", "trained"),
     (r"^(DETECTRON2_DATASETS=\S+ )?python tools/make_val35k\.py", "run"),
-    (r"^python tools/(analyze|export|import_architecture|plot|report|score)\.py", "run"),
+    (r"^nats-(analyze|export|import|plot|report|score) ", "run"),
     (r"^python examples/\w+\.py", "run"),
 ]
 
@@ -93,14 +105,14 @@ FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.
 SMALL = {
     "examples/timm_search.py": ["--iterations", "3", "--size", "64"],
     "examples/torchvision_search.py": ["--iterations", "3", "--size", "64", "--images", "2"],
-    "tools/plot.py": ["--images", "1", "--field-size", "40"],
-    "tools/analyze.py": ["--size", "64", "96"],
+    "nats-plot": ["--images", "1", "--field-size", "40"],
+    "nats-analyze": ["--size", "64", "96"],
     "examples/lazyconfig_search.py": [
         *("train.init_checkpoint=", "train.max_iter=5", "dataloader.train.num_workers=0"),
         *(f"model.backbone.bottom_up.{part}.norm=BN" for part in ("stem", "stages")),
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
     ],
-    "tools/score.py": ["--images", "2", "--random", "2"],
+    "nats-score": ["--images", "2", "--random", "2"],
     "tools/make_val35k.py": ["--force"],
 }
 RES3_WIDE = Architecture({f"res3.{block}.conv2": [[32, 1, 3]] for block in range(4)})
@@ -158,27 +170,18 @@ def commands_of_pages() -> List[Text]:
                     found += joined(place, lines)
                     continue
                 for line in joined(place, lines):  # a shell script: what it calls in the end
-                    found += [Text(place, c) for c in re.findall(r"python \S+\.py[^']*", line.text)]
+                    called = re.findall(r"(?:python \S+\.py|nats-\w+) [^']*", line.text)
+                    found += [Text(place, command) for command in called]
         for number, line in enumerate(page.read_text().splitlines(), 1):
-            for inline in re.findall(r"(?<!`)`((?:python|make|torchrun) [^`]+)`", line):
+            for inline in re.findall(r"(?<!`)`((?:python|make|torchrun|nats-\w+) [^`]+)`", line):
                 found.append(Text(f"{page.relative_to(REPOSITORY)}:{number}", inline))
     return found
 
 
-def source_of(script: Path) -> str:
-    """A script's, or that of the command that it runs."""
-    source, name = script.read_text(), script.relative_to(REPOSITORY)
-    command = re.search(r"^from (detectron2_nats\.commands\.\w+) import run$", source, re.M)
-    if not command:
-        return source
-    path = REPOSITORY / "projects/NATS" / (command[1].replace(".", "/") + ".py")
-    return path.read_text().replace("%(prog)s", f"python {name}")
-
-
-def examples(script: Path) -> List[Text]:
-    """After `$ ` in the strings of a script."""
-    place, found = str(script.relative_to(REPOSITORY)), []
-    nodes = list(ast.walk(ast.parse(source_of(script))))
+def examples(script: str) -> List[Text]:
+    """After `$ ` in the strings of a script, or of a command's module."""
+    found = []
+    nodes = list(ast.walk(ast.parse(SOURCES[script].read_text().replace("%(prog)s", script))))
     formatted = {
         id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values
     }
@@ -190,7 +193,7 @@ def examples(script: Path) -> List[Text]:
         ):
             text = re.sub(r"\s*\\\n\s*", " ", node.value)
             found += re.findall(r"^  +\$ +(.+)$", text, re.M)
-    return [Text(place, command) for command in found]
+    return [Text(script, command) for command in found]
 
 
 def substituted(command: str) -> str:
@@ -203,7 +206,7 @@ def substituted(command: str) -> str:
 def commands() -> List[Text]:
     """Each command once, as it is tested."""
     found: Dict[str, Text] = {}
-    for place, text in commands_of_pages() + [e for s in SCRIPTS for e in examples(s)]:
+    for place, text in commands_of_pages() + [e for script in SOURCES for e in examples(script)]:
         text = substituted(text)
         found.setdefault(text, Text(place, text))
     return list(found.values())
@@ -310,9 +313,7 @@ def workspace(tmp_path_factory) -> Path:
             structure[f"backbone.layer{stage + 1}.{block}.conv2"] = 1 + block % 3
     (folder / "ic_resnet50_k9.json").write_text(json.dumps(pattern))
     (folder / "local_search_config_step11.json").write_text(json.dumps({"structure": structure}))
-    run_here(
-        folder, "python tools/import_architecture.py ic_resnet50_k9.json --output ic_conv.yaml"
-    )
+    run_here(folder, "nats-import ic_resnet50_k9.json --output ic_conv.yaml")
 
     # COCO, of a few images
     annotations = folder / "datasets/coco/annotations"
@@ -344,8 +345,11 @@ def environment() -> Dict[str, str]:
 
 def started(folder: Path, words: List[str]) -> str:
     """Run a command in a process of its own; returns what it printed."""
+    file, *arguments = words[1:] if words[0] == "python" else words
+    if file.startswith("nats-"):
+        file = str(Path(sys.executable).with_name(file))
     process = subprocess.run(
-        [sys.executable, "-W", "ignore", *words[1:]],
+        [sys.executable, "-W", "ignore", file, *arguments],
         cwd=folder,
         env=environment(),
         stdin=subprocess.DEVNULL,
@@ -364,18 +368,27 @@ def _skip_without_packages(script: str) -> None:
         pytest.importorskip(needed[script])
 
 
+def called(script: str, folder: Path = REPOSITORY) -> None:
+    """Call what a script or command calls, with `sys.argv` as it is."""
+    if script.startswith("nats-"):
+        cli.main()
+    else:
+        runpy.run_path(str(folder / script), run_name="__main__")
+
+
 def run_here(folder: Path, command: str) -> None:
-    """Run a tool in this process, which spares the imports."""
+    """Run a script or command in this process, which spares the imports."""
     words = shlex.split(command)
-    _skip_without_packages(words[1])
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.chdir(folder)
         while "=" in words[0]:
             patch.setenv(*words.pop(0).split("=", 1))
-        patch.setattr(sys, "argv", words[1:])
+        words = words[1:] if words[0] == "python" else words
+        _skip_without_packages(words[0])
+        patch.setattr(sys, "argv", words)
         try:
-            runpy.run_path(words[1], run_name="__main__")
+            called(words[0], folder)
         except SystemExit as status:
             assert not status.code, status.code
 
@@ -385,7 +398,7 @@ def run_here(folder: Path, command: str) -> None:
 
 @lru_cache(maxsize=None)
 def parser_of(script: str) -> argparse.ArgumentParser:
-    """A script's parser, caught where it is about to be used."""
+    """A script's or command's parser, caught where it is about to be used."""
 
     class Caught(Exception):
         pass
@@ -399,7 +412,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
         patch.setattr(sys, "argv", [script])
         _skip_without_packages(script)
         try:
-            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+            called(script)
         except Caught as caught:
             return caught.args[0]
     raise AssertionError(f"{script} parses no command line")
@@ -431,13 +444,14 @@ def check_torchrun(command: str, here: Path) -> None:
     args = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     script = args.training_script
     if args.module:
-        script = {"detectron2_nats.commands.search": "search_net.py"}[script]
-    check_parsed(shlex.join(["python", script, *args.training_script_args]), here)
+        script = {"detectron2_nats.commands.search": "nats-search"}[script]
+    python = [] if script.startswith("nats-") else ["python"]
+    check_parsed(shlex.join([*python, script, *args.training_script_args]), here)
 
 
 def check_parsed(command: str, here: Path) -> None:
     """Its options exist, the files that it names do, and its config takes its KEY VALUE pairs."""
-    _, script, *words = shlex.split(command)
+    script, *words = shlex.split(command.removeprefix("python "))
     args = parser_of(script).parse_args(words)
     for word in words:
         if re.match(r"(configs|docs|examples|tests|tools)/", word):
@@ -445,12 +459,12 @@ def check_parsed(command: str, here: Path) -> None:
     for key in ("config_file", "search_config"):
         if getattr(args, key, ""):
             load_config(getattr(args, key), [o for o in getattr(args, "opts", []) if o != "--"])
-    if script in ("search_net.py", "train_net.py"):
+    if re.match(TRAINS, command):
         cfg = load_config(args.config_file, args.opts)
         is_search = cfg.MODEL.BACKBONE.NAME == "build_nats_backbone" and not (
             cfg.MODEL.NATS.ARCHITECTURE
         )
-        assert is_search == (script == "search_net.py"), "the config is for the other script"
+        assert is_search == ("search" in script), "the config is for the other script"
 
 
 def check_trained(command: str, here: Path) -> None:
@@ -471,12 +485,12 @@ def check_trained(command: str, here: Path) -> None:
         assert "Evaluation results for few" in printed
     else:
         assert (folder / "model_final.pth").is_file()
-        assert (folder / "retrain.yaml").is_file() == (words[1] == "search_net.py")
+        assert (folder / "retrain.yaml").is_file() == ("search" in " ".join(words[:2]))
 
 
 def check_run(command: str, here: Path, capsys) -> None:
     """It ends well, and its last line names a file that is there."""
-    script = next(word for word in shlex.split(command) if word.endswith(".py"))
+    script = next(word for word in shlex.split(command) if re.search(r"^nats-|\.py$", word))
     capsys.readouterr()
     if script == "examples/export_detector.py":  # TorchScript leaves traces in a process
         printed = started(here, shlex.split(command))
@@ -484,7 +498,7 @@ def check_run(command: str, here: Path, capsys) -> None:
         run_here(here, shlex.join([*shlex.split(command), *SMALL.get(script, [])]))
         printed = capsys.readouterr().out
     last = printed.splitlines()[-1]
-    if script == "tools/analyze.py":
+    if script == "nats-analyze":
         assert last.split()[0] == "activations"
     else:
         path = last.removeprefix("wrote ").split(" (")[0]
@@ -537,12 +551,11 @@ def test_yaml_block(item, tmp_path):
         apply_architecture(build_backbone(plain), architecture)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: str(s.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("script", SOURCES)
 def test_help_has_an_example_of_itself(script):
-    name = str(script.relative_to(REPOSITORY))
-    shown = parser_of(name).format_help()
-    assert any(name in e.text for e in examples(script)), f"{name}: no example in its help"
-    assert re.search(rf"\$ .*{re.escape(name)}", shown)
+    shown = parser_of(script).format_help()
+    assert any(script in e.text for e in examples(script)), f"{script}: no example in its help"
+    assert re.search(rf"\$ .*{re.escape(script)}", shown)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -556,7 +569,9 @@ def test_page(page):
             assert done.returncode == 0, place
         if language in ("none", "text"):
             for line in lines:
-                hidden = re.match(r"\s*(\$|python|pip|make|torchrun|bash|tensorboard) ", line)
+                hidden = re.match(
+                    r"\s*(\$|python|pip|make|torchrun|bash|tensorboard|nats-\w+) ", line
+                )
                 assert not hidden, f"{place}: a command in a block without a language: {line}"
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):

@@ -35,7 +35,7 @@ def test_plain_values():
         ("a: [1, 2", ""),
         ("a: 1\n--- \nb: 2", "single document"),
         ("a: *nothing", ""),
-        ("a: &x [*x]", "aliases stand for more than"),
+        ("a: &x [1]\nb: [" + "*x, " * 31 + "]", "more than 30 aliases"),
         ("a: '" + "x" * 70000 + "'", "more than 65536 characters"),
         ("a: \x00", ""),
         ("\tx: 1", ""),
@@ -69,7 +69,7 @@ def test_aliases():
 def test_aliases_of_aliases_are_bounded():
     bomb = ["a0: &a0 [1]"]
     bomb += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
-    with pytest.raises(NATSError, match="aliases stand for more than"):
+    with pytest.raises(NATSError, match="more than 30 aliases"):
         parse_yaml("\n".join(bomb), "f")
     assert parse_yaml("\n".join(bomb[:4]), "f")["a3"] == [[[[1]] * 9] * 9] * 9
 

@@ -17,4 +17,8 @@ def one_line(error: BaseException) -> str:
 
 def shown(value: object) -> str:
     """A value from a stranger's file, for a message of ours: one line, and short."""
-    return reprlib.repr(value)
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # Python refuses to print ints of thousands of digits
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -14,7 +14,7 @@ MAX_FILE_BYTES = 8 * 2**20
 
 _MAX_DEPTH = 50
 _MAX_SCALAR = 2**16
-_MAX_ALIASED = 10_000
+_MAX_ALIASES = 30  # Detectron2's dumps have a few
 
 
 class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -27,36 +27,26 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return mapping
 
 
-def _check_events(text: str, aliases: bool) -> None:
+def _check_events(text: str, max_aliases: int) -> None:
     """Refuse a text that would cost much more time, stack or memory than its size suggests.
 
-    PyYAML recurses without a limit. It reads "1:1:1:…", a number in base 60, in quadratic time.
-    Aliases of aliases make a small file large.
+    libyaml's composer dies of a hundred thousand open brackets. PyYAML reads "1:1:1:…", a number in
+    base 60, in quadratic time. Aliases of many aliases make a small file large when it is printed.
     """
-    depth = events = aliased = 0
-    open_anchors = []  # (anchor, number of events before it) of each open collection
-    sizes = {}  # anchor → number of events in its node, with aliases expanded
+    depth = aliases = 0
     for event in yaml.parse(text, Loader=_StrictLoader):
-        events += 1
-        if isinstance(event, yaml.events.CollectionStartEvent):
-            open_anchors.append((event.anchor, events + aliased))
-            depth += 1
-            if depth > _MAX_DEPTH:
-                raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep")
-        elif isinstance(event, yaml.events.CollectionEndEvent):
-            anchor, before = open_anchors.pop()
-            sizes[anchor] = events + aliased - before
-            depth -= 1
-        elif isinstance(event, yaml.events.ScalarEvent):
-            sizes[event.anchor] = 1
-            if len(event.value) > _MAX_SCALAR:
-                raise yaml.YAMLError(f"a value of more than {_MAX_SCALAR} characters")
-        elif isinstance(event, yaml.events.AliasEvent):
-            if not aliases:
-                raise yaml.YAMLError("aliases are not allowed")
-            aliased += sizes.get(event.anchor, _MAX_ALIASED + 1)  # unknown: it contains itself
-            if aliased > _MAX_ALIASED:
-                raise yaml.YAMLError(f"aliases stand for more than {_MAX_ALIASED} values")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_SCALAR:
+            raise yaml.YAMLError(f"a value of more than {_MAX_SCALAR} characters")
+        if aliases > max_aliases:
+            reason = (
+                f"more than {max_aliases} aliases" if max_aliases else "aliases are not allowed"
+            )
+            raise yaml.YAMLError(reason)
 
 
 def parse_yaml(text: str, name: str, *, aliases: bool = True) -> Any:
@@ -64,13 +54,13 @@ def parse_yaml(text: str, name: str, *, aliases: bool = True) -> Any:
 
     Args:
         name: of the file, for the message.
-        aliases: allow a limited number. Detectron2 writes them into its config dumps.
+        aliases: allow a few. Detectron2 writes them into its config dumps.
 
     Raises:
         NATSError: anything is wrong with the text; one line that names the file.
     """
     try:
-        _check_events(text, aliases)
+        _check_events(text, _MAX_ALIASES if aliases else 0)
         return yaml.load(text, Loader=_StrictLoader)
     except Exception as error:  # the constructors of `!!bool x` etc. raise all kinds of errors
         reason = " ".join(str(error).split())[:200] or type(error).__name__

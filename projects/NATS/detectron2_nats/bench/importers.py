@@ -9,10 +9,10 @@ import json
 import re
 from typing import Any, Dict, List, Mapping, Tuple
 
-from ..errors import NATSError
+from ..errors import NATSError, shown
 from ..files import read_bounded
 from ..method.architecture import MAX_CHANNELS, Architecture
-from ..method.search_space import check_dilation, shortened
+from ..method.search_space import check_dilation
 
 _BLOCKS = {16: (3, 4, 6, 3), 33: (3, 4, 23, 3)}
 """Number of 3×3 convs → bottleneck blocks in res2, res3, res4, res5: ResNet-50 and ResNet-101."""
@@ -31,7 +31,7 @@ def read_json(path: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise NATSError(f"{path}: not readable as JSON: {shortened(str(error))}") from None
+        raise NATSError(f"{path}: not readable as JSON: {shown(str(error))}") from None
 
 
 def from_ic_conv(content: Any, source: str = "", width: int = _WIDTH) -> Architecture:
@@ -67,12 +67,10 @@ def _ic_conv_segments(name: str, pattern: Mapping[str, Any]) -> List[Tuple[int, 
     for key, channels in pattern.items():
         match = re.fullmatch(r"\s*[(\[]\s*(\d{1,4})\s*,\s*(\d{1,4})\s*[)\]]\s*", key, re.ASCII)
         if not match:
-            raise NATSError(
-                f"IC-Conv pattern: {name}: key {shortened(key)}: expected one like (0, 1)"
-            )
+            raise NATSError(f"IC-Conv pattern: {name}: key {shown(key)}: expected one like (0, 1)")
         if type(channels) is not int or not 0 <= channels <= MAX_CHANNELS:
             raise NATSError(
-                f"IC-Conv pattern: {name}: {shortened(channels)} is not a number of channels"
+                f"IC-Conv pattern: {name}: {shown(channels)} is not a number of channels"
             )
         if channels:
             segments.append((channels, *(int(less_one) + 1 for less_one in match.groups())))
@@ -123,7 +121,7 @@ def from_rf_next(
         try:
             dilation = check_dilation(pair)
         except NATSError as error:
-            raise NATSError(f"RF-Next structure: {shortened(short)}: {error}") from None
+            raise NATSError(f"RF-Next structure: {shown(short)}: {error}") from None
         match = re.fullmatch(r"backbone\.layer([1-4])\.(\d{1,3})\.(conv[12])", short, re.ASCII)
         if match:
             stage, block, conv = int(match[1]) + 1, int(match[2]), match[3]
@@ -134,7 +132,7 @@ def from_rf_next(
             left_out.append(short)
     if foreign:
         raise NATSError(
-            f"RF-Next structure: {shortened(foreign[0])} is not a 3x3 conv of a ResNet: only "
+            f"RF-Next structure: {shown(foreign[0])} is not a 3x3 conv of a ResNet: only "
             "ResNet and ResNeXt backbones can be imported (names like "
             "backbone.layer2.0.conv2), not Res2Net, HRNet, ConvNeXt or PVT"
         )

@@ -10,9 +10,9 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from ..errors import NATSError
+from ..errors import NATSError, shown
 from ..files import OneLine, read_yaml, write_yaml
-from .search_space import Dilation, check_dilation, shortened
+from .search_space import Dilation, check_dilation
 from .stages import searched_layers
 
 FORMAT = "detectron2-nats/1"
@@ -161,11 +161,11 @@ class Architecture:
         """Read the content of an architecture file."""
         if not isinstance(content, Mapping):
             raise NATSError(f"not an architecture file: expected a mapping with 'format: {FORMAT}'")
-        unknown = sorted(shortened(key) for key in set(content) - {"format", "layers", "search"})
+        unknown = sorted(shown(key) for key in set(content) - {"format", "layers", "search"})
         if content.get("format") != FORMAT:
             raise NATSError(
                 f"not an architecture file of this version: format is "
-                f"{shortened(content.get('format'))}, expected {FORMAT!r}"
+                f"{shown(content.get('format'))}, expected {FORMAT!r}"
             )
         if unknown:
             raise NATSError(f"architecture: unknown keys {', '.join(unknown[:5])}")
@@ -288,9 +288,7 @@ def _check_name(name: Any) -> str:
         or len(name) > 200
         or not re.fullmatch(r"res[\w.]+", name, re.ASCII)
     ):
-        raise NATSError(
-            f"architecture: layer name {shortened(name)}: expected one like 'res3.0.conv2'"
-        )
+        raise NATSError(f"architecture: layer name {shown(name)}: expected one like 'res3.0.conv2'")
     return name
 
 
@@ -301,13 +299,11 @@ def _check_segments(name: str, segments: Any) -> Tuple[Segment, ...]:
     for segment in segments:
         if not isinstance(segment, (list, tuple)) or len(segment) != 3:
             raise NATSError(
-                f"architecture: {name}: expected [channels, d_h, d_w], got {shortened(segment)}"
+                f"architecture: {name}: expected [channels, d_h, d_w], got {shown(segment)}"
             )
         channels = segment[0]
         if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
-            raise NATSError(
-                f"architecture: {name}: {shortened(channels)} is not a number of channels"
-            )
+            raise NATSError(f"architecture: {name}: {shown(channels)} is not a number of channels")
         try:
             dilation = check_dilation(list(segment[1:]))
         except NATSError as error:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Tuple, Union
 
-from ..errors import NATSError
+from ..errors import NATSError, shown
 
 Dilation = Tuple[int, int]
 """(d_h, d_w): along height and width. A *genotype* is a dilation that a group may choose."""
@@ -33,7 +33,7 @@ def check_dilation(value: Any) -> Dilation:
     is_pair = _is_list(value) and len(value) == 2
     if not is_pair or not all(type(d) is int and 1 <= d <= MAX_DILATION for d in value):
         raise NATSError(
-            f"malformed dilation {shortened(value)}: expected a pair (d_h, d_w) of whole numbers "
+            f"malformed dilation {shown(value)}: expected a pair (d_h, d_w) of whole numbers "
             f"from 1 to {MAX_DILATION}"
         )
     return value[0], value[1]
@@ -42,15 +42,6 @@ def check_dilation(value: Any) -> Dilation:
 def _is_list(value: Any) -> bool:
     """True for OmegaConf's lists too, which LazyConfig passes."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def shortened(value: Any) -> str:
-    """`value` as one short line, for a message."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print ints of thousands of digits
-        text = f"a {type(value).__name__} too long to print"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclass(frozen=True, init=False)
@@ -91,9 +82,7 @@ class SearchSpace:
         known = list(PAPER_SETS["C"])
         is_list = _is_list(stages) and all(stage in known for stage in stages)
         if not stages or not is_list or len(set(stages)) < len(stages):
-            raise NATSError(
-                f"STAGES {shortened(stages)}: expected one or more of {known}, each once"
-            )
+            raise NATSError(f"STAGES {shown(stages)}: expected one or more of {known}, each once")
         stages = tuple(stages)
         if num_groups is not None and channels_per_group is not None:
             raise NATSError(
@@ -104,7 +93,7 @@ class SearchSpace:
             num_groups = 16
         for key, value in (("NUM_GROUPS", num_groups), ("CHANNELS_PER_GROUP", channels_per_group)):
             if value is not None and (type(value) is not int or value < 1):
-                raise NATSError(f"{key} {shortened(value)}: expected a whole number of at least 1")
+                raise NATSError(f"{key} {shown(value)}: expected a whole number of at least 1")
         # the dataclass is frozen: set its values here, once
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "genotypes", _genotypes_per_stage(space, stages))
@@ -142,25 +131,25 @@ def _genotypes_per_stage(space: Any, stages: Tuple[str, ...]) -> Mapping[str, Tu
     if isinstance(space, str):
         if space not in PAPER_SETS:
             raise NATSError(
-                f"unknown SPACE {shortened(space)}: expected one of {', '.join(PAPER_SETS)}, or a "
+                f"unknown SPACE {shown(space)}: expected one of {', '.join(PAPER_SETS)}, or a "
                 "list of dilation pairs for each stage"
             )
         return {stage: PAPER_SETS[space][stage] for stage in stages}
     if not _is_list(space) or len(space) != len(stages):
         raise NATSError(
-            f"SPACE {shortened(space)}: expected one list of dilation pairs for each of "
+            f"SPACE {shown(space)}: expected one list of dilation pairs for each of "
             f"{list(stages)}"
         )
     genotypes = {}
     for stage, pairs in zip(stages, space):
         if not _is_list(pairs) or not pairs:
             raise NATSError(
-                f"SPACE of {stage}: expected a list of dilation pairs, got {shortened(pairs)}"
+                f"SPACE of {stage}: expected a list of dilation pairs, got {shown(pairs)}"
             )
         genotypes[stage] = tuple(check_dilation(pair) for pair in pairs)
         if genotypes[stage][0] != (1, 1) or len(set(genotypes[stage])) < len(pairs):
             raise NATSError(
-                f"SPACE of {stage}: {shortened(pairs)} must begin with (1, 1), the plain conv, and "
+                f"SPACE of {stage}: {shown(pairs)} must begin with (1, 1), the plain conv, and "
                 "name each dilation once"
             )
     return genotypes
