@@ -11,7 +11,6 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Callable, Dict, Hashable, List, Mapping, Set
 
 import pycocotools.mask as mask_util
@@ -198,11 +197,11 @@ def _usable_annotations(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and value > 0
 
 
 def _place(annotation: dict, images: Mapping[Any, dict]) -> str:
