@@ -9,8 +9,13 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.engine import DefaultTrainer
-from detectron2_nats import add_nats_config
-from detectron2_nats.config import config_differences, load_config, with_norms_for
+from detectron2_nats import NATSError, add_nats_config
+from detectron2_nats.config import (
+    check_config,
+    config_differences,
+    load_config,
+    with_norms_for,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -253,3 +258,22 @@ def test_a_key_that_an_older_version_had_not_is_no_difference():
     assert config_differences(older.dump(), cfg) == []
     cfg.MODEL.NATS.SAMPLE = True
     assert config_differences(older.dump(), cfg) == ["MODEL.NATS.SAMPLE: False, now True"]
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("SEARCH.ALPHA_START", 1.0, "a fraction of the search, at least 0 and below 1"),
+        ("SEARCH.RETRAIN_WEIGHTS", "coco", "base or supernet"),
+        ("SOLVER.AMP.PRECISION", "float8", "float16 or bfloat16"),
+        ("SOLVER.AVERAGE_LAST", 1.5, "a share of the run, 0 to 1"),
+        ("RUN.KEEP_CHECKPOINTS", 0, "at least 1"),
+        ("RUN.LOG_PERIOD", 0, "at least 1"),
+        ("RUN.RANK_CHECK_PERIOD", -1, "at least 1"),
+    ],
+)
+def test_values_that_are_checked_before_anything_is_built(key, value, expected):
+    check_config(load_config(""))
+    with pytest.raises(NATSError) as caught:
+        check_config(load_config("", [key, value]))
+    assert str(caught.value) == f"{key} {value!r}: expected {expected}"
