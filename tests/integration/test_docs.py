@@ -121,6 +121,10 @@ FULL_WIDTH = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_
 FULL_WIDTH += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "256", "SEARCH.ALPHA_START", "0.0"]
 
 
+# In prose, `nats-export --weights` speaks of an option.
+INLINE = r"(?<!`)`((?:(?:python|make|torchrun) |nats-\w+ (?:[^-]|--config-file ))[^`]+)`"
+
+
 class Text(NamedTuple):
     """Something to be tested, and where it stands."""
 
@@ -173,7 +177,7 @@ def commands_of_pages() -> List[Text]:
                     called = re.findall(r"(?:python \S+\.py|nats-\w+) [^']*", line.text)
                     found += [Text(place, command) for command in called]
         for number, line in enumerate(page.read_text().splitlines(), 1):
-            for inline in re.findall(r"(?<!`)`((?:python|make|torchrun|nats-\w+) [^`]+)`", line):
+            for inline in re.findall(INLINE, line):
                 found.append(Text(f"{page.relative_to(REPOSITORY)}:{number}", inline))
     return found
 

@@ -267,6 +267,8 @@ def test_analyze(folder):
         ("export", "search --output a_file/x.yaml", "a_file/x.yaml: cannot be written"),
         ("export", "search --weights w.pth", "fit only an architecture in voted order"),
         ("export", "damaged --order voted", "no checkpoint in damaged is intact"),
+        ("score", "nowhere", "nowhere is not a search's output folder"),
+        ("score", "search/architecture.yaml", "is not a search's output folder"),
         ("export", "search --margin 1.5", "DECODE_MARGIN 1.5: expected a share"),
     ],
 )

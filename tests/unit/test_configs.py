@@ -311,3 +311,22 @@ def test_names_that_detectron2_does_not_know(key, value, expected):
 )
 def test_the_repositorys_names_are_known(path):
     check_config(load_config(str(path)))
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("SEARCH.ALPHA_START", 1.0, "a fraction of the search, at least 0 and below 1"),
+        ("SEARCH.RETRAIN_WEIGHTS", "coco", "base or supernet"),
+        ("SOLVER.AMP.PRECISION", "float8", "float16 or bfloat16"),
+        ("SOLVER.AVERAGE_LAST", 1.5, "a share of the run, 0 to 1"),
+        ("RUN.KEEP_CHECKPOINTS", 0, "at least 1"),
+        ("RUN.LOG_PERIOD", 0, "at least 1"),
+        ("RUN.RANK_CHECK_PERIOD", -1, "at least 1"),
+    ],
+)
+def test_values_that_are_checked_before_anything_is_built(key, value, expected):
+    check_config(load_config(""))
+    with pytest.raises(NATSError) as caught:
+        check_config(load_config("", [key, value]))
+    assert str(caught.value) == f"{key} {value!r}: expected {expected}"

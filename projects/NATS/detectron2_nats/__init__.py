@@ -2,6 +2,10 @@
 
 With Detectron2, importing the package registers the backbone ``build_nats_backbone`` and the
 embedded data sets. Without, all but what is made for its configs and trainer is there.
+
+``method`` is the paper's: search space, convs, decoding, for any training loop. ``search`` trains α
+with Detectron2, ``engine`` is a training that survives kills, ``data`` and ``toy`` are its data.
+``bench`` measures, compares and draws what came out; ``commands`` are the ways in.
 """
 
 from importlib.util import find_spec

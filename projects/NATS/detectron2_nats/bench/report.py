@@ -15,16 +15,17 @@ import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ..config import load_config
 from ..errors import NATSError
 from ..files import write_atomically
 from ..method.architecture import Architecture
 from ..search.export import settings_of
+from ..search.folder import SearchFolder
 from . import pictures
 from .baselines import dilation_shares
 from .history import read_history
 from .study.intervals import paired_interval
 from .study.methods import Method
+from .study.plan import searches_of
 
 _PICTURES = {
     "receptive_fields": "Effective receptive field of each stage: which pixels its central output "
@@ -58,10 +59,8 @@ def write_report(folder: str, path: str, title: str = "") -> None:
         NATSError: the folder contains neither a search nor a study, or a file is not readable.
     """
     results = _json(os.path.join(folder, "results.json"))
-    searches = [folder]
-    for name in ("nats", "path"):
-        searches += sorted(glob.glob(os.path.join(glob.escape(folder), "seed_*", f"search-{name}")))
-    search = next((s for s in searches if os.path.isfile(os.path.join(s, "architecture.yaml"))), "")
+    searches = map(SearchFolder, [folder, *searches_of(folder)])
+    search = next((s for s in searches if s.has("architecture.yaml")), None)
     if not results and not search:
         raise NATSError(
             f"{folder} contains neither architecture.yaml nor results.json: name the output folder "
@@ -75,7 +74,7 @@ def write_report(folder: str, path: str, title: str = "") -> None:
         for found in results["searches"].values():
             architecture = Architecture.from_config(found["architectures"][0])
     if search:
-        architecture = Architecture.load(os.path.join(search, "architecture.yaml"))
+        architecture = search.architecture()
         decidedness = architecture.search.get("decidedness", {})
         if "verdict" in decidedness:
             verdict.append(f"The search is {decidedness['verdict']}. {_numbers(decidedness)}")
@@ -85,7 +84,7 @@ def write_report(folder: str, path: str, title: str = "") -> None:
         sections["What was found"] = _found(architecture, note)
         sections["What was found"] += _history(search) if search else []
     sections["What it sees"] = _pictures(folder, ["receptive_fields", "detections"])
-    sections["Where it comes from"] = _provenance(search or folder)
+    sections["Where it comes from"] = _provenance(search or SearchFolder(folder))
     with open(os.path.join(os.path.dirname(__file__), "report.html")) as file:
         template = jinja2.Environment(autoescape=True).from_string(file.read())
     page = template.render(
@@ -153,14 +152,13 @@ def _found(architecture: Architecture, note: str) -> List[_Part]:
     ]
 
 
-def _history(search: str) -> List[_Part]:
+def _history(search: SearchFolder) -> List[_Part]:
     """The history of α, and the scores that nats-score has written."""
     parts = []
-    metrics = os.path.join(search, "metrics.json")
-    if os.path.isfile(metrics) and os.path.getsize(metrics):
-        figure = pictures.plot_history(read_history(metrics))
+    if search.has("metrics.json"):
+        figure = pictures.plot_history(read_history(search.file("metrics.json")))
         parts.append(_Part("Entropy of α and shares of the votes, over the search.", _svg(figure)))
-    scores = _json(os.path.join(search, "scores.json"))
+    scores = _json(search.file("scores.json"))
     if scores:
         lines = ["| architecture | loss on calibration images |", "| --- | ---: |"]
         lines += [
@@ -192,31 +190,30 @@ def _pictures(folder: str, names: List[str]) -> List[_Part]:
     parts = []
     for name in names:
         for path in sorted(
-            glob.glob(os.path.join(folder, "**", f"{name}.[ps][nv]g"), recursive=True)
+            glob.glob(os.path.join(glob.escape(folder), "**", f"{name}.[ps][nv]g"), recursive=True)
         )[:1]:
             with open(path, "rb") as file:
                 parts.append(_Part(_PICTURES[name], _data_url(file.read(), path[-3:])))
     return parts
 
 
-def _provenance(folder: str) -> List[_Part]:
+def _provenance(search: SearchFolder) -> List[_Part]:
     """How to repeat it: commands, config, versions."""
     parts = []
-    consoles = sorted(glob.glob(os.path.join(folder, "..", "*", "console.txt")))  # a study's
-    commands = [line for line in map(_first_line, consoles) if line.startswith("$ ")]
-    config = os.path.join(folder, "config.yaml")
+    beside = os.path.join(glob.escape(search.path), "..", "*", "console.txt")  # a study's
+    commands = [line for line in map(_first_line, sorted(glob.glob(beside))) if line[:2] == "$ "]
     if commands:
-        seed = os.path.basename(os.path.dirname(os.path.abspath(folder)))
+        seed = os.path.basename(os.path.dirname(os.path.abspath(search.path)))
         parts.append(_Part(f"The runs of {seed.replace('_', ' ')}:", text="\n".join(commands)))
-    elif os.path.isfile(config):
+    elif search.has("config.yaml"):
+        config = search.file("config.yaml")
         command = f"$ nats-search --config-file {config} OUTPUT_DIR output/again"
         parts.append(_Part("To repeat the search:", text=command))
-    if os.path.isfile(config):
-        settings = yaml.safe_dump(settings_of(load_config(config)), default_flow_style=None)
+    if search.has("config.yaml"):
+        settings = yaml.safe_dump(settings_of(search.cfg), default_flow_style=None)
         parts.append(_Part("The search's config", folded=settings))
-    log = os.path.join(folder, "log.txt")
-    if os.path.isfile(log):
-        with open(log, errors="replace") as file:
+    if search.has("log.txt"):
+        with open(search.file("log.txt"), errors="replace") as file:
             text = file.read()
         found = re.search(r"Environment info:\n(.*?)\nPyTorch built with", text, re.S)
         if found:

@@ -17,6 +17,7 @@ from ..bench.baselines import random_architecture, uniform_architecture
 from ..bench.score import field_verdict, one_shot_score, scoring_batches
 from ..data.registry import check_data, register_datasets
 from ..engine.loader import dataset_dicts
+from ..errors import NATSError
 from ..files import write_atomically
 from ..method.architecture import Architecture
 from ..method.stages import searched_layers
@@ -33,6 +34,8 @@ examples:
 
 
 def main(args: argparse.Namespace) -> None:
+    if not os.path.isdir(args.search):
+        raise NATSError(f"{args.search} is not a search's output folder")
     folder = SearchFolder(args.search)
     cfg = folder.cfg
     register_datasets(cfg)

@@ -30,7 +30,7 @@ examples:
     $ %(prog)s --config-file ... MODEL.NATS.NUM_GROUPS 8 SEARCH.ALPHA_LR 0.02
 
 The search writes checkpoints, architecture.yaml (the result) and retrain.yaml (a plain config for
-train_net.py) to OUTPUT_DIR. With MODEL.DEVICE cpu, --num-gpus 2 starts two processes on the CPU.
+nats-train) to OUTPUT_DIR. With MODEL.DEVICE cpu, --num-gpus 2 starts two processes on the CPU.
 exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume), 1 failed.
 """
 

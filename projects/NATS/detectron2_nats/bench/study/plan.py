@@ -1,5 +1,6 @@
 """What a study consists of: its settings, and the runs of each method and seed."""
 
+import glob
 import hashlib
 import json
 import os
@@ -35,6 +36,17 @@ _FREE_KEYS = (
     "SOLVER.CHECKPOINT_PERIOD",
     "VIS_PERIOD",
 )
+
+
+def run_folder(output: str, name: str, seed: object) -> str:
+    """The OUTPUT_DIR of a method's retraining in a study's folder, or of a search."""
+    return os.path.join(output, f"seed_{seed}", name)
+
+
+def searches_of(output: str) -> List[str]:
+    """The folders of all searches in a study's folder, those of whole groups first."""
+    patterns = (run_folder(glob.escape(output), f"search-{name}", "*") for name in ("nats", "path"))
+    return [folder for pattern in patterns for folder in sorted(glob.glob(pattern))]
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class Study:
 
     def folder(self, name: str, seed: int) -> str:
         """The OUTPUT_DIR of a method's retraining, or of a search ("search-nats")."""
-        return self.path(f"seed_{seed}", name)
+        return run_folder(self.settings.output, name, seed)
 
     def _check_architectures(self) -> None:
         """Find now what would fail after the search, and files that have changed since a run."""
