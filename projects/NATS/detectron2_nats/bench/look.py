@@ -27,8 +27,8 @@ parts at 160 px (2.3) and 320 px (4.7). Between, on blood cells cut after res3 (
 they gained nothing beyond chance."""
 
 LONG = 3.0
-"""An object this many times as long as wide is long. The lines of text on receipts (4 times) and the
-columns of registers (3 to 25 times) are."""
+"""An object this many times as long as wide is long. The lines of text on receipts (half of them 4
+times or more) and the columns of registers (all 3 to 25 times) are."""
 
 MOSTLY_LONG = 0.5
 """Share of the objects that are long where a direction is recommended; chosen, not measured."""
@@ -201,10 +201,10 @@ def verdict(objects: Objects, extent: Extent) -> Verdict:
         return Verdict(
             "elongated",
             f"Elongated: half of the objects are {size:.0f} px {'wide' if is_wide else 'tall'} or "
-            f"more, the median is {np.median(objects.aspects):.1f} times as long as wide, and the "
-            f"detector sees {extent} px: take dilations in that direction, {dilation}; in both such "
-            "cases that were measured on real images, they gained AP, 16 on lines of text and 46 on "
-            "columns of tables (one seed each).",
+            f"more, {np.median(objects.aspects):.1f} times as long as wide, and the detector sees "
+            f"{extent} px: take dilations in that direction, {dilation}; in both such cases that "
+            "were measured on real images, they gained AP, 16 on text lines and 46 on columns of "
+            "tables (one seed each).",
             ("--uniform", dilation),
         )
     if times <= SEEN_WHOLE:
