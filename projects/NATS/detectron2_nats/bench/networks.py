@@ -48,7 +48,7 @@ def load_weights(network: nn.Module, path: str) -> float:
     network's tensors that it held.
 
     Raises:
-        NATSError: it cannot be read, or holds less than half of them in the right shapes.
+        NATSError: it cannot be read, holds less than half of them, or convs of other shapes.
     """
     if not os.path.isfile(path):
         raise NATSError(f"weights {path}: no such file")
@@ -58,18 +58,18 @@ def load_weights(network: nn.Module, path: str) -> float:
             content = content.get(key, content)
         given: Dict[str, torch.Tensor] = {k.removeprefix("module."): v for k, v in content.items()}
         own = network.state_dict()
-        fitting = {
-            k: v
-            for k, v in given.items()
-            if k in own and torch.is_tensor(v) and v.shape == own[k].shape
-        }
+        common = {k: v for k, v in given.items() if k in own and torch.is_tensor(v)}
+        fitting = {k: v for k, v in common.items() if v.shape == own[k].shape}
     except Exception as error:  # a stranger's file: the unpickler raises what it likes
         raise NATSError(f"weights {path}: not a state dict: {one_line(error)}") from None
     share = len(fitting) / len(own)
-    if share < 0.5:
+    # the last layer, which is no conv, may be of other classes
+    other = [k for k in common if k not in fitting and own[k].ndim == 4]
+    if share < 0.5 or other:
         raise NATSError(
-            f"weights {path}: hold {len(fitting)} of the network's {len(own)} tensors: are they of "
-            "another network?"
+            f"weights {path}: hold {len(fitting)} of the network's {len(own)} tensors"
+            + (f", and {other[0]} has another shape" if other else "")
+            + ": are they of another network?"
         )
     network.load_state_dict(fitting, strict=False)
     return share

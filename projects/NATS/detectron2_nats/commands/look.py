@@ -61,6 +61,8 @@ def main(args: argparse.Namespace) -> None:
         records = given
     else:
         network, size, how, records = _detector(args, given)
+    if args.output and not records:
+        raise NATSError("--output: a picture needs images: give --annotations and --images")
     with_objects = any(len(record.boxes) for record in records)
     shown = evenly(records, SIDES[0][1])
     images = [normalised(image_on_input(record, size), *how) for record in shown]
@@ -112,8 +114,6 @@ def _draw(folder: str, found: Look, records: Sequence[Record], size: InputSize) 
     from ..bench import pictures  # matplotlib is slow to import
     from ..bench.look_picture import plot_look
 
-    if not records:
-        raise NATSError("--output: a picture needs images: give --annotations and --images")
     record = typical(records, size) if found.objects else records[0]
     figure = plot_look(found, image_on_input(record, size), boxes_on_input([record], size))
     path = os.path.join(folder, "look.png")
