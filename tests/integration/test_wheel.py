@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = ["analyze", "export", "import", "plot", "report", "score", "search", "study", "train"]
+COMMANDS = [
+    "analyze",
+    "draw",
+    "export",
+    "import",
+    "look",
+    "plot",
+    "report",
+    "score",
+    "search",
+    "study",
+    "train",
+]
 
 WITHOUT_DETECTRON2 = """
 import sys

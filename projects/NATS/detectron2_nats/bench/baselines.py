@@ -6,23 +6,20 @@ from typing import Dict, Sequence, Tuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
+from ..backbone import search_space_from_config
 from ..errors import NATSError
-from ..method.architecture import Architecture, decode_alpha
-from ..method.layers import MixedDilationConv2d
+from ..method.architecture import Architecture
 from ..method.search_space import Dilation
 from ..method.stages import searched_layers
 
 
 def random_architecture(cfg: CfgNode, seed: int, uneven: bool = False) -> Architecture:
-    """Draw a genotype for each channel group in the search space of `cfg`.
-
-    Args:
-        uneven: first draw the genotypes' probabilities in each layer, uniformly among all that add
-            up to 1. Such architectures differ more from each other. Else all are equally probable.
+    """:meth:`.Architecture.random` of the super-network that `cfg` describes.
 
     Returns:
         The architecture in voted order: groups keep their own channels.
@@ -30,14 +27,7 @@ def random_architecture(cfg: CfgNode, seed: int, uneven: bool = False) -> Archit
     Raises:
         NATSError: `cfg` does not describe a super-network.
     """
-    rng = np.random.default_rng(seed)
-    layers = {}
-    for name, conv in _searched(cfg).items():
-        count = len(conv.genotypes)
-        chances = rng.dirichlet(np.ones(count)) if uneven else None
-        drawn = np.eye(count)[rng.choice(count, size=conv.num_groups, p=chances)]
-        layers[name] = decode_alpha(drawn, conv.genotypes, conv.out_channels, "voted")
-    return Architecture(layers, {"method": "random", "seed": seed})
+    return Architecture.random(_supernet(cfg), search_space_from_config(cfg), seed, uneven=uneven)
 
 
 def uniform_architecture(cfg: CfgNode, dilation: Dilation) -> Architecture:
@@ -46,16 +36,25 @@ def uniform_architecture(cfg: CfgNode, dilation: Dilation) -> Architecture:
     Raises:
         NATSError: `cfg` does not describe a super-network, or the dilation is malformed.
     """
-    convs = _searched(cfg)
-    return Architecture({name: [(conv.out_channels, *dilation)] for name, conv in convs.items()})
+    return Architecture.uniform(_supernet(cfg), dilation, cfg.MODEL.NATS.STAGES)
 
 
-def _searched(cfg: CfgNode) -> Dict[str, MixedDilationConv2d]:
+def cycle_architecture(cfg: CfgNode) -> Architecture:
+    """:meth:`.Architecture.cycle` of all convs that `cfg` searches."""
+    return Architecture.cycle(_supernet(cfg), stages=cfg.MODEL.NATS.STAGES)
+
+
+def sawtooth_architecture(cfg: CfgNode) -> Architecture:
+    """:meth:`.Architecture.sawtooth` of all convs that `cfg` searches."""
+    return Architecture.sawtooth(_supernet(cfg), stages=cfg.MODEL.NATS.STAGES)
+
+
+def _supernet(cfg: CfgNode) -> nn.Module:
     with torch.device("meta"):
-        searched = searched_layers(build_backbone(cfg))
-    if not searched:
+        backbone = build_backbone(cfg)
+    if not searched_layers(backbone):
         raise NATSError("the search config describes no super-network to draw architectures from")
-    return searched
+    return backbone
 
 
 def dilation_shares(architectures: Sequence[Architecture]) -> Dict[Dilation, float]:

@@ -1,16 +1,54 @@
-"""How far a network sees: the effective receptive field of its stages (the paper's Figure 4)."""
+"""How far a network sees: its effective receptive field (the paper's Figure 4).
 
-from typing import Dict
+The field of an output is the gradient of its centre with respect to the input, where that is large.
+Works on any `nn.Module`, without Detectron2. Shapes: H and W are the input's height and width.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..errors import NATSError
 from ..method.stages import residual_stages
 
+SHARE = 0.9
+"""A network is said to see what holds this share of its field."""
 
-def effective_receptive_fields(module: nn.Module, images: torch.Tensor) -> Dict[str, np.ndarray]:
-    """What the centre of each stage's output sees of the input.
+SIDES = ((256, 8), (512, 4), (1024, 2), (2048, 1))
+"""Sides of the inputs that a field is looked for on, in turn, and how many images of each: a large
+input costs as much as many small ones."""
+
+FITS = 0.7
+"""A field that takes more of the input's side than this may have been cut off by its edge."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How far an output sees, in pixels of the input.
+
+    Attributes:
+        height, width: of the central rectangle that holds 90 % of the field.
+        cut: whether the field is larger than the largest input could show.
+    """
+
+    height: int
+    width: int
+    cut: bool = False
+
+    def __str__(self) -> str:
+        return f"{'over ' if self.cut else ''}{self.height} × {self.width}"
+
+
+def effective_receptive_fields(
+    module: nn.Module,
+    images: torch.Tensor,
+    levels: Optional[Mapping[str, nn.Module]] = None,
+) -> Dict[str, np.ndarray]:
+    """What the centre of each level sees of the input.
 
     This is the gradient of the output at the centre, summed over its channels, with respect to the
     input. Its absolute value is summed over the colours, normalised, and averaged over the images,
@@ -18,22 +56,17 @@ def effective_receptive_fields(module: nn.Module, images: torch.Tensor) -> Dict[
     every position see all others.
 
     Args:
-        module: contains residual stages. Its training mode is restored.
-        images: (B, 3, H, W), normalised as the backbone expects.
+        module: its training mode is restored, and no parameter gets a gradient.
+        images: (B, 3, H, W), normalised as the network expects.
+        levels: name → part of `module` whose output is a feature map, or several in a dict or
+            list. None: the residual stages.
 
     Returns:
-        Stage → field, (H, W), which adds up to 1.
+        Level → field, (H, W), which adds up to 1. The maps of a dict have its keys as names.
     """
-    outputs: Dict[str, torch.Tensor] = {}
-    stages = residual_stages(module)
-    hooks = [
-        stage.register_forward_hook(lambda _, __, y, name=name: outputs.update({name: y}))
-        for name, stage in stages.items()
-    ]
-    was_training = module.training
-    sums = {name: torch.zeros(images.shape[-2:]) for name in stages}
-    try:
-        module.eval()
+    levels = residual_stages(module) if levels is None else levels
+    sums: Dict[str, torch.Tensor] = {}
+    with _looking_at(module, levels) as outputs:
         for image in images:
             x = image[None].clone().requires_grad_(True)
             with torch.enable_grad():
@@ -42,19 +75,165 @@ def effective_receptive_fields(module: nn.Module, images: torch.Tensor) -> Dict[
                     centre = y[..., y.shape[-2] // 2, y.shape[-1] // 2].sum()
                     (gradient,) = torch.autograd.grad(centre, x, retain_graph=True)
                     field = gradient[0].abs().sum(0).cpu()
-                    sums[name] += field / field.sum().clamp(min=1e-30)
+                    field = field / field.sum().clamp(min=1e-30)
+                    sums[name] = sums[name] + field if name in sums else field
             outputs.clear()
-    finally:
-        module.train(was_training)
-        for hook in hooks:
-            hook.remove()
     return {name: (field / len(images)).numpy() for name, field in sums.items()}
 
 
-def mass_side(field: np.ndarray, share: float = 0.9) -> int:
+@contextlib.contextmanager
+def _looking_at(
+    module: nn.Module, levels: Mapping[str, nn.Module]
+) -> Iterator[Dict[str, torch.Tensor]]:
+    """In the block, a forward pass fills the dict that is given: name → (B, C, h, w)."""
+    outputs: Dict[str, torch.Tensor] = {}
+    hooks = [
+        level.register_forward_hook(lambda _, __, y, name=name: outputs.update(_maps(name, y)))
+        for name, level in levels.items()
+    ]
+    modes = {part: part.training for part in module.modules()}
+    # without gradients of the weights, a pass keeps a third of the activations
+    trained = [p for p in module.parameters() if p.requires_grad]
+    try:
+        module.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield outputs
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for part, mode in modes.items():
+            part.training = mode
+        for hook in hooks:
+            hook.remove()
+
+
+def _maps(name: str, output: Any) -> Dict[str, torch.Tensor]:
+    """The feature maps in an output. One of 1 × 1 is pooled over the image: it sees all of it."""
+    if torch.is_tensor(output):
+        is_map = output.ndim == 4 and min(output.shape[-2:]) > 1
+        return {name or "output": output} if is_map else {}
+    if isinstance(output, (list, tuple)):
+        output = {f"{name or 'output'} {i}": part for i, part in enumerate(output)}
+    maps = output.items() if isinstance(output, Mapping) else ()
+    return {k: v for key, value in maps for k, v in _maps(str(key), value).items()}
+
+
+def returned_levels(network: nn.Module, images: torch.Tensor) -> Dict[str, nn.Module]:
+    """The levels of a backbone, for :func:`effective_receptive_fields`: all that it returns.
+
+    Of a network that returns no feature maps, such as a classifier, the residual stages.
+
+    Args:
+        images: (B, 3, H, W).
+    """
+    with _looking_at(network, {"": network}) as outputs, torch.no_grad():
+        network(images[:1])
+    return {"": network} if outputs else residual_stages(network)
+
+
+def parts(network: nn.Module, paths: Sequence[str]) -> Dict[str, nn.Module]:
+    """Levels by their paths in the network, such as "layer3.5".
+
+    Raises:
+        NATSError: there is no such part.
+    """
+    found = {}
+    for path in paths:
+        try:
+            found[path] = network.get_submodule(path)
+        except AttributeError as error:
+            raise NATSError(f"level {path}: {error}") from None
+    return found
+
+
+# -- sizes ----------------------------------------------------------------------------------------
+
+
+def mass_side(field: np.ndarray, share: float = SHARE) -> int:
     """Side in pixels of the smallest central square that contains `share` of a field, (H, W)."""
-    height, width = field.shape
-    rows, columns = np.abs(np.arange(height) - height // 2), np.abs(np.arange(width) - width // 2)
+    rows, columns = _distances(field)
     distance = np.maximum(rows[:, None], columns[None, :])
     mass = np.cumsum(np.bincount(distance.ravel(), weights=field.ravel()))
     return 2 * int(np.searchsorted(mass, share * mass[-1])) + 1
+
+
+def central_rectangle(field: np.ndarray, share: float = SHARE) -> Tuple[int, int]:
+    """Height and width in pixels of the central rectangle that contains `share` of a field, (H, W).
+
+    Of all central rectangles, the one whose rows hold as much as its columns, so that neither side
+    is favoured: the rows' share of the field and the columns' are the same s, as small as will do.
+    If the field is the same along height and width, this is the square of :func:`mass_side`.
+    """
+    rows, columns = _distances(field)
+    # quadrants folded onto each other: mass[i, j] lies within distances i and j of the centre
+    mass = np.zeros((rows.max() + 1, columns.max() + 1))
+    np.add.at(mass, (rows[:, None], columns[None, :]), field.astype(np.float64))
+    mass = mass.cumsum(0).cumsum(1)
+    mass /= mass[-1, -1]
+    per_rows, per_columns = mass[:, -1], mass[-1, :]
+    # equal sums may differ in their last bits, by the order in which they were added
+    slack = 1e-9
+    for s in np.unique(np.concatenate([per_rows, per_columns])):
+        i, j = (int(np.searchsorted(sums, s - slack)) for sums in (per_rows, per_columns))
+        if mass[i, j] >= share - slack:
+            return 2 * i + 1, 2 * j + 1
+    return 2 * len(per_rows) - 1, 2 * len(per_columns) - 1
+
+
+def _distances(field: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Each row's and each column's distance from the centre."""
+    height, width = field.shape
+    return np.abs(np.arange(height) - height // 2), np.abs(np.arange(width) - width // 2)
+
+
+def field_extents(
+    network: nn.Module,
+    images: Sequence[torch.Tensor],
+    levels: Sequence[str] = (),
+    sides: Sequence[Tuple[int, int]] = SIDES,
+) -> Dict[str, Extent]:
+    """How far each level sees, measured on inputs as large as its field needs.
+
+    Args:
+        network: takes (B, 3, H, W) on the device of its parameters.
+        images: each (3, h, w) of any size, normalised as the network expects. Their centres are
+            seen; where the input is larger, they are mirrored at their edges.
+        levels: paths of parts of the network. (): all feature maps that it returns; or if it
+            returns none, its residual stages.
+        sides: (side, number of images) of each input to try.
+
+    Returns:
+        Level → extent, in the network's order.
+
+    Raises:
+        NATSError: no images, no such level, or the network returns no feature maps.
+    """
+    if not len(images):
+        raise NATSError("no images: give one or more to look at")
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    found: Dict[str, Extent] = {}
+    chosen: Optional[Dict[str, nn.Module]] = parts(network, levels) if levels else None
+    for side, count in sides:
+        batch = torch.stack([mirrored(image, side) for image in images[:count]]).to(device)
+        if chosen is None:
+            chosen = returned_levels(network, batch)
+        fields = effective_receptive_fields(network, batch, chosen)
+        if not fields:
+            raise NATSError(f"{type(network).__name__}: no feature maps to look at: name --levels")
+        for name, field in fields.items():
+            height, width = central_rectangle(field)
+            if name not in found or found[name].cut:
+                found[name] = Extent(height, width, max(height, width) > FITS * side)
+        if not any(extent.cut for extent in found.values()):
+            break
+    return found
+
+
+def mirrored(image: torch.Tensor, side: int) -> torch.Tensor:
+    """The central square of an image, (C, h, w) → (C, side, side); mirrored where it is smaller."""
+    for dim in (-2, -1):
+        size = image.shape[dim]
+        places = (torch.arange(side) - (side - size) // 2) % (2 * size)
+        image = image.index_select(dim, torch.where(places < size, places, 2 * size - 1 - places))
+    return image

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import NATSError, shown
 from ..files import OneLine, read_yaml, write_yaml
-from .search_space import Dilation, check_dilation
+from . import draw
+from .search_space import Dilation, SearchSpace, check_dilation
 from .stages import searched_layers
 
 FORMAT = "detectron2-nats/1"
@@ -153,6 +154,63 @@ class Architecture:
             for name, conv in convs.items()
         }
         return cls(layers, {**search, "order": order, **({"margin": margin} if margin else {})})
+
+    # -- without a search -----------------------------------------------------------------------
+    # network: holds residual stages (:mod:`.stages`), on any device. All raise NATSError where a
+    # stage is missing or a dilation malformed.
+
+    @classmethod
+    def random(
+        cls,
+        network: nn.Module,
+        space: SearchSpace,
+        seed: int = 0,
+        plain: float = 0.0,
+        uneven: bool = False,
+    ) -> "Architecture":
+        """Each channel group of each conv draws its dilation among those of its stage.
+
+        Args:
+            plain: this share of all groups stays (1, 1); the others are as without it.
+            uneven: first draw the dilations' probabilities in each conv, uniformly among all that
+                add up to 1. Such architectures differ more. Else all are equally probable.
+
+        Raises:
+            NATSError: also where the groups do not fit a conv.
+        """
+        layers = draw.random_layers(network, space, seed, plain, uneven)
+        return cls(
+            layers, {"method": "random", "seed": seed, **({"plain": plain} if plain else {})}
+        )
+
+    @classmethod
+    def uniform(
+        cls, network: nn.Module, dilation: Dilation, stages: Sequence[str] = draw.STAGES
+    ) -> "Architecture":
+        """One dilation in every conv of `stages`."""
+        return cls(draw.uniform_layers(network, dilation, stages), {"method": "uniform"})
+
+    @classmethod
+    def cycle(
+        cls,
+        network: nn.Module,
+        dilations: Sequence[Dilation] = draw.CYCLE,
+        stages: Sequence[str] = draw.STAGES,
+    ) -> "Architecture":
+        """Neighbouring channels, or conv groups (ResNeXt), take turns (PSConv's idea)."""
+        layers = draw.cycle_layers(network, dilations, stages)
+        return cls(layers, {"method": "cycle", "dilations": draw.as_text(dilations)})
+
+    @classmethod
+    def sawtooth(
+        cls,
+        network: nn.Module,
+        dilations: Sequence[Dilation] = draw.SAWTOOTH,
+        stages: Sequence[str] = draw.STAGES,
+    ) -> "Architecture":
+        """One dilation per conv, in turns over the depth (hybrid dilated convolution's idea)."""
+        layers = draw.sawtooth_layers(network, dilations, stages)
+        return cls(layers, {"method": "sawtooth", "dilations": draw.as_text(dilations)})
 
     # -- files and configs --------------------------------------------------------------------
 

@@ -1,0 +1,144 @@
+"""How large the objects of a data set are, on the images as a network is given them."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import List, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import NATSError, one_line
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image and its objects.
+
+    Attributes:
+        path: of the image file.
+        height, width: of the image, in pixels.
+        boxes: (n, 4), x0 y0 x1 y1 in pixels of the image; no crowds.
+    """
+
+    path: str
+    height: int
+    width: int
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+
+
+@dataclass(frozen=True)
+class InputSize:
+    """Detectron2's ResizeShortestEdge, and torchvision's: what becomes of an image's size.
+
+    Attributes:
+        shorter: what the shorter side is resized to.
+        longest: the longer side's limit, to which a longer image is shrunk.
+    """
+
+    shorter: int
+    longest: int
+
+    def scale(self, height: int, width: int) -> float:
+        """Pixels of the network's input for one of the image."""
+        if not self.shorter:  # Detectron2: as they are
+            return 1.0
+        return min(self.shorter / min(height, width), self.longest / max(height, width))
+
+
+def read_coco(json_file: str, folder: str) -> List[Record]:
+    """The images of a COCO annotation file that have objects, with the objects.
+
+    Raises:
+        NATSError: the file cannot be read, is not in COCO's format, or has no objects.
+    """
+    try:
+        with open(json_file) as file:
+            content = json.load(file)
+        boxes = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            x, y, w, h = (float(value) for value in annotation["bbox"])
+            if not annotation.get("iscrowd") and w > 0 and h > 0:
+                boxes[annotation["image_id"]].append((x, y, x + w, y + h))
+        records = [
+            Record(
+                os.path.join(folder, image["file_name"]),
+                int(image["height"]),
+                int(image["width"]),
+                np.array(boxes[image["id"]]),
+            )
+            for image in content["images"]
+            if boxes[image["id"]]
+        ]
+    except OSError as error:
+        raise NATSError(f"{json_file}: cannot be read: {error.strerror or error}") from None
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
+    if not records:
+        raise NATSError(f"{json_file}: contains no objects")
+    return records
+
+
+def boxes_on_input(records: Sequence[Record], size: InputSize) -> np.ndarray:
+    """(N, 4): all objects, in pixels of the network's input."""
+    scaled = [size.scale(r.height, r.width) * r.boxes.reshape(-1, 4) for r in records]
+    return np.concatenate(scaled) if scaled else np.zeros((0, 4))
+
+
+def evenly(records: Sequence[Record], count: int) -> List[Record]:
+    """`count` of them, spread evenly."""
+    chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
+    return [records[i] for i in chosen]
+
+
+def typical(records: Sequence[Record], size: InputSize) -> Record:
+    """The image that shows best how large the objects are.
+
+    Its objects' median sides differ least from those of all objects, as ratios.
+    """
+
+    def medians(boxes: np.ndarray) -> np.ndarray:
+        return np.log(np.median(boxes[:, 2:] - boxes[:, :2], axis=0))
+
+    overall = medians(boxes_on_input(records, size))
+    with_objects = [record for record in records if len(record.boxes)]
+    return min(
+        with_objects,
+        key=lambda record: np.abs(medians(boxes_on_input([record], size)) - overall).sum(),
+    )
+
+
+def image_on_input(record: Record, size: InputSize) -> np.ndarray:
+    """(H, W, 3) uint8, RGB, as the network is given it.
+
+    Raises:
+        NATSError: the file cannot be read.
+    """
+    scale = size.scale(record.height, record.width)
+    try:
+        with Image.open(record.path) as image:
+            shape: Tuple[int, int] = (
+                max(1, round(scale * record.width)),
+                max(1, round(scale * record.height)),
+            )
+            return np.array(image.convert("RGB").resize(shape, Image.Resampling.BILINEAR))
+    except OSError as error:
+        raise NATSError(
+            f"{record.path}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
+        ) from None
+
+
+def normalised(
+    image: np.ndarray, mean: Sequence[float], deviation: Sequence[float], channels: str = "RGB"
+) -> torch.Tensor:
+    """(H, W, 3) uint8, RGB → (3, H, W).
+
+    Args:
+        mean, deviation: of each channel, for values 0 to 255, in the order of `channels`.
+        channels: "RGB" or "BGR", as the network expects.
+    """
+    ordered = image if channels == "RGB" else image[..., ::-1]
+    pixels = torch.from_numpy(ordered.astype(np.float32)).permute(2, 0, 1)
+    shape = (3, 1, 1)
+    return (pixels - torch.tensor(mean).view(shape)) / torch.tensor(deviation).view(shape)

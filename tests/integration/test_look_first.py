@@ -1,0 +1,73 @@
+"""nats-look on drawn bars, whose right answer is known; and without Detectron2."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_wheel import RUN, WITHOUT_DETECTRON2
+
+from detectron2_nats.commands import look
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    "bars, verdict, following",
+    [
+        ("lying", "Elongated: half of the objects are 97 px wide", "nats-draw %s --uniform 1x5 "),
+        (
+            "standing",
+            "Elongated: half of the objects are 97 px tall",
+            "nats-draw %s --uniform 5x1 ",
+        ),
+        ("short", "Seen whole: ", "train the plain detector, nats-train %s"),
+    ],
+)
+def test_bars(tmp_path, monkeypatch, capsys, bars, verdict, following):
+    monkeypatch.chdir(ROOT)
+    config = "configs/quickstart/bars.yaml"
+    words = ["nats-look", config, "nats://embedded_r50.pth", "--dataset", f"nats_bars_{bars}_val"]
+    words += ["--output", str(tmp_path), "MODEL.DEVICE", "cpu"]
+    monkeypatch.setattr("sys.argv", words)
+    look.run()
+    printed = capsys.readouterr().out
+    height, width = re.search(r"\nres3 +(\d+) +(\d+)\n", printed).groups()
+    assert 37 <= int(height) <= 45 and 37 <= int(width) <= 45  # a few images decide on the rest
+    assert f"\n{verdict}" in printed
+    assert f"\nnext: {following % f'--config-file {config}'}" in printed
+    assert (tmp_path / "look.png").is_file()
+
+
+def test_without_detectron2(tmp_path):
+    """Both commands on a network of torchvision's, in a process that cannot import Detectron2."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "projects/NATS")}
+    for arguments, words in (
+        (["look", "--levels", "layer1"], "layer1 "),
+        (["draw", "--uniform", "1x5", "--output", "drawn"], "wrote drawn/architecture.yaml"),
+    ):
+        code = [sys.executable, "-W", "ignore", "-c", WITHOUT_DETECTRON2 + RUN, *arguments]
+        done = subprocess.run(
+            [*code, "--network", "torchvision:resnet18"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
+    code = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        WITHOUT_DETECTRON2 + RUN,
+        "look",
+        "a.yaml",
+        "b.pth",
+    ]
+    done = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    message = "error: nats-look needs detectron2, which is not installed here"
+    assert message in done.stdout + done.stderr

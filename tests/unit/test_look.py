@@ -1,0 +1,219 @@
+"""The verdict of each branch of the rule, and what nats-look is told."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from detectron2_nats import NATSError
+from detectron2_nats.bench.look import Objects, look, verdict
+from detectron2_nats.bench.look_picture import plot_look
+from detectron2_nats.bench.objects import (
+    InputSize,
+    Record,
+    boxes_on_input,
+    image_on_input,
+    normalised,
+    read_coco,
+    typical,
+)
+from detectron2_nats.bench.receptive_field import Extent
+from detectron2_nats.commands import look as command
+
+
+def objects(*sizes):
+    """Boxes of (height, width)."""
+    return Objects(np.array([[5.0, 7.0, 5 + w, 7 + h] for h, w in sizes]))
+
+
+@pytest.mark.parametrize(
+    "sizes, extent, case, draw",
+    [
+        # the seven measured cases: half the objects up to, and what the detector sees
+        ([(97, 60)], (41, 41), "larger", "--random"),
+        ([(202, 100)], (43, 43), "larger", "--random"),
+        ([(50, 101)], (43, 43), "larger", "--random"),
+        ([(37, 30)], (21, 21), "between", ""),
+        ([(73, 60)], (43, 43), "between", ""),
+        ([(30, 18)], (41, 41), "whole", ""),
+        ([(55, 50)], (231, 231), "whole", ""),
+        # elongated: bars, columns, lines of text
+        ([(18, 97)], (41, 43), "elongated", "--uniform 1x5"),
+        ([(228, 18)], (43, 43), "elongated", "--uniform 5x1"),
+        ([(9, 26)] * 6 + [(9, 9)] * 4, (21, 19), "between", ""),  # 2.9 times
+        ([(9, 27)] * 6 + [(9, 9)] * 4, (21, 19), "elongated", "--uniform 1x5"),
+        # long ones are too few, lie in both directions, or are seen whole
+        ([(9, 90)] * 4 + [(90, 80)] * 6, (43, 43), "larger", "--random"),
+        ([(9, 90)] * 7 + [(90, 9)] * 3, (43, 43), "larger", "--random"),
+        ([(9, 90)] * 8 + [(90, 9)] * 2, (43, 43), "elongated", "--uniform 1x5"),
+        ([(9, 40)], (43, 43), "whole", ""),
+        # of a field that is long itself, the direction that lacks counts
+        ([(9, 90)], (43, 95), "whole", ""),
+        ([(90, 9)], (43, 95), "elongated", "--uniform 5x1"),
+        ([(90, 90)], (43, 95), "larger", "--random"),
+        ([(43, 43)], (43, 43), "whole", ""),
+        ([(86, 43)], (43, 43), "between", ""),
+    ],
+)
+def test_verdicts(sizes, extent, case, draw):
+    found = verdict(objects(*sizes), Extent(*extent))
+    assert (found.case, " ".join(found.draw)) == (case, draw)
+    names = {"larger": "Larger: ", "whole": "Seen whole: "}
+    assert found.sentence.startswith(names.get(case, f"{case.capitalize()}: "))
+    assert found.sentence.endswith(".") and "\n" not in found.sentence
+    assert f"{extent[0]} × {extent[1]} px" in found.sentence
+
+
+def test_the_report_and_the_picture():
+    network = torchvision.models.resnet18().eval()
+    boxes = np.array([[0, 0, 20, 10]] * 3 + [[0, 0, 30, 60]])
+    found = look(network, [torch.rand(3, 40, 50)], boxes, levels=["conv1", "layer1"])
+    assert (found.levels["conv1"].height, found.largest) == (7, "layer1")
+    text = found.report()
+    assert "conv1                    7        7" in text
+    assert "4 objects; 75% are wider than tall, 25% taller than wide.\n\n" in text
+    assert text.endswith(found.verdict.sentence)
+    figure = plot_look(found, np.zeros((40, 50, 3), np.uint8), boxes)
+    (axes,) = figure.axes
+    sizes = [(patch.get_height(), patch.get_width()) for patch in axes.patches]
+    extents = [(extent.height, extent.width) for extent in found.levels.values()]
+    assert sizes == [(10, 20)] * 3 + [(60, 30)] + extents + [(10, 20)]  # and the median object
+    assert look(network, [torch.rand(3, 40, 50)], levels=["conv1"]).verdict is None
+    for boxes, words in (
+        (np.zeros((0, 4)), "at least one"),
+        ([1, 2], "expected"),
+        ([[4, 4, 4, 9]], "no size"),
+    ):
+        with pytest.raises(NATSError, match=words):
+            look(network, [torch.rand(3, 40, 50)], boxes, levels=["conv1"])
+
+
+def test_objects_are_as_large_as_on_the_input(tmp_path):
+    size = InputSize(100, 150)
+    wide = Record("", 200, 400, np.array([[0.0, 0.0, 80.0, 40.0]]))  # shown at 75 × 150
+    tall = Record("", 100, 50, np.array([[5.0, 5.0, 10.0, 45.0]]))  # at 150 × 75
+    shown = boxes_on_input([wide, tall], size)
+    np.testing.assert_allclose(shown, [[0, 0, 30, 15], [7.5, 7.5, 15, 67.5]])
+    assert InputSize(0, 150).scale(400, 300) == 1
+    square = Record("", 100, 100, np.array([[0.0, 0.0, 15.0, 26.0]]))
+    assert typical([wide, tall, square, Record("", 9, 9)], size) is square
+    Image.new("RGB", (400, 200), (255, 0, 51)).save(tmp_path / "a.png")
+    pixels = image_on_input(Record(str(tmp_path / "a.png"), 200, 400), size)
+    assert pixels.shape == (75, 150, 3)
+    bgr = normalised(pixels, [1, 0, 5], [2, 1, 10], "BGR")
+    assert bgr[:, 3, 3].tolist() == [25, 0, 25]
+    with pytest.raises(NATSError, match="b.png: cannot be read: No such file"):
+        image_on_input(Record(str(tmp_path / "b.png"), 200, 400), size)
+
+
+def coco(folder, **changes):
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 60, "width": 90} for i in (1, 2)],
+        "annotations": [
+            {"image_id": 1, "bbox": [1, 2, 30, 4], "category_id": 1},
+            {"image_id": 1, "bbox": [1, 2, 0, 4], "category_id": 1},
+            {"image_id": 2, "bbox": [1, 2, 30, 4], "category_id": 1, "iscrowd": 1},
+        ],
+    }
+    (folder / "val.json").write_text(json.dumps({**content, **changes}))
+    Image.new("RGB", (90, 60)).save(folder / "1.png")
+    return str(folder / "val.json")
+
+
+def test_reading_annotations(tmp_path):
+    (record,) = read_coco(coco(tmp_path), "images")
+    assert (record.path, record.height, record.width) == ("images/1.png", 60, 90)
+    assert record.boxes.tolist() == [[1, 2, 31, 6]]
+    for changes, words in (
+        ({"annotations": []}, "val.json: contains no objects"),
+        ({"annotations": [{"image_id": 7, "bbox": [1, 2, 3, 4]}]}, "not COCO's .*KeyError: 7"),
+        ({"annotations": [{"image_id": 1, "bbox": [1, 2]}]}, "not COCO's annotation format"),
+        ({"images": None}, "not COCO's annotation format"),
+    ):
+        with pytest.raises(NATSError, match=words):
+            read_coco(coco(tmp_path, **changes), "images")
+    (tmp_path / "val.json").write_text("[")
+    with pytest.raises(NATSError, match="not COCO's annotation format"):
+        read_coco(str(tmp_path / "val.json"), "images")
+    with pytest.raises(NATSError, match="none.json: cannot be read"):
+        read_coco(str(tmp_path / "none.json"), "images")
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def nats_look(monkeypatch, capsys, *arguments, status=0):
+    monkeypatch.setattr("sys.argv", ["nats-look", *map(str, arguments)])
+    if not status:
+        command.run()
+        return capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        command.run()
+    assert end.value.code == status
+    return capsys.readouterr().err
+
+
+def test_a_network_of_torchvision(tmp_path, monkeypatch, capsys):
+    network = ["--network", "torchvision:resnet18", "--levels", "conv1", "layer1.0.conv1"]
+    printed = nats_look(monkeypatch, capsys, *network)
+    assert printed.startswith("The weights are drawn at random")
+    assert printed.endswith(
+        "No objects are given: --annotations and --images, and there is a verdict.\n"
+    )
+    torch.save({"model": torchvision.models.resnet18().state_dict()}, tmp_path / "r18.pth")
+    data = [
+        "--annotations",
+        coco(tmp_path),
+        "--images",
+        tmp_path,
+        "--weights",
+        tmp_path / "r18.pth",
+    ]
+    picture = ["--size", 120, "--output", tmp_path / "out"]  # the object is 60 × 8 there
+    printed = nats_look(monkeypatch, capsys, *network, *data, *picture)
+    assert "Elongated: half of the objects are 60 px wide" in printed
+    assert f"wrote {tmp_path}/out/look.png\n" in printed
+    following = (
+        "next: nats-draw --network torchvision:resnet18 --uniform 1x5 --output output/drawn\n"
+    )
+    assert printed.endswith(following)
+    assert (tmp_path / "out/look.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "give CONFIG and WEIGHTS of a detector, or --network"),
+        (["--network", "torchvision:resnet18", "a.yaml"], "a.yaml: needs CONFIG, not --network"),
+        (["--network", "torchvision:resnet18", "--annotations", "a"], "go together"),
+        (["--network", "torchvision:resnet18", "--weights", "a"], "weights a: no such file"),
+        (["--network", "torchvision:resnet18", "--weights", __file__], "not a state dict"),
+        (["--network", "torchvision:nothing"], "network torchvision:nothing: torchvision cannot"),
+        (
+            ["--network", "torchvision:resnet18", "--output", "x", "--levels", "conv1"],
+            "needs images",
+        ),
+        (["a.yaml", "b.pth", "--weights", "c.pth"], "--weights is for --network"),
+        (["a.yaml", "b.pth"], "config a.yaml not found"),
+    ],
+)
+def test_bad_arguments(monkeypatch, capsys, arguments, words):
+    assert words in nats_look(monkeypatch, capsys, *arguments, status=2)
+
+
+def test_what_the_words_mean():
+    assert command._split([]) == ("", "", [])
+    assert command._split(["c"]) == ("c", "", [])
+    assert command._split(["c", "w"]) == ("c", "w", [])
+    assert command._split(["c", "K", "V"]) == ("c", "", ["K", "V"])
+    assert command._split(["c", "w", "K", "V"]) == ("c", "w", ["K", "V"])
+
+
+def test_weights_of_another_network(tmp_path, monkeypatch, capsys):
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "r50.pth")
+    arguments = ["--network", "torchvision:resnet18", "--weights", tmp_path / "r50.pth"]
+    printed = nats_look(monkeypatch, capsys, *arguments, status=2)
+    assert "are they of another network?" in printed
