@@ -246,11 +246,11 @@ class ResumableTrainer(DefaultTrainer):
         decisive = ("DATASETS.", "DATALOADER.", "MODEL.")
         if any(d.startswith(decisive) for d in config_differences(saved["config"], self.given_cfg)):
             return
-        for phase in self.phases():
-            old = saved["run"]["phases"][phase.name or "weights"]["loader"]
-            new = phase.loader.state_dict()
+        for name, objective in self.objectives().items():
+            old = saved["run"]["phases"][name]["loader"]
+            new = objective.loader.state_dict()
             if old.get("digest", new["digest"]) != new["digest"]:  # older versions wrote none
-                key = "CALIBRATION" if phase.name else "TRAIN"
+                key = "TRAIN" if name == "weights" else "CALIBRATION"
                 raise NATSError(
                     f"{path} is of a run on other data: DATASETS.{key} had {old['images']} images "
                     f"(digest {old['digest']}), it has {new['images']} ({new['digest']}). Restore "
