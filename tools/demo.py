@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
     pictures += ["--plain", CONFIG, f"{plain}/model_final.pth"]
     pictures += ["--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"]
     run("nats-plot", search, *pictures)
-    run("nats-report", args.output, "--title", "Bars that lie")
+    run("nats-report", args.output, "--title", "Horizontal bars")
     with open(f"{args.output}/results.json") as file:
         results = json.load(file)
     print(f"\n{table(results)}\n\nParameters, FLOPs and time are the backbone's.")

@@ -4,8 +4,8 @@
   of an object tells its class, not its colour or texture. For tests.
 - ``nats_bars_lying``, ``nats_bars_standing``, ``nats_bars_short``: bars whose class is the ordered
   pair of the colours of their two ends. They are made so that the right answer of a search is
-  known. For lying bars a network must see far along the width, for standing bars along the height.
-  Of short bars a plain network sees both ends.
+  known. For horizontal bars a network must see far along the width, for upright ones along the
+  height. Of short bars a plain network sees both ends.
 
 All are in COCO format. Nothing is downloaded.
 """
