@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from typing import Dict, List
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..method.decidedness import Decidedness
 from ..method.stages import searched_layers
 from ..method.transform import frozen_state_dict
 from .alpha_log import AlphaHook
+from .compare import StepTimes, comparison_commands
 from .export import export_config, searched_detector, write_config, write_weights
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class SearchTrainer(ResumableTrainer):
         # The same for settings that cannot be decoded, and for a result that cannot fit
         export_config(self.retrain_base, self.architecture())
         self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.max_iter)
+        self._step_times = StepTimes()
         loader = build_resumable_loader(
             cfg,
             dataset_dicts(cfg, cfg.DATASETS.CALIBRATION),
@@ -94,9 +97,13 @@ class SearchTrainer(ResumableTrainer):
         return {**super().objectives(), "alpha": self.alpha_objective}
 
     def run_step(self) -> None:
+        times = [time.perf_counter()]
         self.weight_step()
+        times.append(time.perf_counter())
         if self.iter >= self.alpha_start:
             self.alpha_step()
+            times.append(time.perf_counter())
+        self._step_times.add(*np.diff(times))
 
     def alpha_step(self) -> None:
         """Take an Adam step on α, on a batch of ``DATASETS.CALIBRATION``. Nothing else changes."""
@@ -185,6 +192,8 @@ class SearchTrainer(ResumableTrainer):
             names = ("architecture.yaml", "retrain.yaml")
             path, retrain = (os.path.join(self.cfg.OUTPUT_DIR, name) for name in names)
             logger.info(f"Search done: wrote {path} and the plain config {retrain}")
+            steps = self._step_times.in_weight_steps(self.max_iter, self.alpha_start)
+            logger.info(comparison_commands(self.cfg, cfg, architecture, steps))
         return results
 
     def write_result(self) -> None:
