@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import TINY, finish, script, wait_until
 
+from detectron2_nats.bench.study.collect import _spent
 from detectron2_nats.bench.study.methods import Method, method_argument
 from detectron2_nats.bench.study.metrics import last_metric
 from detectron2_nats.bench.study.runs import Task, environment_of
@@ -61,6 +62,13 @@ def test_shares_out_the_gpus_that_it_was_given(monkeypatch, given, shares):
         ("path-warm-1.5x", "path-warm", True),
         ("path-warm@0.1", "path-warm", False),
         ("5x5-1.5x", "5x5", True),
+        ("cycle", "cycle", True),
+        ("sawtooth-2x", "sawtooth", True),
+        ("random-best-of-4", "random-best-of-4", True),
+        ("random-best-of-12-1.5x", "random-best-of-12", True),
+        ("random-best-of-1", "random-best-of-1", False),
+        ("random-best-of-4@0.1", "random-best-of-4", False),
+        ("cycle-warm", "cycle-warm", False),
         ("1x3-warm", "1x3-warm", True),
         ("5x5@0.1", "5x5", False),
         ("0x3", "0x3", False),
@@ -208,6 +216,52 @@ def test_a_line_that_a_kill_has_cut_off(tmp_path):
     assert last_metric(str(tmp_path), "bbox/AP") == 3.5
     with pytest.raises(NATSError, match="metrics.json contains no bbox/AP75"):
         last_metric(str(tmp_path), "bbox/AP75")
+
+
+def ended(task, precision, cpu_seconds):
+    """As if a run had been done."""
+    folder = Path(task.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps({"bbox/AP": precision}) + "\n")
+    cost = {"seconds": 1, "cpu_seconds": cpu_seconds, "done": True, "lost": 0}
+    (folder / "cost.json").write_text(json.dumps(cost))
+
+
+def test_the_best_of_several_draws(prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    methods = ["random", "random-best-of-3", "random-best-of-3-2x"]
+    study = prepared("--methods", *methods, "--seeds", "1", "SOLVER.WARMUP_ITERS", "3")
+    trials = [task for task in study.tasks if task.role == "trial"]
+    assert len(trials) == 3 and len(study.tasks) == 6
+    once, twice = (study.task(name, 0) for name in methods[1:])
+    assert once.after == twice.after == trials
+    command = trials[1].prepare()
+    options = {key: command[command.index(key) + 1] for key in command if key.isupper()}
+    last = dict(zip(command[-12::2], command[-11::2]))
+    # a third of the search's 6 iterations, on its splits
+    assert last["SOLVER.MAX_ITER"] == "2" and last["SOLVER.WARMUP_ITERS"] == "1"
+    assert last["DATASETS.TRAIN"] == "('nats_embedded_train',)"
+    assert last["DATASETS.TEST"] == "('nats_embedded_calibration',)"
+    assert options["OUTPUT_DIR"] == trials[1].folder
+    for task, precision in zip(trials, (10.0, 30.0, float("nan"))):
+        ended(task, precision, 5)
+    written = load_config(command[command.index("--config-file") + 1]).MODEL.NATS.ARCHITECTURE
+    random, chosen = (study.architecture(Method.of(name), 0) for name in methods[:2])
+    assert chosen == Architecture.from_config(written) != random
+    ended(trials[0], 30.0, 5)  # of equal ones the first, which is that of random
+    assert study.architecture(Method.of(methods[1]), 0) == random
+    ended(once, 50.0, 7)
+    assert _spent([once]) == {"cpu_seconds": [22], "lost_starts": [0]}
+    with pytest.raises(NATSError, match="only 6 iterations"):
+        prepared("--methods", "random-best-of-7", "--seeds", "1", "--output", "other")
+
+
+def test_cycle_and_sawtooth(prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = prepared("--methods", "cycle", "sawtooth", "--seeds", "1")
+    cycle, sawtooth = (study.architecture(method, 0) for method in study.methods)
+    assert cycle.layers["res3.0.conv2"][:2] == ((1, 1, 1), (1, 2, 2))
+    assert [s[0][1] for s in sawtooth.layers.values()][:4] == [1, 2, 3, 1]
 
 
 def test_which_search_a_method_needs():

@@ -22,6 +22,7 @@ from .methods import Method
 from .metrics import last_metric, per_class
 from .plan import Study
 from .runs import Task
+from .trials import trials_of
 
 
 def collect(study: Study) -> Dict[str, Any]:
@@ -74,10 +75,11 @@ def collect(study: Study) -> Dict[str, Any]:
 
 
 def _spent(tasks: List[Task]) -> Dict[str, List[float]]:
-    spent = [task.cost() for task in tasks]
+    """What runs took, each with the trials before it."""
+    spent = [[part.cost() for part in (task, *trials_of(task))] for task in tasks]
     return {
-        "cpu_seconds": [cost["cpu_seconds"] for cost in spent],
-        "lost_starts": [cost["lost"] for cost in spent],
+        "cpu_seconds": [sum(cost["cpu_seconds"] for cost in parts) for parts in spent],
+        "lost_starts": [sum(cost["lost"] for cost in parts) for parts in spent],
     }
 
 

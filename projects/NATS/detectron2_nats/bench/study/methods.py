@@ -12,6 +12,12 @@ methods:
   plain        the detector without a search
   plain-long   the same, for as many iterations as search and retraining together
   random       each channel group draws its dilation, anew for each seed
+  cycle        neighbouring channels take turns: 1x1, 2x2, 1x1, 4x4
+  sawtooth     one dilation per conv, in turns over the depth: 1x1, 2x2, 3x3
+  random-best-of-4
+               4 draws, or another number, are each trained for that part of the search's
+               iterations and tested on the calibration split; the best one is retrained, and
+               the time of all counts
   path         path-level search: one choice per conv
   transposed   what nats-voted found, with height and width of each dilation swapped
   nats-paper   the search, with channels sorted by dilation
@@ -32,6 +38,8 @@ DEFAULTS = ("plain", "plain-long", "random", "nats-paper", "nats-voted", "nats-w
 _SEARCHES = {
     "plain": "",
     "random": "",
+    "cycle": "",
+    "sawtooth": "",
     "path": "path",
     "transposed": "nats",
     "nats-paper": "nats",
@@ -40,6 +48,7 @@ _SEARCHES = {
     "path-warm": "path",
 }
 _GRAMMAR = re.compile(r"(.*?)(?:@(0?\.\d+|0))?(?:-(\d{1,3}(?:\.\d{1,3})?)x)?", re.DOTALL)
+_BEST_OF = re.compile(r"random-best-of-([2-9]|[1-9]\d)")
 _UNIFORM = re.compile(r"([1-9]\d?)x([1-9]\d?)(?:-warm)?")  # height and width of the dilation
 
 
@@ -84,14 +93,22 @@ class Method:
         return (int(match[1]), int(match[2])) if match else None
 
     @property
+    def draws(self) -> int:
+        """Of how many random architectures it is the best; 0 if it is none of these."""
+        match = _BEST_OF.fullmatch(self.kind)
+        return int(match[1]) if match else 0
+
+    @property
     def is_reference(self) -> bool:
         """Whether anyone can build it without a search."""
-        return self.kind in ("plain", "random") or bool(self.dilation and not self.warm)
+        return self.kind in ("plain", "random", "cycle", "sawtooth") or bool(
+            self.dilation and not self.warm
+        )
 
     @property
     def is_known(self) -> bool:
         """Whether its name is one of :data:`HELP`, and no architecture's."""
-        if self.kind not in _SEARCHES and not self.dilation:
+        if self.kind not in _SEARCHES and not self.dilation and not self.draws:
             return False
         if self.margin is not None and _SEARCHES.get(self.kind) != "nats":
             return False
@@ -105,7 +122,8 @@ def method_argument(text: str) -> str:
     if not Method.of(text).is_known:
         known = ["plain", "plain-long", *list(_SEARCHES)[1:]]
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected one of {', '.join(known)}, 5x5, 5x5-warm; with a length, "
+            f"{text!r}: expected one of {', '.join(known)}, random-best-of-4, 5x5, 5x5-warm; with "
+            "a length, "
             "like plain-1.5x; transposed and nats- also with @MARGIN. KEY VALUE pairs come after "
             "another option than --methods"
         )
@@ -116,7 +134,8 @@ def named_file_argument(text: str) -> Tuple[str, str]:
     """A `type` for :mod:`argparse`: NAME=FILE, an architecture that is a method."""
     name, _, path = text.partition("=")
     method = Method.of(name)
-    taken = method.kind in _SEARCHES or method.dilation or method.margin is not None
+    taken = method.kind in _SEARCHES or method.dilation or method.draws
+    taken = taken or method.margin is not None
     if not name or not path or taken or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE, NAME not being a method")
     return name, path

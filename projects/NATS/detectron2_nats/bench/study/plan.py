@@ -22,10 +22,16 @@ from ...method.architecture import Architecture
 from ...method.transform import frozen_state_dict
 from ...search.export import export_config, frozen_weights, write_config, write_weights
 from ...search.folder import SearchFolder
-from ..baselines import random_architecture, uniform_architecture
+from ..baselines import (
+    cycle_architecture,
+    random_architecture,
+    sawtooth_architecture,
+    uniform_architecture,
+)
 from .folds import merged_annotations, write_folds
 from .methods import Method
 from .runs import Task
+from .trials import best, drawn, trial_data, trial_folder, trial_schedule
 
 # Settings (or beginnings of their names) that change no result of a run.
 _FREE_KEYS = (
@@ -137,6 +143,10 @@ class Study:
         with torch.device("meta"):
             supernet = build_backbone(self._config(search=True))
         for method in self.methods:
+            if method.draws:
+                trial_schedule(self._config(search=True), base, method.draws)
+                if not self.settings.folds:
+                    trial_data(self._config(search=True))
             given = self.settings.given.get(method.name)
             if not given and not method.dilation:
                 continue
@@ -208,8 +218,16 @@ class Study:
         for seed in self.seeds:  # seed by seed, so that complete seeds can be reported
             needed = [method.search for method in self.methods]
             searches = {n: self._search(n, seed) for n in ("path", "nats") if n in needed}
+            trials: Dict[str, List[Task]] = {}  # shared by retrainings of several lengths
+            for method in self.methods:
+                if method.draws and method.kind not in trials:
+                    trials[method.kind] = self._trials(method, seed)
+                    tasks += trials[method.kind]
             tasks += searches.values()
-            tasks += [self._retraining(method, seed, searches) for method in self.methods]
+            for method in self.methods:
+                search = [searches[method.search]] if method.search else []
+                after = [*search, *trials.get(method.kind, ())]
+                tasks.append(self._retraining(method, seed, after))
         return tasks
 
     def _search(self, name: str, seed: int) -> Task:
@@ -220,9 +238,29 @@ class Study:
         command = self._command("search", self.settings.search_config, opts)
         return Task("search", folder, lambda: command)
 
-    def _retraining(self, method: Method, seed: int, searches: Dict[str, Task]) -> Task:
+    def _trials(self, method: Method, seed: int) -> List[Task]:
+        """The short trainings of the draws that a random-best-of-K chooses from."""
+        search, base = self._config(search=True), self._config()
+        tasks = []
+        for draw in range(method.draws):
+            folder = trial_folder(self.folder(method.name, seed), method.kind, draw)
+
+            def prepare(draw: int = draw, folder: str = folder) -> List[str]:
+                config = os.path.join(folder, "retrain.yaml")
+                write_config(export_config(base, drawn(search, seed, draw)), config)
+                opts = self._options(seed, folder, searching=True)
+                if self.settings.folds:  # the options name the training split already
+                    opts += ["DATASETS.TEST", opts[opts.index("DATASETS.CALIBRATION") + 1]]
+                else:
+                    opts += trial_data(search)
+                opts += trial_schedule(search, base, method.draws)
+                return self._command("train", config, opts)
+
+            tasks.append(Task("trial", folder, prepare))
+        return tasks
+
+    def _retraining(self, method: Method, seed: int, after: List[Task]) -> Task:
         folder = self.folder(method.name, seed)
-        search = searches.get(method.search)
 
         def prepare() -> List[str]:
             config = self.settings.config_file
@@ -233,13 +271,13 @@ class Study:
                 write_config(export_config(self._config(), architecture), config)
             if method.warm:
                 weights = os.path.join(folder, "frozen.pth")
-                supernet = SearchFolder(search.folder).supernet
+                supernet = SearchFolder(after[0].folder).supernet
                 write_weights(frozen_weights(*supernet, architecture), weights)
                 opts += ["MODEL.WEIGHTS", weights]
             opts += self._schedule(method)
             return self._command("train", config, opts)
 
-        return Task("retraining", folder, prepare, [search] if search else [])
+        return Task("retraining", folder, prepare, after)
 
     def _command(self, name: str, config: str, opts: List[str]) -> List[str]:
         module = f"{__package__.partition('.')[0]}.commands.{name}"
@@ -261,6 +299,14 @@ class Study:
             return Architecture.load(self.settings.given[method.name])
         if method.kind == "random":
             return random_architecture(self._config(search=True), seed)
+        if method.kind == "cycle":
+            return cycle_architecture(self._config(search=True))
+        if method.kind == "sawtooth":
+            return sawtooth_architecture(self._config(search=True))
+        if method.draws:
+            retraining = self.folder(method.name, seed)
+            folders = [trial_folder(retraining, method.kind, i) for i in range(method.draws)]
+            return drawn(self._config(search=True), seed, best(folders))
         if method.dilation:
             return uniform_architecture(self._config(search=True), method.dilation)
         if not method.search:
