@@ -25,6 +25,7 @@ from typing import Dict, List, NamedTuple
 import pytest
 import torch
 from runs import REPOSITORY, TINY
+from torchvision.models import resnet50
 
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import Architecture, apply_architecture
@@ -93,7 +94,7 @@ RULES = [
     (r"^python tests/faults/run_faults\.py", "parsed"),
     (rf"^{TRAINS} ", "trained"),
     (r"^(DETECTRON2_DATASETS=\S+ )?python tools/make_val35k\.py", "run"),
-    (r"^nats-(analyze|export|import|plot|report|score) ", "run"),
+    (r"^nats-(analyze|draw|export|import|look|plot|report|score) ", "run"),
     (r"^python examples/\w+\.py", "run"),
 ]
 
@@ -318,6 +319,9 @@ def workspace(tmp_path_factory) -> Path:
     (folder / "ic_resnet50_k9.json").write_text(json.dumps(pattern))
     (folder / "local_search_config_step11.json").write_text(json.dumps({"structure": structure}))
     run_here(folder, "nats-import ic_resnet50_k9.json --output ic_conv.yaml")
+    torch.save(resnet50(weights=None).state_dict(), folder / "resnet50.pth")
+    bars = "--config-file configs/quickstart/bars.yaml"
+    run_here(folder, f"nats-draw {bars} --uniform 1x5 --output output/drawn")
 
     # COCO, of a few images
     annotations = folder / "datasets/coco/annotations"

@@ -193,6 +193,8 @@ class SearchTrainer(ResumableTrainer):
             path, retrain = (os.path.join(self.cfg.OUTPUT_DIR, name) for name in names)
             logger.info(f"Search done: wrote {path} and the plain config {retrain}")
             steps = self._step_times.in_weight_steps(self.max_iter, self.alpha_start)
+            architecture = self.architecture()
+            cfg = self._retrain_config(architecture)
             logger.info(comparison_commands(self.cfg, cfg, architecture, steps))
         return results
 
@@ -200,12 +202,17 @@ class SearchTrainer(ResumableTrainer):
         """Write architecture, plain config and, if asked for, weights to OUTPUT_DIR."""
         architecture = self.architecture()
         architecture.save(os.path.join(self.cfg.OUTPUT_DIR, "architecture.yaml"))
+        cfg = self._retrain_config(architecture)
+        if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
+            write_weights(frozen_state_dict(self.model, architecture), cfg.MODEL.WEIGHTS)
+        write_config(cfg, os.path.join(self.cfg.OUTPUT_DIR, "retrain.yaml"))
+
+    def _retrain_config(self, architecture: Architecture) -> CfgNode:
         cfg = export_config(self.retrain_base, architecture)
         cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "retrain")
         if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
             cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
-            write_weights(frozen_state_dict(self.model, architecture), cfg.MODEL.WEIGHTS)
-        write_config(cfg, os.path.join(self.cfg.OUTPUT_DIR, "retrain.yaml"))
+        return cfg
 
     def check_same_run(self, saved_config: str) -> None:
         differences = config_differences(saved_config, self.given_cfg)
