@@ -273,10 +273,16 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]}
         ([[[1, 2], [3, 4], [5, 6]]], "is not a list of polygons", None),
         ([["1", 2, 11, 2, 11, 22]], "is not a list of polygons", None),
         ("text", "is not a list of polygons", None),
+        ([[0.1, 0.2, 0.5, 0.2, 0.5, 0.9]], r"lies outside its box \[1, 2, 10, 20\]", None),
+        ([[1, 52, 11, 52, 11, 72]], "lies outside its box", None),
         (RLE, "", "its segmentation is an RLE: set INPUT.MASK_FORMAT bitmask"),
         ({**RLE, "size": [3, 4]}, r"its mask has size \[3, 4\]", ""),
         ({**RLE, "counts": [3]}, "its RLE does not fill its size", ""),
         ({**RLE, "counts": None}, "its RLE has counts None", ""),
+        ({**RLE, "counts": "zzz~~~!!"}, "its RLE has counts", ""),
+        ({**RLE, "counts": "é中"}, "its RLE has counts", ""),
+        ({**RLE, "counts": "0P"}, "its RLE has counts '0P'", ""),  # ends in the middle of a number
+        ({**RLE, "counts": "5"}, "its RLE does not fill its size", ""),
     ],
 )
 def test_masks(read, warnings, mask, any_reason, polygon_reason):
@@ -294,6 +300,15 @@ def test_masks(read, warnings, mask, any_reason, polygon_reason):
             assert re.search(reason, warnings()[-1])
     if isinstance(mask, list) and len(mask) == 2:
         assert read(content, masks="any").content["annotations"][4]["segmentation"] == mask[:1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_compressed_counts_are_read_as_pycocotools_does(seed):
+    rng = np.random.default_rng(seed)
+    mask = np.asfortranarray(rng.random(rng.integers(1, 40, 2)) < rng.random(), dtype=np.uint8)
+    runs = module._runs(mask_util.encode(mask)["counts"].decode())
+    values = np.concatenate([np.full(run, i % 2) for i, run in enumerate(runs)])
+    assert np.array_equal(values.reshape(mask.shape, order="F"), mask)
 
 
 # -- filled in -------------------------------------------------------------------------------------

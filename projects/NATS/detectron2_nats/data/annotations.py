@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Hashable, List, Mapping, Set
+from typing import Any, Callable, Dict, Hashable, List, Mapping, Optional, Set
 
 import pycocotools.mask as mask_util
 
@@ -285,6 +285,11 @@ def _fault_of_mask(annotation: dict, needs: Needs, image: dict) -> str:
     usable = [p for p in polygons if isinstance(p, list) and len(p) % 2 == 0 and len(p) >= 6]
     if not usable or not all(_is_number(value) for polygon in usable for value in polygon):
         return f"segmentation {shown(mask)} is not a list of polygons [x1, y1, x2, y2, x3, y3, …]"
+    x, y, w, h = annotation["bbox"]
+    for start, low, high in ((0, x, x + w), (1, y, y + h)):
+        values = [value for polygon in usable for value in polygon[start::2]]
+        if max(values) < low - _SLACK or min(values) > high + _SLACK:
+            return f"segmentation {shown(mask)} lies outside its box {annotation['bbox']}"
     if len(usable) < len(mask):  # Detectron2 leaves them out, too
         annotation["segmentation"] = usable
     return ""
@@ -292,16 +297,34 @@ def _fault_of_mask(annotation: dict, needs: Needs, image: dict) -> str:
 
 def _fault_of_rle(mask: dict, image: dict) -> str:
     size, counts = mask.get("size"), mask.get("counts")
-    if size != [image["height"], image["width"]]:
-        return f"its mask has size {shown(size)}, its image [{image['height']}, …]"
-    if isinstance(counts, list):
-        whole = all(isinstance(count, int) and count >= 0 for count in counts)
-        return (
-            "" if whole and sum(counts) == size[0] * size[1] else "its RLE does not fill its size"
-        )
-    if not isinstance(counts, str) or not counts:
+    if repr(size) != repr([image["height"], image["width"]]):
+        return f"its mask has size {shown(size)}, its image [{image['height']}, {image['width']}]"
+    runs = _runs(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
         return f"its RLE has counts {shown(counts)}"
-    return ""
+    return "" if sum(runs) == size[0] * size[1] else "its RLE does not fill its size"
+
+
+def _runs(text: str) -> Optional[List[int]]:
+    """COCO's compressed counts as numbers; None if they end too early or have other characters.
+
+    pycocotools does not check them: it reads past their end, or does not come to one.
+    """
+    runs: List[int] = []
+    value = bits = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64:
+            return None
+        value |= (code & 31) << bits
+        bits += 5
+        if code & 32:  # more of this number follows
+            continue
+        if code & 16:
+            value -= 1 << bits
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = bits = 0
+    return None if bits else runs
 
 
 def _leave_out(
