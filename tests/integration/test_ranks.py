@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2_nats import NATSError
 from detectron2_nats.engine.steps import LossModule, mean_over_ranks
-from detectron2_nats.search.trainer import check_ranks_agree
+from detectron2_nats.search.alpha_log import check_ranks_agree
 
 LAYER = "res4.1.conv2"
 
