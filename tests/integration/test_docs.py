@@ -414,9 +414,14 @@ def parser_of(script: str) -> argparse.ArgumentParser:
     def catch(parser, *_):
         raise Caught(parser)
 
+    def catch_intermixed(parser, *_):
+        parser.parse_args = parser.parse_intermixed_args  # for whoever parses with it
+        raise Caught(parser)
+
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(argparse.ArgumentParser, "parse_args", catch)
+        patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", catch_intermixed)
         patch.setattr(sys, "argv", [script])
         _skip_without_packages(script)
         try:

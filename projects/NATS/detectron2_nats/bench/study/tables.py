@@ -99,7 +99,9 @@ def _minutes(result: Dict[str, Any]) -> str:
 
 def _class_table(methods: Dict[str, Any]) -> List[str]:
     """Which classes gain, and which pay for it? Means over the seeds."""
-    classes = next(iter(methods.values())).get("classes", {})
+    # a method that detects nothing has no AP of any class
+    found = [result.get("classes", {}) for result in methods.values()]
+    classes = [name for name in found[0] if all(name in others for others in found)]
     if len(classes) < 2:
         return []
     rows = [
