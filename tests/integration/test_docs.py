@@ -24,8 +24,8 @@ from typing import Dict, List, NamedTuple
 
 import pytest
 import torch
+import torchvision
 from runs import REPOSITORY, TINY
-from torchvision.models import resnet50
 
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import Architecture, apply_architecture
@@ -319,9 +319,10 @@ def workspace(tmp_path_factory) -> Path:
     (folder / "ic_resnet50_k9.json").write_text(json.dumps(pattern))
     (folder / "local_search_config_step11.json").write_text(json.dumps({"structure": structure}))
     run_here(folder, "nats-import ic_resnet50_k9.json --output ic_conv.yaml")
-    torch.save(resnet50(weights=None).state_dict(), folder / "resnet50.pth")
-    bars = "--config-file configs/quickstart/bars.yaml"
-    run_here(folder, f"nats-draw {bars} --uniform 1x5 --output output/drawn")
+    # a draw, and torchvision's weights
+    drawn = "nats-draw --config-file configs/quickstart/bars.yaml --random --output output/drawn"
+    run_here(folder, drawn)
+    torch.save(torchvision.models.resnet50().half().state_dict(), folder / "resnet50.pth")
 
     # COCO, of a few images
     annotations = folder / "datasets/coco/annotations"
@@ -513,6 +514,10 @@ def check_run(command: str, here: Path, capsys) -> None:
     last = printed.splitlines()[-1]
     if script == "nats-analyze":
         assert last.split()[0] == "activations"
+    elif script in ("nats-draw", "nats-look"):  # the next command comes last
+        assert re.match("next: |No objects are given", last)
+        for path in re.findall("^wrote (.*)$", printed, re.M):
+            assert (here / path).is_file()
     else:
         path = last.removeprefix("wrote ").split(" (")[0]
         assert (here / path).is_file(), last
