@@ -17,10 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     "bars, verdict, following",
     [
-        ("lying", "Elongated: half of the objects are 97 px wide", "nats-draw %s --uniform 1x5 "),
+        (
+            "lying",
+            r"Elongated: half of the objects are \d\d px wide",
+            "nats-draw %s --uniform 1x5 ",
+        ),
         (
             "standing",
-            "Elongated: half of the objects are 97 px tall",
+            r"Elongated: half of the objects are \d\d px tall",
             "nats-draw %s --uniform 5x1 ",
         ),
         ("short", "Seen whole: ", "train the plain detector, nats-train %s"),
@@ -36,7 +40,7 @@ def test_bars(tmp_path, monkeypatch, capsys, bars, verdict, following):
     printed = capsys.readouterr().out
     height, width = re.search(r"\nres3 +(\d+) +(\d+)\n", printed).groups()
     assert 37 <= int(height) <= 45 and 37 <= int(width) <= 45  # a few images decide on the rest
-    assert f"\n{verdict}" in printed
+    assert re.search(rf"\n{verdict}", printed)
     assert f"\nnext: {following % f'--config-file {config}'}" in printed
     assert (tmp_path / "look.png").is_file()
 
