@@ -1,5 +1,6 @@
 """nats-look on drawn bars, whose right answer is known; and without Detectron2."""
 
+import json
 import os
 import re
 import subprocess
@@ -43,6 +44,35 @@ def test_bars(tmp_path, monkeypatch, capsys, bars, verdict, following):
     assert re.search(rf"\n{verdict}", printed)
     assert f"\nnext: {following % f'--config-file {config}'}" in printed
     assert (tmp_path / "look.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "config, verdict",
+    [("examples/own_data_retrain", "Seen whole: "), ("study/cut_res2", "Between: ")],
+)
+def test_blood_cells(monkeypatch, capsys, config, verdict):
+    data, weights = ROOT.parent / "shared/data/bccd", ROOT.parent / "shared/weights/R-50-half.pkl"
+    if not data.is_dir() or not weights.is_file():
+        pytest.skip("needs photographs that are not in the repository")
+    monkeypatch.chdir(ROOT)
+    words = ["nats-look", f"configs/{config}.yaml", str(weights), "MODEL.DEVICE", "cpu"]
+    words += ["--annotations", str(data / "annotations/instances_val.json")]
+    monkeypatch.setattr("sys.argv", [*words, "--images", str(data / "images")])
+    look.run()
+    assert f"\n{verdict}" in capsys.readouterr().out
+
+
+def test_boxes_in_other_units_are_refused(tmp_path, monkeypatch, capsys):
+    """They would give another verdict."""
+    image = {"id": 1, "file_name": "1.png", "width": 40, "height": 30}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [25, 12, 39, 29]}
+    content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    words = ["nats-look", "--network", "torchvision:resnet18", "--images", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*words, "--annotations", str(tmp_path / "a.json")])
+    with pytest.raises(SystemExit, match="2"):
+        look.run()
+    assert "It looks like x1 y1 x2 y2" in capsys.readouterr().err
 
 
 def test_without_detectron2(tmp_path):

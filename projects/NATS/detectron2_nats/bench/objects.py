@@ -1,14 +1,14 @@
 """How large the objects of a data set are, on the images as a network is given them."""
 
-import json
 import os
 from dataclasses import dataclass, field
-from typing import List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..data.annotations import Needs, read_annotations
 from ..errors import NATSError, one_line
 
 
@@ -51,33 +51,24 @@ def read_coco(json_file: str, folder: str) -> List[Record]:
     """The images of a COCO annotation file that have objects, with the objects.
 
     Raises:
-        NATSError: the file cannot be read, is not in COCO's format, or has no objects.
+        NATSError: see :func:`.annotations.read_annotations`; or it has no objects.
     """
-    try:
-        with open(json_file) as file:
-            content = json.load(file)
-        boxes = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            x, y, w, h = (float(value) for value in annotation["bbox"])
-            if not annotation.get("iscrowd") and w > 0 and h > 0:
-                boxes[annotation["image_id"]].append((x, y, x + w, y + h))
-        records = [
-            Record(
-                os.path.join(folder, image["file_name"]),
-                int(image["height"]),
-                int(image["width"]),
-                np.array(boxes[image["id"]]),
-            )
-            for image in content["images"]
-            if boxes[image["id"]]
-        ]
-    except OSError as error:
-        raise NATSError(f"{json_file}: cannot be read: {error.strerror or error}") from None
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
-    if not records:
-        raise NATSError(f"{json_file}: contains no objects")
-    return records
+    content = read_annotations(json_file, Needs(to_train=True)).content
+    boxes: Dict[Any, List[tuple]] = {}
+    for annotation in content["annotations"]:
+        if not annotation["iscrowd"]:
+            x, y, w, h = annotation["bbox"]
+            boxes.setdefault(annotation["image_id"], []).append((x, y, x + w, y + h))
+    return [
+        Record(
+            os.path.join(folder, image["file_name"]),
+            image["height"],
+            image["width"],
+            np.array(boxes[image["id"]], dtype=float),
+        )
+        for image in content["images"]
+        if image["id"] in boxes
+    ]
 
 
 def boxes_on_input(records: Sequence[Record], size: InputSize) -> np.ndarray:

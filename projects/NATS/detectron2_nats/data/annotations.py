@@ -13,11 +13,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Hashable, List, Mapping, Optional, Set
 
-import pycocotools.mask as mask_util
-
-from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
-
 from ..errors import NATSError, one_line, shown
 
 # What reading raises for a file of another format.
@@ -76,7 +71,7 @@ def read_annotations(json_file: str, needs: Needs) -> Annotations:
         NATSError: it is not in COCO's format, ids occur twice, or too much of it cannot be used.
     """
     try:
-        with open(PathManager.get_local_path(json_file)) as file:
+        with open(_local(json_file)) as file:
             content = json.load(file)
         found = Annotations(content)
         _check_categories(json_file, found)
@@ -91,6 +86,14 @@ def read_annotations(json_file: str, needs: Needs) -> Annotations:
         raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
 
 
+def _local(path: str) -> str:
+    if "://" not in path:
+        return path
+    from detectron2.utils.file_io import PathManager  # all else here does without Detectron2
+
+    return PathManager.get_local_path(path)
+
+
 def read_class_names(json_file: str) -> List[str]:
     """The names of a file's classes; its images and annotations are not looked at.
 
@@ -98,7 +101,7 @@ def read_class_names(json_file: str) -> List[str]:
         NATSError: it cannot be read, or has no list of categories.
     """
     try:
-        with open(PathManager.get_local_path(json_file)) as file:
+        with open(_local(json_file)) as file:
             return Annotations(json.load(file)).class_names
     except (OSError, *_MALFORMED) as error:
         raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
@@ -350,6 +353,10 @@ def _warn(message: str) -> None:
 
 def to_records(annotations: Annotations, image_root: str) -> List[dict]:
     """Detectron2's dataset dicts, in the order of the image ids."""
+    import pycocotools.mask as mask_util
+
+    from detectron2.structures import BoxMode
+
     labels, of_image = annotations.label_of, {}
     for annotation in annotations.content.get("annotations", ()):
         of_image.setdefault(annotation["image_id"], []).append(annotation)
