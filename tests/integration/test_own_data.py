@@ -125,6 +125,24 @@ def test_a_test_set_without_annotations(tmp_path, annotations):
     assert len(json.loads(predictions.read_text())) == 4
 
 
+def test_a_data_set_of_python_is_converted_anew(tmp_path):
+    """Detectron2 keeps what it has converted in OUTPUT_DIR, under the name of the data set."""
+    from detectron2_nats.data.annotations import Needs, read_annotations, to_records
+
+    path = write(tmp_path, "val", first=1)
+    records = to_records(read_annotations(str(path), Needs()), str(tmp_path))
+    DatasetCatalog.register(f"{NAME}_val", lambda: records)
+    meta = dict(thing_classes=["a", "b", "c", "d", "e"], evaluator_type="coco")
+    for boxes in (4, 1):
+        for record in records[boxes:]:
+            record["annotations"] = []
+        MetadataCatalog.pop(f"{NAME}_val", None)
+        MetadataCatalog.get(f"{NAME}_val").set(**meta)
+        evaluator = build_evaluator(load_config("", ["OUTPUT_DIR", str(tmp_path)]), f"{NAME}_val")
+        (coco,) = evaluator._evaluators
+        assert len(coco._coco_api.anns) == boxes
+
+
 # -- runs -----------------------------------------------------------------------------------------
 
 

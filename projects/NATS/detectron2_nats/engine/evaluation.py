@@ -45,4 +45,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
 
 
 def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> COCOEvaluator:
-    return COCOEvaluator(evaluated_name(cfg, dataset_name, folder), output_dir=folder)
+    name = evaluated_name(cfg, dataset_name, folder)
+    # not what it converted for an earlier run, which may have had other data under this name
+    return COCOEvaluator(name, output_dir=folder, allow_cached_coco=False)
