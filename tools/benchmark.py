@@ -42,9 +42,9 @@ from detectron2_nats.engine.resumable import ResumableTrainer
 from detectron2_nats.errors import NATSError, one_line
 from detectron2_nats.files import write_atomically
 from detectron2_nats.method.architecture import Architecture
+from detectron2_nats.method.convs import searched_layers
 from detectron2_nats.method.fuse import fuse_for_inference
 from detectron2_nats.method.layers import GroupedDilationConv2d, MixedDilationConv2d
-from detectron2_nats.method.stages import searched_layers
 from detectron2_nats.search.export import export_config
 from detectron2_nats.search.trainer import SearchTrainer
 

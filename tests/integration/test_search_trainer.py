@@ -20,8 +20,8 @@ from detectron2_nats import Architecture, NATSError
 from detectron2_nats.config import load_config, scaled_to_processes
 from detectron2_nats.engine import resumable
 from detectron2_nats.engine.resumable import ResumableTrainer
-from detectron2_nats.method.architecture import decode_alpha
-from detectron2_nats.method.stages import searched_layers
+from detectron2_nats.method.convs import searched_layers
+from detectron2_nats.method.decode import decode_alpha
 
 
 def snapshot(trainer):

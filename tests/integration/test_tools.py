@@ -24,7 +24,7 @@ from detectron2_nats.bench.study.merge import costs
 from detectron2_nats.bench.study.methods import seeds_argument
 from detectron2_nats.commands import cli
 from detectron2_nats.config import load_config
-from detectron2_nats.method.stages import searched_layers
+from detectron2_nats.method.convs import searched_layers
 
 
 def file_of(name: str) -> str:

@@ -15,7 +15,9 @@ from detectron2.modeling import FPN, ResNet, build_backbone
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 from detectron2_nats import Architecture, SearchSpace, add_nats_config
-from detectron2_nats.method.stages import conv3x3_layers, searched_layers
+from detectron2_nats.method.convs import searched_layers
+from detectron2_nats.method.layers import GroupedDilationConv2d
+from detectron2_nats.method.stages import conv3x3_layers
 
 RESNET, FPN_RESNET = "build_resnet_backbone", "build_resnet_fpn_backbone"
 
@@ -203,6 +205,11 @@ def random_architecture(name: str, backbone: nn.Module, seed: int = 0) -> Archit
             chosen = torch.randint(len(pairs), (4,), generator=generator).tolist()
             layers[layer] = [[conv.out_channels // 4, *pairs[g]] for g in chosen]
     return Architecture(layers)
+
+
+def has_dilations(conv: nn.Module) -> bool:
+    """Whether an architecture was applied to a conv."""
+    return isinstance(conv, GroupedDilationConv2d) or hasattr(conv, "plain_dilation")
 
 
 def make_one_hot(supernet: nn.Module, seed: int = 0) -> Dict[str, torch.Tensor]:

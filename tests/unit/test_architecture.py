@@ -6,12 +6,8 @@ import yaml
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2_nats import Architecture, NATSError, add_nats_config
-from detectron2_nats.method.architecture import (
-    decode_alpha,
-    intensities,
-    shipped_architectures,
-    votes,
-)
+from detectron2_nats.method.architecture import shipped_architectures
+from detectron2_nats.method.decode import decode_alpha, intensities, votes
 from detectron2_nats.method.search_space import PAPER_SETS
 
 LAYERS = {

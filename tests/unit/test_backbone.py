@@ -14,6 +14,7 @@ from oracles import (
     build,
     build_plain,
     case_cfg,
+    has_dilations,
     image,
     random_architecture,
     randomized,
@@ -26,16 +27,16 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone, bui
 from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2_nats import (
     Architecture,
-    GroupedDilationConv2d,
     MixedDilationConv2d,
     NATSError,
     add_nats_config,
     apply_architecture,
 )
 from detectron2_nats.backbone import search_space_from_config
+from detectron2_nats.method.convs import searched_layers
 from detectron2_nats.method.sampling import SampledDilationConv2d
 from detectron2_nats.method.search_space import PAPER_SETS
-from detectron2_nats.method.stages import conv3x3_layers, searched_layers
+from detectron2_nats.method.stages import conv3x3_layers
 
 HALF_R50 = os.path.join(
     os.path.dirname(__file__), *[os.pardir] * 3, "shared", "weights", "R-50-half.pkl"
@@ -94,7 +95,7 @@ def test_builds_super_network_and_frozen_network(name):
     frozen = build(nats(case_cfg(name), architecture)).eval()
     frozen.load_state_dict(plain.state_dict())
     for layer, conv in conv3x3_layers(frozen).items():
-        assert isinstance(conv, GroupedDilationConv2d) == (layer in architecture.layers)
+        assert has_dilations(conv) == (layer in architecture.layers)
     if name in RUNNABLE:
         assert_identical(frozen(image()), apply_architecture(plain, architecture)(image()))
 

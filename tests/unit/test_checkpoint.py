@@ -18,7 +18,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from detectron2_nats import NATSError, add_nats_config
 from detectron2_nats.engine.checkpoint import SafeCheckpointer, _damage
-from detectron2_nats.method.stages import conv3x3_layers, searched_layers
+from detectron2_nats.method.convs import searched_layers
+from detectron2_nats.method.stages import conv3x3_layers
 
 
 class State:

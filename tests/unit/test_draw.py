@@ -15,7 +15,7 @@ from detectron2_nats import Architecture, NATSError, SearchSpace, apply_architec
 from detectron2_nats.commands import draw as command
 from detectron2_nats.config import load_config
 from detectron2_nats.method import draw
-from detectron2_nats.method.architecture import decode_alpha
+from detectron2_nats.method.decode import decode_alpha
 from detectron2_nats.method.stages import conv3x3_layers
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -86,7 +86,7 @@ def test_malformed_custom_space(space, message):
 
 
 @pytest.mark.parametrize(
-    "stages", [[], ["res3", "res3"], ["res6"], ["res1"], "res3", [["res3"]], [3], None, 3]
+    "stages", [[], ["res3", "res3"], ["res6"], ["res1"], "res3", [["res3"]], [3], 3]
 )
 def test_bad_stages(stages):
     with pytest.raises(NATSError, match="STAGES .*: expected one or more of .*'res2'"):

@@ -14,6 +14,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS
 
 from .errors import NATSError, shown
 from .files import read_yaml
+from .method.search_space import STAGES
 
 DEFAULT_NUM_GROUPS = 16
 
@@ -26,13 +27,17 @@ def add_nats_config(cfg: CfgNode) -> None:
     """Add the project's keys to a Detectron2 config, in place."""
     # -- the backbone: used if MODEL.BACKBONE.NAME is "build_nats_backbone" ---------------------
     cfg.MODEL.NATS = CfgNode()
-    # Any registered builder of a network with residual stages (stages.py says what they are).
+    # Any registered builder. Of a network without residual stages (stages.py says what they are),
+    # CONVS names what is searched.
     cfg.MODEL.NATS.BASE_BACKBONE = "build_resnet_fpn_backbone"
     # List of [layer name, [[output channels, d_h, d_w], ...]], written by nats-export. If not
     # empty, this frozen network is built. If empty, the super-network is built.
     cfg.MODEL.NATS.ARCHITECTURE = []
     # Searched stages.
-    cfg.MODEL.NATS.STAGES = ["res3", "res4", "res5"]
+    cfg.MODEL.NATS.STAGES = list(STAGES)
+    # Instead of STAGES: patterns of module paths in the backbone, such as ["fpn_output*"]. All
+    # convs that match are searched, and ARCHITECTURE's names are paths.
+    cfg.MODEL.NATS.CONVS = []
     # The paper's genotype set "A", "B" or "C", or a list of dilation pairs per stage, such as
     # [[[1, 1], [3, 3]], [[1, 1], [3, 3]], [[1, 1], [5, 5]]]. None means "C". (If the default were a
     # string, Detectron2 would refuse a list, because its type differs.)
@@ -70,6 +75,9 @@ def add_nats_config(cfg: CfgNode) -> None:
     # Margin: a group leaves (1, 1) only if the softmax(α) of its best genotype exceeds that of
     # (1, 1) by more than this. 0: the paper's argmax.
     cfg.SEARCH.DECODE_MARGIN = 0.0
+    # If > 0: each conv keeps so many dilations, those with the largest sum of softmax(α), and its
+    # groups vote among these. Fewer run faster on a GPU; with 1 the frozen convs are plain ones.
+    cfg.SEARCH.DECODE_AT_MOST = 0
     # The detector for which the search writes retrain.yaml: a path, or the name of a config in
     # Detectron2's zoo. Empty: the searched detector itself, with the search's schedule.
     cfg.SEARCH.RETRAIN_CONFIG = ""
@@ -104,6 +112,7 @@ _RULES = (
         lambda v: 0 <= v < 1,
         "a fraction of the search, at least 0 and below 1",
     ),
+    ("SEARCH.DECODE_AT_MOST", lambda v: v >= 0, "a number of dilations, or 0 for all"),
     ("SEARCH.RETRAIN_WEIGHTS", lambda v: v in ("base", "supernet"), "base or supernet"),
     ("SOLVER.AMP.PRECISION", lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),
     ("SOLVER.AVERAGE_LAST", lambda v: 0 <= v <= 1, "a share of the run, 0 to 1"),

@@ -14,8 +14,8 @@ from detectron2.modeling import build_backbone
 from ..backbone import search_space_from_config
 from ..errors import NATSError
 from ..method.architecture import Architecture
+from ..method.convs import searched_layers
 from ..method.search_space import Dilation
-from ..method.stages import searched_layers
 
 
 def random_architecture(cfg: CfgNode, seed: int, uneven: bool = False) -> Architecture:
@@ -36,17 +36,22 @@ def uniform_architecture(cfg: CfgNode, dilation: Dilation) -> Architecture:
     Raises:
         NATSError: `cfg` does not describe a super-network, or the dilation is malformed.
     """
-    return Architecture.uniform(_supernet(cfg), dilation, cfg.MODEL.NATS.STAGES)
+    return Architecture.uniform(_supernet(cfg), dilation, **_searched(cfg))
 
 
 def cycle_architecture(cfg: CfgNode) -> Architecture:
     """:meth:`.Architecture.cycle` of all convs that `cfg` searches."""
-    return Architecture.cycle(_supernet(cfg), stages=cfg.MODEL.NATS.STAGES)
+    return Architecture.cycle(_supernet(cfg), **_searched(cfg))
 
 
 def sawtooth_architecture(cfg: CfgNode) -> Architecture:
     """:meth:`.Architecture.sawtooth` of all convs that `cfg` searches."""
-    return Architecture.sawtooth(_supernet(cfg), stages=cfg.MODEL.NATS.STAGES)
+    return Architecture.sawtooth(_supernet(cfg), **_searched(cfg))
+
+
+def _searched(cfg: CfgNode) -> Dict[str, Sequence[str]]:
+    space = search_space_from_config(cfg)
+    return {"stages": space.stages, "convs": space.convs}
 
 
 def _supernet(cfg: CfgNode) -> nn.Module:

@@ -85,7 +85,7 @@ def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
     styles = dilation_styles([d for layer in counts.values() for d in layer])
     figure = _figure(max(6.5, 2.6 + 0.36 * len(counts)), 4.2, title)
     axes = figure.subplots()
-    stages = np.array([name.split(".")[0] for name in counts])
+    stages = np.array(["" if architecture.paths else name.split(".")[0] for name in counts])
     channels = np.array([sum(layer.values()) for layer in counts.values()])
     gaps = np.cumsum(np.append(False, stages[1:] != stages[:-1]))  # between stages
     positions = np.arange(len(counts)) + 0.6 * gaps
@@ -94,15 +94,20 @@ def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
         shares = 100 * np.array([layer.get(dilation, 0) for layer in counts.values()]) / channels
         axes.bar(positions, shares, 0.86, bottom, **style)
         bottom += shares
-    for stage in np.unique(stages):
+    for stage in filter(None, np.unique(stages)):
         widths = "/".join(map(str, np.unique(channels[stages == stage])))
         label = f"{stage}\n{widths} channels"
         centre = positions[stages == stage].mean()
         axes.text(centre, 102, label, ha="center", va="bottom", fontsize=9)
     basic = any(name.endswith("conv1") for name in counts)
-    labels = [name.split(".", 1)[1] if basic else name.split(".")[1] for name in counts]
-    axes.set_xticks(positions, labels, rotation=90 if basic else 0, fontsize=8)
-    axes.set_xlabel("3×3 conv of block" if not basic else "3×3 conv")
+    if architecture.paths:
+        labels, kind = list(counts), "conv"
+    elif basic:
+        labels, kind = [name.split(".", 1)[1] for name in counts], "3×3 conv"
+    else:
+        labels, kind = [name.split(".")[1] for name in counts], "3×3 conv of block"
+    axes.set_xticks(positions, labels, rotation=0 if kind.endswith("block") else 90, fontsize=8)
+    axes.set_xlabel(kind)
     axes.set_ylabel("output channels, %")
     axes.set_ylim(0, 100)
     axes.set_xlim(-0.6, positions[-1] + 0.6)

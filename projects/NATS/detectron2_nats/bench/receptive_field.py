@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import NATSError
+from ..method.convs import all_convs
 from ..method.stages import residual_stages
 
 SHARE = 0.9
@@ -120,16 +121,37 @@ def _maps(name: str, output: Any) -> Dict[str, torch.Tensor]:
 
 
 def returned_levels(network: nn.Module, images: torch.Tensor) -> Dict[str, nn.Module]:
-    """The levels of a backbone, for :func:`effective_receptive_fields`: all that it returns.
+    """The levels of a network, for :func:`effective_receptive_fields`: all maps that it returns.
 
-    Of a network that returns no feature maps, such as a classifier, the residual stages.
+    Of a network that returns none, such as a classifier, the residual stages; and if it has none of
+    these either, of each size of feature maps the part that computes the last one.
 
     Args:
         images: (B, 3, H, W).
     """
     with _looking_at(network, {"": network}) as outputs, torch.no_grad():
         network(images[:1])
-    return {"": network} if outputs else residual_stages(network)
+    if outputs:
+        return {"": network}
+    try:
+        stages = residual_stages(network)
+    except NATSError:
+        stages = {}
+    return stages if len(stages) > 1 else _last_of_each_size(network, images[:1])
+
+
+def _last_of_each_size(network: nn.Module, image: torch.Tensor) -> Dict[str, nn.Module]:
+    """Path → part that computes the last map of its size, and in which convs have a part."""
+    named = {path: part for path, part in network.named_modules() if path}
+    with _looking_at(network, named) as outputs, torch.no_grad():
+        network(image)
+    convs = all_convs(network)
+    last = {
+        output.shape[-2:]: path
+        for path, output in outputs.items()  # in the order in which they end
+        if path in named and any(f"{conv}.".startswith(f"{path}.") for conv in convs)
+    }
+    return {path: named[path] for path in last.values()}
 
 
 def parts(network: nn.Module, paths: Sequence[str]) -> Dict[str, nn.Module]:

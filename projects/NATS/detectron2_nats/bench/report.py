@@ -72,7 +72,7 @@ def write_report(folder: str, path: str, title: str = "") -> None:
         verdict += _gain(results)
         sections["Accuracy and cost"] = _study(folder)
         for found in results["searches"].values():
-            architecture = Architecture.from_config(found["architectures"][0])
+            architecture = Architecture.from_config(found["architectures"][0], paths=None)
     if search:
         architecture = search.architecture()
         decidedness = architecture.search.get("decidedness", {})

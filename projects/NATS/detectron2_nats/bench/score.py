@@ -20,8 +20,8 @@ from detectron2.utils.events import EventStorage
 from ..data.images import ImageMapper, readable
 from ..errors import NATSError
 from ..method.architecture import Architecture
+from ..method.convs import searched_layers
 from ..method.layers import MixedDilationConv2d
-from ..method.stages import searched_layers
 
 
 def one_shot_score(

@@ -4,8 +4,8 @@ import argparse
 
 from detectron2.modeling import build_backbone
 
+from ..backbone import architecture_from_config
 from ..bench.cost import backbone_cost, cost_table
-from ..method.architecture import Architecture
 from ..search.export import detector_of, export_config
 from ..search.folder import SearchFolder
 from .cli import run_tool, tool_parser
@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> None:
     plain = cfg.clone()
     plain.MODEL.BACKBONE.NAME = cfg.MODEL.NATS.BASE_BACKBONE
     costs = [backbone_cost(build_backbone(c), *args.size) for c in (plain, cfg)]
-    print(Architecture.from_config(cfg.MODEL.NATS.ARCHITECTURE).summary())
+    print(architecture_from_config(cfg).summary())
     height, width = args.size
     print(f"\nbackbone {cfg.MODEL.NATS.BASE_BACKBONE}, one image of {height} x {width} pixels:\n")
     print(cost_table(*costs))

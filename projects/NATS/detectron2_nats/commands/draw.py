@@ -16,8 +16,7 @@ from torch import nn
 from ..bench.networks import build_network
 from ..errors import NATSError
 from ..method.architecture import Architecture
-from ..method.draw import STAGES
-from ..method.search_space import PAPER_SETS, Dilation, SearchSpace, check_dilation
+from ..method.search_space import PAPER_SETS, STAGES, Dilation, SearchSpace, check_dilation
 from ..method.stages import conv3x3_layers
 from .cli import run_tool, tool_parser, write
 
@@ -38,6 +37,9 @@ examples:
         --sawtooth 1x1,2x2,3x3 --stages res4 res5 --output output/sawtooth
   for a network of torchvision or timm; Detectron2 is not needed:
     $ %(prog)s --network torchvision:resnet50 --uniform 2x2 --output output/resnet50
+  any convs of any network, by patterns of their paths in it:
+    $ %(prog)s --network torchvision:mobilenet_v3_large --convs 'features.1?.*' \\
+        --uniform 1x3 --output output/mobilenet
 
 Writes architecture.yaml, and with --config-file retrain.yaml, a plain config of full length.
 The config may be a detector's or its search's; of a search, SEARCH.RETRAIN_CONFIG is written.
@@ -55,15 +57,16 @@ def main(args: argparse.Namespace) -> None:
         space, known = SearchSpace("C", stages=args.stages or STAGES), "C"
     else:
         base, network, space, known = _detector(args.config_file, args.opts)
-    stages = _kept(args.stages, space.stages, network)
+    convs = args.convs or space.convs
+    stages = () if convs else _kept(args.stages, space.stages, network)
     if args.random:
-        chosen = _restricted(space, known, stages)
+        chosen = _restricted(space, known, stages, convs)
         architecture = Architecture.random(network, chosen, args.seed, args.plain)
     elif args.uniform:
-        architecture = Architecture.uniform(network, args.uniform, stages)
+        architecture = Architecture.uniform(network, args.uniform, stages, convs)
     else:
         make = Architecture.cycle if args.cycle else Architecture.sawtooth
-        architecture = make(network, args.cycle or args.sawtooth, stages)
+        architecture = make(network, args.cycle or args.sawtooth, stages, convs)
 
     path = os.path.join(args.output, "architecture.yaml")
     write(path, lambda: architecture.save(path))
@@ -127,8 +130,18 @@ def _kept(
     return kept
 
 
-def _restricted(space: SearchSpace, known: Any, stages: Sequence[str]) -> SearchSpace:
-    """The search space of `stages` alone; `known` is its set's name, or its list."""
+def _restricted(
+    space: SearchSpace, known: Any, stages: Sequence[str], convs: Sequence[str] = ()
+) -> SearchSpace:
+    """The search space of `stages` or `convs` alone; `known` is its set's name, or its list."""
+    if convs:
+        own = known if isinstance(known, str) else list(space.genotypes.values())
+        return SearchSpace(
+            own,
+            convs=convs,
+            num_groups=space.num_groups,
+            channels_per_group=space.channels_per_group,
+        )
     genotypes = PAPER_SETS[known] if isinstance(known, str) else space.genotypes
     unknown = [stage for stage in stages if stage not in genotypes]
     if unknown:
@@ -209,11 +222,18 @@ def run(prog: Optional[str] = None) -> None:
     parser.add_argument(
         "--plain", type=_share, default=0.0, metavar="SHARE", help="of --random's groups stay 1x1"
     )
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--stages",
         nargs="+",
         choices=["res2", "res3", "res4", "res5"],
         help="to change (default: MODEL.NATS.STAGES; of a --network res3 res4 res5)",
+    )
+    where.add_argument(
+        "--convs",
+        nargs="+",
+        metavar="PATTERN",
+        help="instead, any convs: patterns of their paths in the network or the config's backbone",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(

@@ -10,7 +10,7 @@ from ..search.export import (
     write_weights,
 )
 from ..search.folder import SearchFolder
-from .cli import run_tool, tool_parser, write
+from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """
 examples:
@@ -29,11 +29,11 @@ examples:
 def main(args: argparse.Namespace) -> None:
     folder = SearchFolder(args.source)
     architecture = folder.architecture()
-    if args.order or args.margin is not None:
-        search = dict(architecture.search)
-        order, margin = search.pop("order", "paper"), search.pop("margin", 0.0)
-        margin = margin if args.margin is None else args.margin
-        architecture = folder.decode(args.order or order, margin, **search)
+    given = {"order": args.order, "margin": args.margin, "at_most": args.at_most}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given:
+        search = {"order": "paper", **architecture.search, **given}
+        architecture = folder.decode(**search)
     cfg = export_config(detector_of(folder, args.config_file), architecture)
     if args.weights:
         frozen = frozen_weights(*folder.supernet, architecture)
@@ -59,6 +59,13 @@ def run() -> None:
     )
     parser.add_argument(
         "--margin", type=float, help="decode the newest checkpoint with this SEARCH.DECODE_MARGIN"
+    )
+    parser.add_argument(
+        "--at-most",
+        type=whole_number(64),
+        metavar="K",
+        help="decode it with this SEARCH.DECODE_AT_MOST: K dilations in each conv; 1 gives plain "
+        "convs, which every exporter knows",
     )
     parser.add_argument(
         "--weights", default="", metavar="FILE", help="also write the super-network's weights"

@@ -20,7 +20,7 @@ from ..engine.loader import dataset_dicts
 from ..errors import NATSError
 from ..files import write_atomically
 from ..method.architecture import Architecture
-from ..method.stages import searched_layers
+from ..method.convs import searched_layers
 from ..search.folder import SearchFolder
 from .cli import run_tool, tool_parser, whole_number, write
 

@@ -6,8 +6,8 @@ from typing import Iterator, List
 from torch import nn
 
 from ..errors import NATSError
+from .convs import searched_layers
 from .forward_state import ForwardState
-from .stages import searched_layers
 
 
 def alpha_parameters(model: nn.Module) -> List[nn.Parameter]:

@@ -2,91 +2,29 @@
 
 import os
 import re
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import torch
 from tabulate import tabulate
 from torch import nn
 
 from ..errors import NATSError, shown
 from ..files import OneLine, read_yaml, write_yaml
 from . import draw
-from .search_space import Dilation, SearchSpace, check_dilation
-from .stages import searched_layers
+from .convs import searched_layers
+from .decode import Segment, decode_alpha
+from .layers import merged
+from .search_space import STAGES, Dilation, SearchSpace, check_dilation
 
 FORMAT = "detectron2-nats/1"
-DECODE_ORDERS = ("paper", "voted")
 
 # Far above any ResNet (R-152 has 50 convs of at most 2048 channels), and still cheap to read.
 MAX_LAYERS = 1000
 MAX_CHANNELS = 65536
 
 _SHIPPED = os.path.join(os.path.dirname(__file__), "architectures")
-
-Segment = Tuple[int, int, int]
-"""A segment, (output channels, d_h, d_w): consecutive output channels of one dilation."""
-
-
-def votes(alpha: np.ndarray, margin: float = 0.0) -> np.ndarray:
-    """The genotype index that each group votes for: (N, G) → (N,). A tie goes to the first.
-
-    Args:
-        margin: a group leaves genotype 0, the plain conv, only if the softmax(α) of its best
-            genotype exceeds that of genotype 0 by more than this. 0 is the paper's argmax.
-    """
-    alpha = np.asarray(alpha)
-    if not np.isfinite(alpha).all():
-        raise NATSError("alpha has non-finite values and cannot be decoded")
-    chosen = alpha.argmax(axis=1)
-    if margin:
-        shares = torch.as_tensor(alpha).double().softmax(dim=1).numpy()
-        chosen[shares.max(axis=1) - shares[:, 0] <= margin] = 0
-    return chosen
-
-
-def intensities(alpha: np.ndarray) -> np.ndarray:
-    """The share of the groups that vote for each genotype, I^g: (N, G) → (G,). Sums to 1."""
-    return np.bincount(votes(alpha), minlength=np.shape(alpha)[1]) / np.shape(alpha)[0]
-
-
-def decode_alpha(
-    alpha: np.ndarray,
-    genotypes: Sequence[Dilation],
-    channels: int,
-    order: str = "paper",
-    margin: float = 0.0,
-) -> Tuple[Segment, ...]:
-    """Decode one conv's α (N, G) into segments of its `channels` output channels.
-
-    Args:
-        order: "paper": only the number of votes per genotype counts, and the channels get their
-            dilations in genotype order. "voted": each group keeps its own channels and gets the
-            dilation that it voted for.
-        margin: see :func:`votes`.
-    """
-    if order not in DECODE_ORDERS:
-        raise NATSError(f"unknown DECODE_ORDER {order!r}: expected one of {list(DECODE_ORDERS)}")
-    if not 0 <= margin < 1:
-        raise NATSError(
-            f"DECODE_MARGIN {margin}: expected a share of softmax(α), at least 0 and below 1"
-        )
-    chosen = votes(alpha, margin)
-    if order == "paper":
-        chosen = np.sort(chosen)
-    per_group = channels // len(chosen)
-    return _merged((per_group, *genotypes[g]) for g in chosen)
-
-
-def _merged(segments) -> Tuple[Segment, ...]:
-    """Join neighbours of equal dilation, so that equal architectures compare equal."""
-    merged: List[Segment] = []
-    for channels, d_h, d_w in segments:
-        if merged and merged[-1][1:] == (d_h, d_w):
-            channels += merged.pop()[0]
-        merged.append((channels, d_h, d_w))
-    return tuple(merged)
 
 
 @dataclass(frozen=True)
@@ -97,6 +35,8 @@ class Architecture:
         layers: layer name inside the residual network ("res3.0.conv2") → segments (output channels,
             d_h, d_w) in channel order. Names every 3×3 conv of each stage that it changes.
         search: its origin (space, iteration, seed, …) in plain values; may be empty.
+        paths: the names are module paths instead, inside the network that was searched, and any
+            convs of it.
 
     Raises:
         NATSError: something is malformed; the message names the layer.
@@ -104,6 +44,7 @@ class Architecture:
 
     layers: Mapping[str, Tuple[Segment, ...]]
     search: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    paths: bool = False
 
     def __post_init__(self):
         if not isinstance(self.layers, Mapping) or not self.layers:
@@ -114,7 +55,10 @@ class Architecture:
             )
         if not isinstance(self.search, Mapping):
             raise NATSError("architecture: 'search' must be a mapping")
-        layers = {_check_name(name): _check_segments(name, v) for name, v in self.layers.items()}
+        layers = {
+            _check_name(name, self.paths): _check_segments(name, v)
+            for name, v in self.layers.items()
+        }
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "search", dict(self.search))
 
@@ -126,6 +70,7 @@ class Architecture:
         supernet: Union[nn.Module, Mapping[str, nn.Module]],
         order: str = "paper",
         margin: float = 0.0,
+        at_most: int = 0,
         **search,
     ) -> "Architecture":
         """Decode a search's result (section 3.3).
@@ -134,7 +79,7 @@ class Architecture:
             supernet: what :func:`to_supernet` gave, or a detector around it; or its searched
                 convs, layer name → :class:`MixedDilationConv2d`.
             order: "paper" or "voted", see :func:`decode_alpha`.
-            margin: see :func:`votes`.
+            margin, at_most: see :func:`votes`.
             search: the origin, recorded in the file.
 
         Raises:
@@ -150,14 +95,18 @@ class Architecture:
                 conv.out_channels,
                 order,
                 margin,
+                at_most,
             )
             for name, conv in convs.items()
         }
-        return cls(layers, {**search, "order": order, **({"margin": margin} if margin else {})})
+        origin = {**search, "order": order, "margin": margin, "at_most": at_most}
+        origin = {k: v for k, v in origin.items() if v or k not in ("margin", "at_most")}
+        return cls(layers, origin, any(conv.by_path for conv in convs.values()))
 
     # -- without a search -----------------------------------------------------------------------
-    # network: holds residual stages (:mod:`.stages`), on any device. All raise NATSError where a
-    # stage is missing or a dilation malformed.
+    # network: on any device. stages: of a residual network (:mod:`.stages`); or instead convs,
+    # patterns of module paths in any network. All raise NATSError where a stage is missing, a
+    # pattern matches nothing, or a dilation is malformed.
 
     @classmethod
     def random(
@@ -168,7 +117,7 @@ class Architecture:
         plain: float = 0.0,
         uneven: bool = False,
     ) -> "Architecture":
-        """Each channel group of each conv draws its dilation among those of its stage.
+        """Each channel group of each conv draws its dilation among those of its stage or pattern.
 
         Args:
             plain: this share of all groups stays (1, 1); the others are as without it.
@@ -179,38 +128,45 @@ class Architecture:
             NATSError: also where the groups do not fit a conv.
         """
         layers = draw.random_layers(network, space, seed, plain, uneven)
-        return cls(
-            layers, {"method": "random", "seed": seed, **({"plain": plain} if plain else {})}
-        )
+        origin = {"method": "random", "seed": seed, **({"plain": plain} if plain else {})}
+        return cls(layers, origin, bool(space.convs))
 
     @classmethod
     def uniform(
-        cls, network: nn.Module, dilation: Dilation, stages: Sequence[str] = draw.STAGES
+        cls,
+        network: nn.Module,
+        dilation: Dilation,
+        stages: Sequence[str] = STAGES,
+        convs: Sequence[str] = (),
     ) -> "Architecture":
-        """One dilation in every conv of `stages`."""
-        return cls(draw.uniform_layers(network, dilation, stages), {"method": "uniform"})
+        """One dilation in every conv of `stages`, or of `convs`."""
+        layers = draw.uniform_layers(network, dilation, stages, convs)
+        return cls(layers, {"method": "uniform"}, bool(convs))
 
     @classmethod
     def cycle(
         cls,
         network: nn.Module,
         dilations: Sequence[Dilation] = draw.CYCLE,
-        stages: Sequence[str] = draw.STAGES,
+        stages: Sequence[str] = STAGES,
+        convs: Sequence[str] = (),
     ) -> "Architecture":
         """Neighbouring channels, or conv groups (ResNeXt), take turns (PSConv's idea)."""
-        layers = draw.cycle_layers(network, dilations, stages)
-        return cls(layers, {"method": "cycle", "dilations": draw.as_text(dilations)})
+        layers = draw.cycle_layers(network, dilations, stages, convs)
+        return cls(layers, {"method": "cycle", "dilations": draw.as_text(dilations)}, bool(convs))
 
     @classmethod
     def sawtooth(
         cls,
         network: nn.Module,
         dilations: Sequence[Dilation] = draw.SAWTOOTH,
-        stages: Sequence[str] = draw.STAGES,
+        stages: Sequence[str] = STAGES,
+        convs: Sequence[str] = (),
     ) -> "Architecture":
         """One dilation per conv, in turns over the depth (hybrid dilated convolution's idea)."""
-        layers = draw.sawtooth_layers(network, dilations, stages)
-        return cls(layers, {"method": "sawtooth", "dilations": draw.as_text(dilations)})
+        layers = draw.sawtooth_layers(network, dilations, stages, convs)
+        origin = {"method": "sawtooth", "dilations": draw.as_text(dilations)}
+        return cls(layers, origin, bool(convs))
 
     # -- files and configs --------------------------------------------------------------------
 
@@ -219,7 +175,8 @@ class Architecture:
         """Read the content of an architecture file."""
         if not isinstance(content, Mapping):
             raise NATSError(f"not an architecture file: expected a mapping with 'format: {FORMAT}'")
-        unknown = sorted(shown(key) for key in set(content) - {"format", "layers", "search"})
+        known = {"format", "names", "layers", "search"}
+        unknown = sorted(shown(key) for key in set(content) - known)
         if content.get("format") != FORMAT:
             raise NATSError(
                 f"not an architecture file of this version: format is "
@@ -227,12 +184,16 @@ class Architecture:
             )
         if unknown:
             raise NATSError(f"architecture: unknown keys {', '.join(unknown[:5])}")
-        return cls(content.get("layers"), content.get("search") or {})
+        names = content.get("names", "stages")
+        if names not in ("stages", "paths"):
+            raise NATSError(f"architecture: names {shown(names)}: expected stages or paths")
+        return cls(content.get("layers"), content.get("search") or {}, names == "paths")
 
     def to_dict(self) -> Dict[str, Any]:
         """The content of an architecture file: plain values, segments as lists."""
         content = {
             "format": FORMAT,
+            **({"names": "paths"} if self.paths else {}),
             "layers": {k: OneLine(list(r) for r in v) for k, v in self.layers.items()},
         }
         if self.search:
@@ -240,16 +201,23 @@ class Architecture:
         return content
 
     @classmethod
-    def from_config(cls, value: Sequence[Any]) -> "Architecture":
-        """Read ``MODEL.NATS.ARCHITECTURE``: a list of [layer name, segments]."""
+    def from_config(cls, value: Sequence[Any], paths: Optional[bool] = False) -> "Architecture":
+        """Read ``MODEL.NATS.ARCHITECTURE``: a list of [layer name, segments].
+
+        Args:
+            paths: the names are module paths; in configs so where ``MODEL.NATS.CONVS`` is set. None
+                where that is not known: they are, unless all are names of residual networks.
+        """
         is_list = isinstance(value, (list, tuple))
         if not is_list or not all(isinstance(v, (list, tuple)) and len(v) == 2 for v in value):
             raise NATSError("MODEL.NATS.ARCHITECTURE must be a list of [layer name, segments]")
-        names = [_check_name(name) for name, _ in value]
+        if paths is None:
+            paths = not all(str(name).startswith("res") for name, _ in value)
+        names = [_check_name(name, paths) for name, _ in value]
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise NATSError(f"MODEL.NATS.ARCHITECTURE names layers twice: {', '.join(twice[:5])}")
-        return cls(dict(value))
+        return cls(dict(value), paths=paths)
 
     def to_config(self) -> List[List[Any]]:
         """The value of ``MODEL.NATS.ARCHITECTURE``."""
@@ -281,18 +249,22 @@ class Architecture:
 
     @property
     def stages(self) -> Tuple[str, ...]:
-        """The stages that it changes, in order of first mention."""
-        return tuple(dict.fromkeys(name.split(".")[0] for name in self.layers))
+        """The stages that it changes, in order of first mention; none where the names are paths."""
+        names = () if self.paths else self.layers
+        return tuple(dict.fromkeys(name.split(".")[0] for name in names))
 
     def restrict(self, stages: Sequence[str]) -> "Architecture":
-        """Only the layers of `stages`."""
-        layers = {k: v for k, v in self.layers.items() if k.split(".")[0] in stages}
-        return Architecture(layers, self.search)
+        """Only the layers of `stages`; or where the names are paths, of these patterns."""
+        if self.paths:
+            kept = [k for k in self.layers if any(fnmatchcase(k, p) for p in stages)]
+        else:
+            kept = [k for k in self.layers if k.split(".")[0] in stages]
+        return replace(self, layers={k: self.layers[k] for k in kept})
 
     def transposed(self) -> "Architecture":
         """The same with height and width of each dilation swapped."""
         layers = {k: [(c, d_w, d_h) for c, d_h, d_w in v] for k, v in self.layers.items()}
-        return Architecture(layers, {**self.search, "transposed": True})
+        return replace(self, layers=layers, search={**self.search, "transposed": True})
 
     def channels_per_dilation(self, layer: str) -> Dict[Dilation, int]:
         """Output channels of each dilation in one layer."""
@@ -302,7 +274,7 @@ class Architecture:
         return dict(sorted(counts.items()))
 
     def summary(self) -> str:
-        """A table: each layer's channels per dilation, and the reach of its conv.
+        """A table: each layer's channels per dilation, and the reach of its 3×3 conv.
 
         ::
 
@@ -313,20 +285,29 @@ class Architecture:
         rows = []
         for name in self.layers:
             counts = self.channels_per_dilation(name)
+            if self.paths:  # whose kernels the file does not tell
+                rows.append((name, _counts_as_text(counts)))
+                continue
             extents = np.array([(2 * d_h + 1, 2 * d_w + 1) for d_h, d_w in counts])
             mean = np.average(extents, axis=0, weights=list(counts.values()))
             rows.append(
                 (
                     name,
-                    ", ".join(f"{d_h}x{d_w}:{c}" for (d_h, d_w), c in counts.items()),
+                    _counts_as_text(counts),
                     "{}x{}".format(*extents.max(axis=0)),
                     "{:.1f}x{:.1f}".format(*mean),
                 )
             )
         headers = ("layer", "channels per dilation", "largest", "mean")
         widths = (None, 64, None, None)  # break lines: per-channel patterns have many dilations
+        columns = 2 if self.paths else 4
+        table = tabulate(
+            rows, headers[:columns], disable_numparse=True, maxcolwidths=widths[:columns]
+        )
+        if self.paths:
+            return f"{table}\n\nDilations are height x width."
         return (
-            f"{tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths)}\n\n"
+            f"{table}\n\n"
             "All sizes are height x width. The receptive field of a 3x3 conv on its input is "
             '2d + 1 on a side\n(plain: 3x3). "largest" is the largest of each side, "mean" the '
             "mean over the output channels.\nA stage's own dilation (DC5), which multiplies d, is "
@@ -334,19 +315,19 @@ class Architecture:
         )
 
 
+def _counts_as_text(counts: Mapping[Dilation, int]) -> str:
+    return ", ".join(f"{d_h}x{d_w}:{channels}" for (d_h, d_w), channels in counts.items())
+
+
 def shipped_architectures() -> List[str]:
     """The names that :meth:`Architecture.load` takes beside paths."""
     return sorted(name.removesuffix(".yaml") for name in os.listdir(_SHIPPED))
 
 
-def _check_name(name: Any) -> str:
-    # names are unquoted in files
-    if (
-        not isinstance(name, str)
-        or len(name) > 200
-        or not re.fullmatch(r"res[\w.]+", name, re.ASCII)
-    ):
-        raise NATSError(f"architecture: layer name {shown(name)}: expected one like 'res3.0.conv2'")
+def _check_name(name: Any, paths: bool) -> str:
+    form, example = (r"[\w.]+", "stem.conv") if paths else (r"res[\w.]+", "res3.0.conv2")
+    if not isinstance(name, str) or len(name) > 200 or not re.fullmatch(form, name, re.ASCII):
+        raise NATSError(f"architecture: layer name {shown(name)}: expected one like {example!r}")
     return name
 
 
@@ -370,4 +351,4 @@ def _check_segments(name: str, segments: Any) -> Tuple[Segment, ...]:
         total += channels
     if total > MAX_CHANNELS:
         raise NATSError(f"architecture: {name}: {total} channels, at most {MAX_CHANNELS} allowed")
-    return _merged(checked)
+    return tuple(merged(checked))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .architecture import votes
+from .decode import votes
 
 LEAD = 0.1
 """A group leads when its best genotype has so much more of softmax(α) than the second."""

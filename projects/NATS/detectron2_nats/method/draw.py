@@ -1,7 +1,7 @@
 """Draw an architecture instead of searching it: at random, one dilation everywhere, or in turns.
 
-Each function gives the layers of an :class:`.Architecture`, for every plain 3×3 conv of the stages
-that are asked for. The network's weights are not looked at: it may be on the meta device.
+Each function gives the layers of an :class:`.Architecture`, for every conv of the stages or
+patterns that are asked for. The network's weights are not looked at: it may be on the meta device.
 """
 
 from typing import Any, Dict, Mapping, Sequence, Tuple
@@ -10,10 +10,9 @@ import numpy as np
 from torch import nn
 
 from ..errors import NATSError, shown
-from .search_space import Dilation, SearchSpace, check_dilation
+from .convs import matching_convs
+from .search_space import Dilation, SearchSpace, check_dilation, checked_patterns
 from .stages import conv3x3_layers
-
-STAGES = ("res3", "res4", "res5")
 
 CYCLE = ((1, 1), (2, 2), (1, 1), (4, 4))
 """PSConv's dilations (Li et al., ECCV 2020)."""
@@ -33,8 +32,8 @@ def random_layers(
         raise NATSError(f"share of plain groups {shown(plain)}: expected 0 to 1")
     rng = np.random.default_rng(seed)
     drawn = {}
-    for name, conv in _convs(network, space.stages).items():
-        genotypes = space.genotypes[name.split(".")[0]]
+    for name, conv in _convs(network, space.stages, space.convs).items():
+        genotypes = space.genotypes_of(name, conv.kernel_size)
         num_groups = space.groups_of(name, conv.out_channels, conv.groups)
         chances = rng.dirichlet(np.ones(len(genotypes))) if uneven else None
         chosen = rng.choice(len(genotypes), size=num_groups, p=chances)
@@ -44,7 +43,7 @@ def random_layers(
     total = sum(map(len, drawn.values()))
     stay = np.random.default_rng([seed, 1]).permutation(total) < round(plain * total)
     layers, first = {}, 0
-    for name, conv in _convs(network, space.stages).items():
+    for name, conv in _convs(network, space.stages, space.convs).items():
         count = len(drawn[name])
         drawn[name][stay[first : first + count]] = 1
         first += count
@@ -53,21 +52,27 @@ def random_layers(
     return layers
 
 
-def uniform_layers(network: nn.Module, dilation: Dilation, stages: Sequence[str]) -> Layers:
+def uniform_layers(
+    network: nn.Module, dilation: Dilation, stages: Sequence[str], convs: Sequence[str] = ()
+) -> Layers:
     """See :meth:`.Architecture.uniform`."""
     dilation = check_dilation(dilation)
     return {
-        name: ((conv.out_channels, *dilation),) for name, conv in _convs(network, stages).items()
+        name: ((conv.out_channels, *dilation),)
+        for name, conv in _convs(network, stages, convs).items()
     }
 
 
 def cycle_layers(
-    network: nn.Module, dilations: Sequence[Dilation], stages: Sequence[str]
+    network: nn.Module,
+    dilations: Sequence[Dilation],
+    stages: Sequence[str],
+    convs: Sequence[str] = (),
 ) -> Layers:
     """See :meth:`.Architecture.cycle`."""
     dilations = check_dilations(dilations)
     layers = {}
-    for name, conv in _convs(network, stages).items():
+    for name, conv in _convs(network, stages, convs).items():
         # a conv group (ResNeXt) reads its own input channels and must stay whole
         unit = conv.out_channels // conv.groups if conv.groups > 1 else 1
         turns = range(conv.out_channels // unit)
@@ -76,13 +81,16 @@ def cycle_layers(
 
 
 def sawtooth_layers(
-    network: nn.Module, dilations: Sequence[Dilation], stages: Sequence[str]
+    network: nn.Module,
+    dilations: Sequence[Dilation],
+    stages: Sequence[str],
+    convs: Sequence[str] = (),
 ) -> Layers:
     """See :meth:`.Architecture.sawtooth`."""
     dilations = check_dilations(dilations)
     return {
         name: ((conv.out_channels, *dilations[i % len(dilations)]),)
-        for i, (name, conv) in enumerate(_convs(network, stages).items())
+        for i, (name, conv) in enumerate(_convs(network, stages, convs).items())
     }
 
 
@@ -100,8 +108,12 @@ def as_text(dilations: Sequence[Dilation]) -> str:
     return ",".join(f"{d_h}x{d_w}" for d_h, d_w in dilations)
 
 
-def _convs(network: nn.Module, stages: Sequence[str]) -> Mapping[str, nn.Conv2d]:
-    """Layer name → 3×3 conv of the stages, in order of depth."""
+def _convs(
+    network: nn.Module, stages: Sequence[str], convs: Sequence[str]
+) -> Mapping[str, nn.Conv2d]:
+    """Layer name → conv of the patterns, or of the stages, in order of depth."""
+    if convs:
+        return matching_convs(network, checked_patterns(convs))[0]
     if not stages or isinstance(stages, str):
         raise NATSError(f"stages {shown(stages)}: expected a list, such as ['res3', 'res4']")
     layers = conv3x3_layers(network)

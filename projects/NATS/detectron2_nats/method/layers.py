@@ -1,6 +1,7 @@
 """The two convs of NATS: the mixture that is searched and the frozen choice.
 
-Shapes: B batch, C_in and C_out channels, N channel groups, G genotypes.
+Shapes: B batch, C_in and C_out channels, k_h × k_w kernel (3 × 3 in the paper), N channel groups,
+G genotypes.
 
 Both take over the parameters of the plain conv that they replace, under the same names: nothing
 is renamed, split or permuted, so plain checkpoints load into either as they are.
@@ -28,30 +29,38 @@ _HOOKS = [
 ] + ["_is_full_backward_hook"]
 
 
+def same_padding(conv: nn.Conv2d, genotype: Dilation = (1, 1)) -> Tuple[int, int]:
+    """The padding that leaves a conv's output as large as it is, when `genotype` multiplies its
+    dilation: per side dilation · (kernel - 1) / 2.
+
+    Raises:
+        NATSError: the conv's own padding is another.
+    """
+    plain = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size)]
+    is_odd = all(k % 2 for k in conv.kernel_size) and max(conv.kernel_size) > 1
+    if not is_odd or conv.padding_mode != "zeros" or conv.padding not in ("same", tuple(plain)):
+        expected = f"{tuple(plain)} of zeros" if is_odd else "an odd kernel above 1"
+        raise NATSError(
+            f"kernel {conv.kernel_size}, padding {conv.padding} of {conv.padding_mode}, not "
+            f"{expected}"
+        )
+    return plain[0] * genotype[0], plain[1] * genotype[1]
+
+
 class _DilationConv2d(nn.Conv2d):
-    """A 3×3 conv whose dilation is chosen per output channel; `dilation` is the base one.
+    """A conv whose dilation is chosen per output channel; `dilation` is the base one.
 
     Attributes:
         norm, activation: of Detectron2's convs, which hold their own; None elsewhere.
     """
 
     def __init__(self, conv: nn.Conv2d):
-        if (
-            conv.kernel_size != (3, 3)
-            or conv.padding != conv.dilation
-            or conv.padding_mode != "zeros"
-        ):
-            raise NATSError(
-                "expected a 3x3 conv whose padding equals its dilation, got kernel "
-                f"{conv.kernel_size}, padding {conv.padding} of {conv.padding_mode}, dilation "
-                f"{conv.dilation}"
-            )
         super().__init__(
             conv.in_channels,
             conv.out_channels,
-            kernel_size=3,
+            kernel_size=conv.kernel_size,
             stride=conv.stride,
-            padding=conv.padding,
+            padding=same_padding(conv),
             dilation=conv.dilation,
             groups=conv.groups,
             bias=conv.bias is not None,
@@ -91,11 +100,16 @@ class MixedDilationConv2d(_DilationConv2d):
         share_weights: no replicas, one weight under all dilations.
 
     Attributes:
-        weight: (C_out, C_in / groups, 3, 3), genotype 0's replica.
-        replicas: (G - 1, C_out, C_in / groups, 3, 3), the others', copies of `weight` at the
+        weight: (C_out, C_in / groups, k_h, k_w), genotype 0's replica.
+        replicas: (G - 1, C_out, C_in / groups, k_h, k_w), the others', copies of `weight` at the
             start; absent when weights are shared.
         alpha: (N, G), zero at the start.
+        layer: its name in the architecture, given by :func:`.to_supernet`.
+        by_path: whether that is its path in the network, and not a residual network's name.
     """
+
+    layer = ""
+    by_path = False
 
     def __init__(
         self,
@@ -123,7 +137,7 @@ class MixedDilationConv2d(_DilationConv2d):
         )
 
     def genotype_weights(self) -> List[torch.Tensor]:
-        """The weight of each genotype, G times (C_out, C_in / groups, 3, 3)."""
+        """The weight of each genotype, G times (C_out, C_in / groups, k_h, k_w)."""
         if self.replicas is None:
             return [self.weight] * len(self.genotypes)
         # not indexed one by one: each index would fill a gradient of all replicas' size with zeros
@@ -137,7 +151,7 @@ class MixedDilationConv2d(_DilationConv2d):
                 dilation the one that it was trained under.
 
         Returns:
-            (C_out, C_in / groups, 3, 3), detached.
+            (C_out, C_in / groups, k_h, k_w), detached.
         """
         weights = self.genotype_weights()
         pieces, start = [], 0
@@ -179,8 +193,8 @@ class MixedDilationConv2d(_DilationConv2d):
         mixed = None
         columns = shares.unbind(dim=1)
         for genotype, scale, weight in zip(self.genotypes, columns, self.genotype_weights()):
-            dilation = self._effective(genotype)
-            y = F.conv2d(x, weight, None, self.stride, dilation, dilation, self.groups)
+            dilation, padding = self._effective(genotype), same_padding(self, genotype)
+            y = F.conv2d(x, weight, None, self.stride, padding, dilation, self.groups)
             # Under AMP in half precision, too: for a float32 scale CUDA's autocast would turn each
             # y^g into float32 and keep that.
             scale = scale.to(y.dtype).view(1, -1, 1, 1)
@@ -207,11 +221,15 @@ class GroupedDilationConv2d(_DilationConv2d):
 
     For each dilation: convolve the rows of `weight` that have it with all input channels; then put
     the outputs in channel order. Same parameters and FLOPs as the plain conv. With conv groups
-    (ResNeXt) a segment holds whole ones, and each reads its own input channels.
+    (ResNeXt, depthwise) a segment holds whole ones, and each reads its own input channels.
 
     Args:
         conv: the plain conv to replace; its parameters and norm are taken over.
         segments: (output channels, d_h, d_w), in channel order; the channels add up to C_out.
+
+    Attributes:
+        padding: a text that PyTorch refuses. Programs that fold a norm into a new `nn.Conv2d` copy
+            the padding, and some of them no dilation: they stop, instead of losing it.
 
     Raises:
         NATSError: the segments do not add up, or cut a conv group.
@@ -221,7 +239,7 @@ class GroupedDilationConv2d(_DilationConv2d):
 
     def __init__(self, conv: nn.Conv2d, segments: Sequence[Tuple[int, int, int]]):
         super().__init__(conv)
-        self.segments = [tuple(segment) for segment in segments]
+        self.segments = merged(segments)
         total = sum(channels for channels, _, _ in self.segments)
         if total != self.out_channels:
             raise NATSError(f"segments of {total} channels do not fit {self.out_channels} channels")
@@ -242,21 +260,25 @@ class GroupedDilationConv2d(_DilationConv2d):
         for place, (_, *dilation) in enumerate(self.segments):
             places.setdefault(tuple(dilation), []).append(place)
         self._dilations: List[List[int]] = [list(self._effective(d)) for d in places]
+        self._paddings: List[List[int]] = [list(same_padding(self, d)) for d in places]
         self._places: List[List[int]] = list(places.values())
-        self._all_plain: bool = list(places) == [(1, 1)]
         self._fast_layouts: List[bool] = fast_layouts(len(places))
+        self.padding = "one for each dilation"
 
     def _conv_forward(
         self, input: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
     ) -> torch.Tensor:
         """Where PyTorch's convs convolve, for who calls it with a weight of his own."""
-        if self._all_plain:  # the plain conv's gradients too, bit for bit
-            return F.conv2d(
-                input, weight, bias, self.stride, self.padding, self.dilation, self.groups
-            )
-        x = to_fast_layout(input, self._fast_layouts)
         return _convolve(
-            x, weight, bias, self.stride, self._dilations, self._places, self._outputs, self._inputs
+            to_fast_layout(input, self._fast_layouts),
+            weight,
+            bias,
+            self.stride,
+            self._paddings,
+            self._dilations,
+            self._places,
+            self._outputs,
+            self._inputs,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -273,11 +295,22 @@ class GroupedDilationConv2d(_DilationConv2d):
         return f"{super().extra_repr()}, segments={self.segments}"
 
 
+def merged(segments: Sequence[Sequence[int]]) -> List[Tuple[int, int, int]]:
+    """Neighbours of equal dilation joined, so that equal architectures compare equal."""
+    joined: List[Tuple[int, int, int]] = []
+    for channels, d_h, d_w in segments:
+        if joined and joined[-1][1:] == (d_h, d_w):
+            channels += joined.pop()[0]
+        joined.append((channels, d_h, d_w))
+    return joined
+
+
 def _convolve(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: Optional[torch.Tensor],
     stride: List[int],
+    paddings: List[List[int]],
     dilations: List[List[int]],
     places: List[List[int]],
     outputs: List[int],
@@ -286,7 +319,7 @@ def _convolve(
     """One conv per dilation, over the rows that have it; outputs in channel order (section 3.3).
 
     Args:
-        dilations: (d_h, d_w) of each conv, a base dilation included.
+        paddings, dilations: (height, width) of each conv, a base dilation included.
         places: which segments have it.
         outputs, inputs: number of channels that each segment writes, and reads; `inputs` is empty
             where each reads all.
@@ -296,12 +329,12 @@ def _convolve(
     shifts = _cut(bias, outputs, 0) if bias is not None else []
     slices = _cut(x, inputs, 1) if grouped else []
     found = [x] * len(outputs)  # one per segment, each replaced in the loop
-    for dilation, own in zip(dilations, places):
+    for padding, dilation, own in zip(paddings, dilations, places):
         own_rows = _joined([rows[i] for i in own], 0)
         own_shifts = _joined([shifts[i] for i in own], 0) if bias is not None else None
         read = _joined([slices[i] for i in own], 1) if grouped else x
         groups = read.shape[1] // own_rows.shape[1]
-        y = F.conv2d(read, own_rows, own_shifts, stride, dilation, dilation, groups)
+        y = F.conv2d(read, own_rows, own_shifts, stride, padding, dilation, groups)
         for i, piece in zip(own, _cut(y, [outputs[i] for i in own], 1)):
             found[i] = piece
     return _joined(found, 1)

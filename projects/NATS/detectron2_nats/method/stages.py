@@ -2,7 +2,9 @@
 
 Detectron2 calls the stages `res2` … `res5`; torchvision, timm and mmdet call them `layer1` …
 `layer4`. They are told by their structure: an `nn.Sequential` of that name whose blocks all have
-parts named `conv1` and `conv2`. Here they have Detectron2's names, and so in architecture files.
+parts named `conv1` and `conv2`. Here they have Detectron2's names, and so in architecture files:
+one file fits the same network of every library. Other networks' convs go by their paths
+(:mod:`.convs`).
 """
 
 from typing import Dict, Iterator, Tuple
@@ -10,16 +12,9 @@ from typing import Dict, Iterator, Tuple
 from torch import nn
 
 from ..errors import NATSError
-from .layers import GroupedDilationConv2d, MixedDilationConv2d
+from .convs import is_plain_conv, why_not
 
 _STAGES = {alias: f"res{i}" for i in range(2, 6) for alias in (f"res{i}", f"layer{i - 1}")}
-
-_PLAIN_FORWARDS = (
-    "torch.nn.modules.conv",
-    "detectron2.layers.wrappers",  # its norm and activation follow
-    "mmcv.cnn.bricks.wrappers",  # takes empty batches
-)
-"""Where the `forward` of a plain conv is defined."""
 
 
 def residual_stages(module: nn.Module) -> Dict[str, nn.Sequential]:
@@ -75,52 +70,36 @@ def what_is_in(stage: nn.Module) -> str:
     return f"blocks {type(block).__name__} with {', '.join(parts) or 'no convs'}"
 
 
-def named_convs(stage_name: str, stage: nn.Module) -> Iterator[Tuple[str, nn.Module, str]]:
-    """(layer name, block, attribute) of each 3×3 conv on a stage's main path."""
+def _main_path(stage_name: str, stage: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+    """(layer name, conv) of each 3×3 conv on a stage's main path, of whatever class."""
     for index, block in enumerate(stage):
-        # conv1 and conv2 of a basic block, conv2 of a bottleneck. Deformable convs are not
-        # nn.Conv2d, and their offsets (`conv2_offset`) are no part of the main path.
+        # conv1 and conv2 of a basic block, conv2 of a bottleneck. A deformable conv's offsets
+        # (`conv2_offset`) are no part of the main path.
         for attribute in ("conv1", "conv2"):
             conv = getattr(block, attribute)
-            if is_plain_conv(conv) and conv.kernel_size == (3, 3):
-                yield f"{stage_name}.{index}.{attribute}", block, attribute
+            if getattr(conv, "kernel_size", None) in (3, (3, 3)):
+                yield f"{stage_name}.{index}.{attribute}", conv
 
 
-def other_convs(stage_name: str, stage: nn.Module) -> Dict[str, str]:
-    """Layer name → what it is, of each 3×3 conv on a stage's main path that cannot be changed."""
-    found = {}
-    for index, block in enumerate(stage):
-        for attribute in ("conv1", "conv2"):
-            conv = getattr(block, attribute)
-            if getattr(conv, "kernel_size", None) in (3, (3, 3)) and not is_plain_conv(conv):
-                computed = isinstance(conv, nn.Conv2d) and "weight" not in conv._parameters
-                kind = "its weight is computed (weight_norm, pruning, …)" if computed else ""
-                found[f"{stage_name}.{index}.{attribute}"] = kind or type(conv).__name__
-    return found
+def named_convs(stage_name: str, stage: nn.Module) -> Dict[str, nn.Conv2d]:
+    """Layer name → each plain 3×3 conv on a stage's main path, or what replaced it."""
+    return {name: conv for name, conv in _main_path(stage_name, stage) if is_plain_conv(conv)}
 
 
-def is_plain_conv(conv: nn.Module) -> bool:
-    """Whether it does what `nn.Conv2d` does, with its weight as it is (not standardised, say)."""
-    if isinstance(conv, (MixedDilationConv2d, GroupedDilationConv2d)):
-        return True
-    return (
-        isinstance(conv, nn.Conv2d)
-        and type(conv).forward.__module__ in _PLAIN_FORWARDS
-        and type(conv)._conv_forward is nn.Conv2d._conv_forward
-        and "weight" in conv._parameters  # else it is computed, anew at each pass
-    )
+def other_convs(stages: Dict[str, nn.Module]) -> Dict[str, str]:
+    """Layer name → why not, of each 3×3 conv on the stages' main paths that cannot be changed."""
+    return {
+        name: why_not(conv)
+        for stage_name, stage in stages.items()
+        for name, conv in _main_path(stage_name, stage)
+        if not is_plain_conv(conv)
+    }
 
 
 def conv3x3_layers(module: nn.Module) -> Dict[str, nn.Conv2d]:
     """Layer name → every plain 3×3 conv of the residual stages, in order; or what replaced it."""
     return {
-        name: getattr(block, attribute)
+        name: conv
         for stage_name, stage in residual_stages(module).items()
-        for name, block, attribute in named_convs(stage_name, stage)
+        for name, conv in named_convs(stage_name, stage).items()
     }
-
-
-def searched_layers(module: nn.Module) -> Dict[str, MixedDilationConv2d]:
-    """Layer name → searched conv of a super-network (empty for a plain or frozen network)."""
-    layers = conv3x3_layers(module)
-    return {k: v for k, v in layers.items() if isinstance(v, MixedDilationConv2d)}

@@ -11,8 +11,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from ..errors import NATSError
-from ..method.architecture import intensities
 from ..method.decidedness import all_votes
+from ..method.decode import intensities
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,15 @@ def searched_detector(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     defaults = load_config("")
     cfg.SEARCH, cfg.DATASETS.CALIBRATION = defaults.SEARCH, defaults.DATASETS.CALIBRATION
-    for key in ("STAGES", "SPACE", "NUM_GROUPS", "CHANNELS_PER_GROUP", "SHARE_WEIGHTS", "SAMPLE"):
+    for key in (
+        "STAGES",
+        "CONVS",
+        "SPACE",
+        "NUM_GROUPS",
+        "CHANNELS_PER_GROUP",
+        "SHARE_WEIGHTS",
+        "SAMPLE",
+    ):
         cfg.MODEL.NATS[key] = defaults.MODEL.NATS[key]
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "retrain")
     return cfg
@@ -59,12 +67,16 @@ def export_config(base: CfgNode, architecture: Architecture) -> CfgNode:
     plain.MODEL.BACKBONE.NAME = cfg.MODEL.NATS.BASE_BACKBONE
     with torch.device("meta"):  # shapes are enough to check that it fits
         backbone = build_backbone(plain)
-    built = {name.split(".")[0] for name in conv3x3_layers(backbone)}
-    if not built & set(architecture.stages):
-        raise NATSError(f"the architecture changes {architecture.stages}, the detector has {built}")
-    architecture = architecture.restrict(built)
+    if not architecture.paths:
+        built = {name.split(".")[0] for name in conv3x3_layers(backbone)}
+        if not built & set(architecture.stages):
+            raise NATSError(
+                f"the architecture changes {architecture.stages}, the detector has {built}"
+            )
+        architecture = architecture.restrict(built)
     apply_architecture(backbone, architecture)
     cfg.MODEL.BACKBONE.NAME = "build_nats_backbone"
+    cfg.MODEL.NATS.CONVS = list(architecture.layers) if architecture.paths else []
     cfg.MODEL.NATS.ARCHITECTURE = architecture.to_config()
     return cfg
 

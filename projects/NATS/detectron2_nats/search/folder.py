@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import NATSError, one_line
 from ..method.architecture import Architecture
-from ..method.stages import searched_layers
+from ..method.convs import searched_layers
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -94,9 +94,12 @@ class SearchFolder:
             ) from None
         return state_dict, backbone
 
-    def decode(self, order: str, margin: float = 0.0, **search: Any) -> Architecture:
+    def decode(
+        self, order: str, margin: float = 0.0, at_most: int = 0, **search: Any
+    ) -> Architecture:
         """Decode the checkpoint's α; see :meth:`Architecture.decode`."""
-        return Architecture.decode(searched_layers(self.supernet[1]), order, margin, **search)
+        searched = searched_layers(self.supernet[1])
+        return Architecture.decode(searched, order, margin, at_most, **search)
 
     def detector(self) -> nn.Module:
         """The searched detector, with the checkpoint's weights, on a device that there is here."""

@@ -22,8 +22,8 @@ from ..engine.steps import Objective
 from ..errors import NATSError
 from ..method.alpha import alpha_parameters, alpha_training
 from ..method.architecture import Architecture
+from ..method.convs import searched_layers
 from ..method.decidedness import Decidedness
-from ..method.stages import searched_layers
 from ..method.transform import frozen_state_dict
 from .alpha_log import AlphaHook
 from .compare import StepTimes, comparison_commands
@@ -151,10 +151,11 @@ class SearchTrainer(ResumableTrainer):
             self._supernet,
             order,
             search.DECODE_MARGIN,
+            search.DECODE_AT_MOST,
             space=genotype_set(self.cfg),
             num_groups=(
                 {name: conv.num_groups for name, conv in self.searched.items()}
-                if nats.CHANNELS_PER_GROUP
+                if nats.CHANNELS_PER_GROUP or nats.CONVS
                 else nats.NUM_GROUPS
             ),
             iteration=min(self.iter + 1, self.max_iter),

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_backbone
 
+from ...backbone import architecture_from_config
 from ...config import config_differences, load_config
 from ...data.annotations import Needs
 from ...data.registry import check_data, check_number_of_classes, register_datasets
@@ -161,8 +162,9 @@ class Study:
                 path = os.path.join(self.folder(method.name, seed), "retrain.yaml")
                 if not os.path.isfile(path):
                     continue
-                trained = Architecture.from_config(load_config(path).MODEL.NATS.ARCHITECTURE)
-                if trained != architecture.restrict(trained.stages):
+                trained = architecture_from_config(load_config(path))
+                same = architecture.restrict(trained.stages or list(trained.layers))
+                if trained != same:
                     raise NATSError(
                         f"{given or method.name} is another architecture than that in "
                         f"{path}, which was trained: give it another name"

@@ -75,7 +75,7 @@ def _search_table(searches: Dict[str, Any]) -> List[str]:
     """Have the searches decided, and do they agree?"""
     rows = []
     for name, search in searches.items():
-        found = [Architecture.from_config(value) for value in search["architectures"]]
+        found = [Architecture.from_config(value, None) for value in search["architectures"]]
         shares = dilation_shares(found)
         row = [name, _mean_and_deviation(search["entropy"], 2)]
         row.append(f"{statistics.mean(search['leading']):.0%}")

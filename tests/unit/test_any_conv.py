@@ -1,0 +1,523 @@
+"""Convs of any kernel and network, named by patterns of their paths."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+import torchvision
+from oracles import has_dilations
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+
+from detectron2_nats import (
+    Architecture,
+    GroupedDilationConv2d,
+    MixedDilationConv2d,
+    NATSError,
+    SearchSpace,
+    alpha_parameters,
+    alpha_training,
+    apply_architecture,
+    frozen_state_dict,
+    fuse_for_inference,
+    to_supernet,
+)
+from detectron2_nats.bench.receptive_field import field_extents
+from detectron2_nats.method.convs import convs_by_path, searched_layers
+
+SPACE = [[[1, 1], [1, 3], [3, 1], [2, 2]]]
+
+# what is built, patterns, number of convs that are searched, and of others that match
+TIMM = {
+    "regnetx_002": ("s?.*", 13, 0),
+    "convnext_atto": ("stages.*", 12, 3),  # the others: 2×2 convs that halve the map
+    "mobilenetv3_small_050": ("blocks.*", 11, 0),
+    "efficientnet_lite0": ("blocks.*", 16, 0),
+    "tf_efficientnet_lite0": ("blocks.*", 12, 4),  # Conv2dSame, of stride 2
+    "hgnetv2_b0": ("*", 20, 2),  # its stem has even kernels
+    "res2net50_14w_8s": ("layer[12].*", 49, 0),
+    "resnest14d": ("layer*", 4, 0),
+    "hrnet_w18_small": ("stage[23].*", 25, 0),
+    "cspdarknet53": ("stages.[012].*", 14, 0),
+    "resnetv2_18": ("stages.*", 16, 0),
+    "resnetv2_50x1_bit": ("stages.*", 0, 16),  # weight-standardised
+    "vgg11": ("features_*", 8, 0),
+    "darknet53": ("stages.[01].*", 5, 0),
+}
+
+
+def timm_network(name):
+    timm = pytest.importorskip("timm")
+    options = {"features_only": True} if name == "vgg11" else {"num_classes": 3}
+    network = timm.create_model(name, **options)
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):  # some are zero at the start: no gradient
+            nn.init.ones_(part.weight)
+    return network
+
+
+def detector(name):
+    build = getattr(torchvision.models.detection, name)
+    return build(weights=None, weights_backbone=None, num_classes=3)
+
+
+def rt_detr(backbone="resnet"):
+    transformers = pytest.importorskip("transformers")
+    common = dict(
+        encoder_in_channels=[32, 64, 128],
+        encoder_hidden_dim=32,
+        d_model=32,
+        num_queries=20,
+        decoder_layers=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        decoder_in_channels=[32, 32, 32],
+        num_labels=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+    )
+    maps = ["stage2", "stage3", "stage4"]
+    if backbone == "resnet":
+        own = transformers.RTDetrResNetConfig(
+            embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1] * 4, out_features=maps
+        )
+        own.layer_type = "basic"
+        config = transformers.RTDetrConfig(backbone_config=own, **common)
+        return transformers.RTDetrForObjectDetection(config)
+    own = transformers.HGNetV2Config(
+        stem_channels=[3, 8, 16],
+        hidden_sizes=[16, 32, 64, 128],
+        stage_in_channels=[16, 16, 32, 64],
+        stage_mid_channels=[8, 16, 16, 32],
+        stage_out_channels=[16, 32, 64, 128],
+        stage_num_blocks=[1] * 4,
+        stage_numb_of_layers=[2] * 4,
+        out_features=maps,
+    )
+    config = transformers.DFineConfig(backbone_config=own, **common)
+    return transformers.DFineForObjectDetection(config)
+
+
+OTHERS = {
+    "SSD": (lambda: detector("ssd300_vgg16").head, ["*"], 12, 0),
+    "SSDlite": (lambda: detector("ssdlite320_mobilenet_v3_large").head, ["*"], 12, 0),
+    "FCOS": (lambda: detector("fcos_resnet50_fpn").head, ["*"], 11, 0),
+    "RetinaNet": (lambda: detector("retinanet_resnet50_fpn").head, ["*"], 10, 0),
+    "RT-DETR": (rt_detr, ["*.stages.?.layers.*", "*.pan_blocks.*"], 14, 0),
+    "D-FINE": (lambda: rt_detr("hgnet"), ["*"], 47, 2),
+}
+
+
+HEADS = {
+    "SSDHead": [512, 1024, 512, 256, 256, 256],
+    "SSDLiteHead": [672, 480, 512, 256, 256, 128],
+    "FCOSHead": [256, 256],
+    "RetinaNetHead": [256, 256],
+}
+
+
+def outputs(network):
+    """What a network returns, flat; of a detector's head, for maps of its widths."""
+    generator = torch.Generator().manual_seed(0)
+    widths = HEADS.get(type(network).__name__)
+    if widths:
+        found = network([torch.randn(2, c, 6, 6, generator=generator) for c in widths])
+    else:
+        found = network(torch.randn(2, 3, 64, 64, generator=generator))
+    if isinstance(found, dict):
+        found = list(found.values())
+    parts = found if isinstance(found, list) else [found]
+    return [part for part in parts if torch.is_tensor(part) and part.is_floating_point()]
+
+
+def searched_and_frozen(build, patterns, searched, others, caplog):
+    """To super-network, one α step, decode, save, load, freeze: equal outputs."""
+    torch.manual_seed(0)
+    plain = build()
+    with torch.no_grad():
+        expected = outputs(plain.eval())
+    space = SearchSpace(SPACE * len(patterns), convs=patterns, num_groups=4, sample=True)
+    with caplog.at_level(logging.WARNING, "detectron2_nats"):
+        supernet = to_supernet(copy.deepcopy(plain), space)
+    assert len(searched_layers(supernet)) == searched
+    left = [r.getMessage() for r in caplog.records if "left as they are" in r.getMessage()]
+    assert len(left) == bool(others)
+    assert not left or left[0].count("(kernel") + left[0].count("Conv2dSame") == others
+    with torch.no_grad():  # α = 0 votes for (1, 1): the plain network, bit for bit
+        for ours, theirs in zip(outputs(supernet.eval()), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    supernet.train()
+    before = {k: v.clone() for k, v in supernet.state_dict().items()}
+    adam = torch.optim.Adam(alpha_parameters(supernet), lr=1.0)
+    with alpha_training(supernet):
+        sum(y.square().sum() for y in outputs(supernet)).backward()
+        adam.step()
+    changed = [k for k, v in supernet.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed and all(key.endswith(".alpha") for key in changed)
+    assert all(alpha.isfinite().all() for alpha in alpha_parameters(supernet))
+    for alpha in alpha_parameters(supernet):  # whatever the step said: all dilations somewhere
+        alpha.data.copy_(torch.randn(alpha.shape))
+    return supernet.eval()
+
+
+@pytest.mark.parametrize("name", [*TIMM, *OTHERS])
+def test_networks(name, tmp_path, caplog):
+    if name in TIMM:
+        pattern, searched, others = TIMM[name]
+        build, patterns = (lambda: timm_network(name)), [pattern]
+    else:
+        build, patterns, searched, others = OTHERS[name]
+    if not searched:
+        with pytest.raises(NATSError, match="matches no conv that can be searched: .*StdConv2d"):
+            to_supernet(build(), SearchSpace("A", convs=patterns))
+        return
+    supernet = searched_and_frozen(build, patterns, searched, others, caplog)
+    architecture = Architecture.decode(supernet, "voted")
+    path = str(tmp_path / "architecture.yaml")
+    architecture.save(path)
+    assert Architecture.load(path) == architecture and architecture.paths
+    frozen = build().eval()
+    keys = {k: v.shape for k, v in frozen.state_dict().items()}
+    apply_architecture(frozen, path)
+    assert {k: v.shape for k, v in frozen.state_dict().items()} == keys
+    frozen.load_state_dict(frozen_state_dict(supernet, architecture))
+    with torch.no_grad():
+        for ours, theirs in zip(outputs(frozen), outputs(supernet), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["regnetx_002", "hgnetv2_b0", "vgg11", "RT-DETR"])
+def test_fields(name):
+    """A wider field is seen wider, and not taller."""
+    torch.manual_seed(0)
+    if name == "RT-DETR":
+        network, pattern = rt_detr().model.backbone.model, "*.stages.*"
+    else:
+        network, pattern = timm_network(name), TIMM[name][0]
+    images = [torch.randn(3, 256, 256)]
+    plain = field_extents(network, images, sides=((256, 1),))
+    apply_architecture(network, Architecture.uniform(network, (1, 3), convs=[pattern]))
+    wide = field_extents(network, images, sides=((256, 1),))
+    assert list(plain) == list(wide) and len(plain) > 2
+    level = list(plain)[1]
+    assert wide[level].width > 1.3 * plain[level].width
+    assert wide[level].height < 1.3 * plain[level].height
+
+
+# -- the convs ------------------------------------------------------------------------------
+
+CONVS = {
+    "3x3": dict(kernel_size=3, padding=1),
+    "stride": dict(kernel_size=3, padding=1, stride=2),
+    "5x5": dict(kernel_size=5, padding=2, bias=False),
+    "7x7 depthwise": dict(kernel_size=7, padding=3, groups=16),
+    "3x3 in groups": dict(kernel_size=3, padding=1, groups=4),
+    "1x5": dict(kernel_size=(1, 5), padding=(0, 2)),
+    "5x1": dict(kernel_size=(5, 1), padding=(2, 0)),
+    "same": dict(kernel_size=5, padding="same"),
+    "dilated": dict(kernel_size=3, padding=(2, 4), dilation=(2, 4)),
+}
+
+
+def one_conv(kind, dtype=torch.float64):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(16, 16, **CONVS[kind]).to(dtype))
+
+
+@pytest.mark.parametrize("kind", CONVS)
+def test_a_conv_is_the_mixture_of_the_formula(kind):
+    """y_i = Σ_g softmax(α_i)^g · y^g_i, each y^g by PyTorch's own conv with that dilation."""
+    plain = one_conv(kind)
+    supernet = to_supernet(copy.deepcopy(plain), SearchSpace(SPACE, convs=["0"], num_groups=4))
+    (conv,) = searched_layers(supernet).values()
+    conv.alpha.data.normal_()
+    x = torch.randn(2, 16, 13, 17, dtype=torch.float64)
+    shares = conv.alpha.softmax(1).repeat_interleave(4, 0)
+    expected = 0
+    for index, genotype in enumerate(conv.genotypes):
+        own = dict(CONVS[kind])
+        base = own.pop("dilation", (1, 1))
+        kernel = own.pop("kernel_size")
+        dilation = [b * d for b, d in zip(base, genotype)]
+        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
+        own.update(padding=[d * (k - 1) // 2 for d, k in zip(dilation, sides)], dilation=dilation)
+        theirs = nn.Conv2d(16, 16, kernel, **own).double()
+        theirs.load_state_dict(plain[0].state_dict())
+        expected = expected + theirs(x) * shares[:, index].view(1, -1, 1, 1)
+    torch.testing.assert_close(supernet(x), expected)
+
+
+@pytest.mark.parametrize("kind", CONVS)
+def test_frozen_conv_against_rows_of_plain_ones(kind):
+    plain = one_conv(kind)
+    segments = [[4, 1, 1], [4, 3, 1], [4, 1, 2], [4, 3, 1]]
+    frozen = apply_architecture(copy.deepcopy(plain), Architecture({"0": segments}, paths=True))
+    x = torch.randn(2, 16, 13, 17, dtype=torch.float64)
+    y = frozen(x)
+    for index, (_, *dilation) in enumerate(segments):
+        single = Architecture({"0": [[16, *dilation]]}, paths=True)
+        expected = apply_architecture(copy.deepcopy(plain), single)(x)
+        rows = slice(4 * index, 4 * index + 4)
+        torch.testing.assert_close(y[:, rows], expected[:, rows])
+
+
+def test_a_side_of_one_has_no_dilations():
+    supernet = to_supernet(one_conv("1x5"), SearchSpace(SPACE, convs=["*"]))
+    (conv,) = searched_layers(supernet).values()
+    assert conv.genotypes == ((1, 1), (1, 3), (1, 2))
+
+
+@pytest.mark.parametrize(
+    "channels, conv_groups, space, expected",
+    [
+        (64, 1, dict(num_groups=16), 16),
+        (24, 1, dict(num_groups=16), 12),
+        (24, 24, dict(num_groups=16), 12),
+        (64, 2, dict(num_groups=16), 2),
+        (17, 1, dict(num_groups=16), 1),
+        (48, 1, dict(channels_per_group=10), 4),
+        (8, 1, dict(channels_per_group=10), 1),
+    ],
+)
+def test_groups_that_fit(channels, conv_groups, space, expected):
+    space = SearchSpace("A", convs=["*"], **space)
+    assert space.groups_of("x", channels, conv_groups) == expected
+
+
+def test_a_module_in_two_places_is_one_conv():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    network = nn.ModuleDict({"a": nn.Sequential(conv), "b": conv, "c": nn.Conv2d(4, 4, 1)})
+    to_supernet(network, SearchSpace("A", convs=["*"]))
+    assert isinstance(network["b"], MixedDilationConv2d) and network["a"][0] is network["b"]
+
+
+# -- what cannot be searched ----------------------------------------------------------------
+
+
+def test_reasons():
+    network = nn.ModuleDict(
+        {
+            "valid": nn.Conv2d(4, 4, 3),
+            "reflect": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+            "even": nn.Conv2d(4, 4, 4, padding=1),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
+            "deformable": torchvision.ops.DeformConv2d(4, 4, 3, padding=1),
+            "one": nn.Conv2d(4, 4, 1),
+            "up": nn.ConvTranspose2d(4, 4, 2, stride=2),
+            "pool": nn.MaxPool2d(3),
+            "left": nn.Conv2d(4, 4, 3, padding=1),
+            "right": nn.Conv2d(4, 4, 3, padding=1),
+            "plain": nn.Conv2d(4, 4, 3, padding=1),
+        }
+    )
+    network["right"].weight = network["left"].weight
+    able, others = convs_by_path(network)
+    assert list(able) == ["plain"]
+    assert others == {
+        "valid": "kernel (3, 3), padding (0, 0) of zeros, not (1, 1) of zeros",
+        "reflect": "kernel (3, 3), padding (1, 1) of reflect, not (1, 1) of zeros",
+        "even": "kernel (4, 4), padding (1, 1) of zeros, not an odd kernel above 1",
+        "normed": "its weight is computed (weight_norm, pruning, …)",
+        "deformable": "DeformConv2d",
+        "left": "it shares its weight with right",
+        "right": "it shares its weight with left",
+    }
+
+
+@pytest.mark.parametrize(
+    "patterns, message",
+    [
+        (["blcoks.*"], "'blcoks.*' matches no conv .*: near are blocks.1, blocks.0"),
+        (["head"], "'head' matches no conv .*: head: kernel"),
+        (["blocks.*", "blocks.0"], "'blocks.0' matches .*: blocks.0 belongs to 'blocks.*', which"),
+        ([], "CONVS .*expected a list of patterns"),
+        ("blocks.*", "CONVS 'blocks.*': expected a list of patterns"),
+        (["a", "a"], "each once"),
+    ],
+)
+def test_patterns_that_fail(patterns, message):
+    blocks = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)])
+    network = nn.ModuleDict({"blocks": blocks, "head": nn.Conv2d(4, 4, 3)})
+    before = copy.deepcopy(network)
+    with pytest.raises(NATSError, match=message):
+        to_supernet(network, SearchSpace("A", convs=patterns))
+    assert repr(network) == repr(before)
+
+
+def test_frozen_convs_are_left_alone(caplog):
+    blocks = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)])
+    blocks[0].requires_grad_(False)
+    with caplog.at_level(logging.WARNING, "detectron2_nats"):
+        to_supernet(blocks, SearchSpace("A", convs=["*"], num_groups=2))
+    assert "0 (it is frozen (takes no gradient))" in caplog.text
+    assert list(searched_layers(blocks)) == ["1"]
+    blocks = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).requires_grad_(False)
+    with pytest.raises(NATSError, match="all convs that match are frozen"):
+        to_supernet(blocks, SearchSpace("A", convs=["*"]))
+
+
+def test_stages_and_convs_exclude_each_other():
+    with pytest.raises(NATSError, match="both STAGES .* and CONVS"):
+        SearchSpace(stages=["res3"], convs=["*"])
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ({"neck.1": [[4, 1, 1]]}, r"lacks a conv neck.1: near are .*neck.0"),
+        ({"head": [[4, 1, 1]]}, r"head: kernel \(3, 3\), padding \(0, 0\)"),
+        ({"0": [[4, 1, 1]]}, "it fits the part neck, pass that"),
+        ({"neck.0": [[8, 1, 1]]}, "does not fit neck.0: segments of 8 channels"),
+        ({"neck.0": [[4, 1, 1]]}, ""),
+    ],
+)
+def test_an_architecture_of_paths_that_does_not_fit(layers, message):
+    network = nn.ModuleDict(
+        {"neck": nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), "head": nn.Conv2d(4, 4, 3)}
+    )
+    architecture = Architecture(layers, paths=True)
+    if not message:
+        apply_architecture(network, architecture)
+        message = "neck.0 has its dilation by an architecture already"
+    with pytest.raises(NATSError, match=message):
+        apply_architecture(network, architecture)
+
+
+# -- never silently undilated -----------------------------------------------------------------
+
+SINGLE, SEVERAL = [[8, 1, 3]], [[4, 1, 1], [4, 1, 3]]
+
+
+def conv_and_norm(segments):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    network[1].running_mean.normal_(), network[1].weight.data.uniform_(0.5, 2)
+    return apply_architecture(network.eval(), Architecture({"0": segments}, paths=True))
+
+
+def fused_by_torch(network):
+    return nn.Sequential(fuse_conv_bn_eval(network[0], network[1]), network[2])
+
+
+def fused_by_ours(network):
+    network[0].norm = network[1]
+    conv = network[0]
+
+    class Whole(nn.Module):
+        def forward(self, x):
+            return network[2](conv(x))
+
+    fuse_for_inference(nn.ModuleList([conv]).eval())
+    return Whole()
+
+
+def fused_into_a_new_conv(network):
+    """As YOLOX and older YOLOs do; they copy no dilation."""
+    conv, norm = network[0], network[1]
+    fused = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding
+    )
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+    fused.weight, fused.bias = weight, bias
+    return nn.Sequential(fused, network[2])
+
+
+def with_weights_of_its_own(network):
+    """As mmcv's efficient_conv_bn_eval does."""
+    conv, norm = network[0], network[1]
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+    return lambda x: network[2](conv._conv_forward(x, weight, bias))
+
+
+def averaged(network):
+    ema = torch.optim.swa_utils.AveragedModel(network)
+    ema.update_parameters(network)
+    return ema.eval()
+
+
+def in_shared_memory(network):
+    return network.share_memory()
+
+
+def fx_fused(network):
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(network)
+
+
+@pytest.mark.parametrize("segments", [SINGLE, SEVERAL], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        fused_by_torch,
+        fused_by_ours,
+        with_weights_of_its_own,
+        copy.deepcopy,
+        lambda network: pickle.loads(pickle.dumps(network)),
+        averaged,
+        in_shared_memory,
+        fx_fused,
+        torch.jit.script,
+        lambda network: torch.compile(network, backend="eager"),
+    ],
+    ids="torch ours own-weights deepcopy pickle ema shared fx script compile".split(),
+)
+@torch.no_grad()
+def test_programs_that_keep_the_dilation(program, segments):
+    network = conv_and_norm(segments)
+    x = torch.randn(2, 4, 9, 11)
+    expected = network(x)
+    torch.testing.assert_close(program(conv_and_norm(segments))(x), expected)
+
+
+@torch.no_grad()
+def test_programs_that_lose_it_are_stopped():
+    with pytest.raises(ValueError, match="one for each dilation"):
+        fused_into_a_new_conv(conv_and_norm(SEVERAL))
+    # of a single dilation the padding is another, and so is the size of what comes out
+    x = torch.randn(2, 4, 9, 11)
+    lost = fused_into_a_new_conv(conv_and_norm(SINGLE))(x)
+    assert lost.shape != conv_and_norm(SINGLE)(x).shape
+
+
+def test_a_conv_of_one_dilation_keeps_its_class():
+    class Own(nn.Conv2d):
+        pass
+
+    network = nn.Sequential(Own(4, 8, 3, padding="same"))
+    conv = network[0]
+    apply_architecture(network, Architecture({"0": SINGLE}, paths=True))
+    assert network[0] is conv and type(conv) is Own
+    assert (conv.dilation, conv.padding) == ((1, 3), (1, 3)) and has_dilations(conv)
+    with pytest.raises(NATSError, match="0 has its dilation by an architecture already"):
+        to_supernet(network, SearchSpace("A", convs=["*"]))
+
+
+def test_mmcv():
+    mmcv = pytest.importorskip("mmcv")
+    module = mmcv.cnn.ConvModule(
+        4, 8, 3, padding=1, norm_cfg=dict(type="BN"), efficient_conv_bn_eval=True
+    ).eval()
+    x = torch.randn(2, 4, 9, 11)
+    apply_architecture(module, Architecture({"conv": SEVERAL}, paths=True))
+    assert isinstance(module.conv, GroupedDilationConv2d)
+    expected = module.activate(module.norm(module.conv(x)))
+    torch.testing.assert_close(module(x), expected)
