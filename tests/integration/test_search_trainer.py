@@ -22,6 +22,7 @@ from detectron2_nats.engine import resumable
 from detectron2_nats.engine.resumable import ResumableTrainer
 from detectron2_nats.method.convs import searched_layers
 from detectron2_nats.method.decode import decode_alpha
+from detectron2_nats.search.folder import SearchFolder
 
 
 def snapshot(trainer):
@@ -744,3 +745,28 @@ def test_plain_detectron2s_checkpoint_is_not_resumed_from(tiny_config, tmp_path)
     DetectionCheckpointer(trainer.model, str(tmp_path / "run")).save("model_0000001", iteration=1)
     with pytest.raises(NATSError, match="model_0000001.pth cannot be resumed from: .*OUTPUT_DIR"):
         make_trainer(tiny_config, tmp_path / "run")
+
+
+def test_convs_by_their_paths(tiny_config, tmp_path):
+    """Searched by MODEL.NATS.CONVS, exported, retrained, limited to one dilation."""
+    folder = tmp_path / "search"
+    convs = ["MODEL.NATS.CONVS", "['fpn_output[23]', 'bottom_up.res5.*.conv2']"]
+    make_trainer(tiny_config, folder, *convs).train()
+    found = Architecture.load(str(folder / "architecture.yaml"))
+    paths = ["fpn_output2", "fpn_output3", *(f"bottom_up.res5.{i}.conv2" for i in range(3))]
+    assert found.paths and sorted(found.layers) == sorted(paths)
+    assert "names: paths\n" in (folder / "architecture.yaml").read_text()
+
+    cfg = load_config(str(folder / "retrain.yaml"))
+    assert sorted(cfg.MODEL.NATS.CONVS) == sorted(paths)
+    again = make_trainer(str(folder / "retrain.yaml"), tmp_path / "retrain", kind="retrain")
+    again.train()
+    (folder / "config.yaml").write_text(load_config(tiny_config, convs).dump())
+    search = SearchFolder(str(folder))
+    for conv in searched_layers(search.supernet[1]).values():
+        conv.alpha.data.normal_()
+    one = search.decode("voted", at_most=1)
+    assert all(len(segments) == 1 for segments in one.layers.values())
+    assert one.search["at_most"] == 1
+    with pytest.raises(NATSError, match="both STAGES .* and CONVS"):
+        make_trainer(tiny_config, tmp_path / "x", *convs, "MODEL.NATS.STAGES", "['res5']")

@@ -213,6 +213,7 @@ CONVS = {
     "stride": dict(kernel_size=3, padding=1, stride=2),
     "5x5": dict(kernel_size=5, padding=2, bias=False),
     "7x7 depthwise": dict(kernel_size=7, padding=3, groups=16),
+    "5x5 depthwise": dict(kernel_size=5, padding=2, groups=16),
     "3x3 in groups": dict(kernel_size=3, padding=1, groups=4),
     "1x5": dict(kernel_size=(1, 5), padding=(0, 2)),
     "5x1": dict(kernel_size=(5, 1), padding=(2, 0)),
@@ -252,7 +253,7 @@ def test_a_conv_is_the_mixture_of_the_formula(kind):
 @pytest.mark.parametrize("kind", CONVS)
 def test_frozen_conv_against_rows_of_plain_ones(kind):
     plain = one_conv(kind)
-    segments = [[4, 1, 1], [4, 3, 1], [4, 1, 2], [4, 3, 1]]
+    segments = [[4, 1, 1], [4, 3, 1], [4, 1, 3], [4, 3, 1]]
     frozen = apply_architecture(copy.deepcopy(plain), Architecture({"0": segments}, paths=True))
     x = torch.randn(2, 16, 13, 17, dtype=torch.float64)
     y = frozen(x)

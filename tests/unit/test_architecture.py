@@ -96,6 +96,31 @@ def test_decode_errors():
             decode_alpha(np.array([[0, value]]), ((1, 1), (3, 3)), 8)
 
 
+@pytest.mark.parametrize("order", ["paper", "voted"])
+def test_at_most_so_many_dilations(order):
+    """Those with the largest sum of softmax(α) over the groups stand; the groups vote for these."""
+    genotypes = ((1, 1), (3, 3), (1, 3))
+    # sums: 1.1, 0.9, 2.0; first choices: (3, 3), (1, 1), (1, 3), (1, 3)
+    alpha = np.log([[0.2, 0.45, 0.35], [0.5, 0.15, 0.35], [0.2, 0.2, 0.6], [0.2, 0.1, 0.7]])
+    expected = {
+        0: ((2, 3, 3), (2, 1, 1), (4, 1, 3)),
+        3: ((2, 3, 3), (2, 1, 1), (4, 1, 3)),
+        2: ((2, 1, 3), (2, 1, 1), (4, 1, 3)),
+        1: ((8, 1, 3),),
+    }
+    for at_most, runs in expected.items():
+        found = decode_alpha(alpha, genotypes, 8, order, at_most=at_most)
+        if order == "voted":
+            assert found == runs, at_most
+        counts = {d: sum(c for c, *o in found if tuple(o) == d) for d in genotypes}
+        assert counts == {d: sum(c for c, *o in runs if tuple(o) == d) for d in genotypes}
+    # a margin holds where (1, 1) stands
+    assert decode_alpha(alpha, genotypes, 8, "voted", 0.2, 2) == ((4, 1, 1), (4, 1, 3))
+    assert decode_alpha(alpha, genotypes, 8, "voted", 0.2, 1) == ((8, 1, 3),)
+    with pytest.raises(NATSError, match="DECODE_AT_MOST -1: expected"):
+        decode_alpha(alpha, genotypes, 8, order, at_most=-1)
+
+
 # -- the value ------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import NATSError
 from .search_space import Dilation
-from .speed import fast_layouts, recomputed, to_fast_layout
+from .speed import fast_layouts, pads_first, recomputed, to_fast_layout
 
 # What torch.fx takes as one call: inside, they look at values that it does not have.
 torch.fx.wrap("to_fast_layout")
@@ -262,7 +262,9 @@ class GroupedDilationConv2d(_DilationConv2d):
         self._dilations: List[List[int]] = [list(self._effective(d)) for d in places]
         self._paddings: List[List[int]] = [list(same_padding(self, d)) for d in places]
         self._places: List[List[int]] = list(places.values())
-        self._fast_layouts: List[bool] = fast_layouts(len(places))
+        depthwise = self.in_channels == self.groups > 1
+        self._fast_layouts: List[bool] = fast_layouts(len(places), depthwise)
+        self._pads_first: List[bool] = [pads_first(p, depthwise) for p in self._paddings]
         self.padding = "one for each dilation"
 
     def _conv_forward(
@@ -275,6 +277,7 @@ class GroupedDilationConv2d(_DilationConv2d):
             bias,
             self.stride,
             self._paddings,
+            self._pads_first,
             self._dilations,
             self._places,
             self._outputs,
@@ -311,6 +314,7 @@ def _convolve(
     bias: Optional[torch.Tensor],
     stride: List[int],
     paddings: List[List[int]],
+    pads_first: List[bool],
     dilations: List[List[int]],
     places: List[List[int]],
     outputs: List[int],
@@ -320,6 +324,7 @@ def _convolve(
 
     Args:
         paddings, dilations: (height, width) of each conv, a base dilation included.
+        pads_first: see :func:`.speed.pads_first`.
         places: which segments have it.
         outputs, inputs: number of channels that each segment writes, and reads; `inputs` is empty
             where each reads all.
@@ -329,11 +334,14 @@ def _convolve(
     shifts = _cut(bias, outputs, 0) if bias is not None else []
     slices = _cut(x, inputs, 1) if grouped else []
     found = [x] * len(outputs)  # one per segment, each replaced in the loop
-    for padding, dilation, own in zip(paddings, dilations, places):
+    for padding, pad_first, dilation, own in zip(paddings, pads_first, dilations, places):
         own_rows = _joined([rows[i] for i in own], 0)
         own_shifts = _joined([shifts[i] for i in own], 0) if bias is not None else None
         read = _joined([slices[i] for i in own], 1) if grouped else x
         groups = read.shape[1] // own_rows.shape[1]
+        if pad_first and not x.is_cuda:
+            read = F.pad(read, [padding[1], padding[1], padding[0], padding[0]])
+            padding = [0, 0]
         y = F.conv2d(read, own_rows, own_shifts, stride, padding, dilation, groups)
         for i, piece in zip(own, _cut(y, [outputs[i] for i in own], 1)):
             found[i] = piece
