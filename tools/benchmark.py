@@ -45,6 +45,8 @@ from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.method.convs import searched_layers
 from detectron2_nats.method.fuse import fuse_for_inference
 from detectron2_nats.method.layers import GroupedDilationConv2d, MixedDilationConv2d
+from detectron2_nats.method.search_space import PAPER_SETS, SearchSpace
+from detectron2_nats.method.transform import apply_architecture
 from detectron2_nats.search.export import export_config
 from detectron2_nats.search.trainer import SearchTrainer
 
@@ -55,6 +57,7 @@ parts (--what):
   train       a training step: plain, frozen, weight step and α step of the super-network
   memory      what these steps keep for backward, and their peak (on a CPU: Linux only)
   convs       one 3x3 conv of res3, res4, res5: plain, frozen, the super-network's
+  timm        networks of timm, needs timm
 
 examples:
   a small part, two minutes:
@@ -62,6 +65,8 @@ examples:
   the steps of two networks on a GPU, at the paper's image size:
     $ python tools/benchmark.py --device cuda --dtype float32 bfloat16 --what train memory \\
         --networks R50 R101 --size 800 1216
+  networks of timm: plain, and frozen with 7, 2 and 1 dilations in each conv:
+    $ python tools/benchmark.py --what timm --size 320 320
   also the pattern that IC-Conv published:
     $ python tools/benchmark.py --what inference convs --networks R50 --ic-conv ic_resnet50_k9.json
 """
@@ -71,6 +76,12 @@ CONFIGS = {
     "R50": "faster_rcnn_R_50_FPN",
     "R101": "faster_rcnn_R_101_FPN",
     "X101": "faster_rcnn_X_101_32x4d_FPN",
+}
+TIMM = {  # name → its convs that are searched
+    "convnext_atto": "stages.*",
+    "hgnetv2_b0": "stages.*",
+    "mobilenetv3_large_100": "blocks.*",
+    "regnetx_004": "s?.*",
 }
 STRIDES = {"res3": 8, "res4": 16, "res5": 32}
 IC_CONV = "frozen, IC-Conv"
@@ -402,7 +413,47 @@ def convs_of(args: argparse.Namespace, name: str, stage: str) -> Dict[str, nn.Co
     return {variant: prepared(args, conv) for variant, conv in convs.items()}
 
 
-RUNS = {"inference": run_inference, "train": run_train, "memory": run_memory, "convs": run_convs}
+def run_timm(args: argparse.Namespace, name: str, dtype: str) -> str:
+    """A network of timm: in eval mode without gradients, and forward and backward in training."""
+    import timm
+
+    squares = [(1, 1), (2, 2)]
+    spaces = {"frozen, 7 dilations": PAPER_SETS["C"]["res4"], "frozen, 2 dilations": squares}
+    models = {"plain": timm.create_model(name)}
+    for variant, genotypes in spaces.items():
+        space = SearchSpace([genotypes], convs=[TIMM[name]])
+        drawn = Architecture.random(models["plain"], space, SEED)
+        models[variant] = apply_architecture(timm.create_model(name), drawn)
+    for dilation in ((2, 2), (3, 3)):
+        uniform = Architecture.uniform(models["plain"], dilation, convs=[TIMM[name]])
+        model = apply_architecture(timm.create_model(name), uniform)
+        models[f"frozen, {dilation} everywhere"] = model
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.randn(args.batch, 3, *args.size, generator=generator).to(args.device)
+    for model in models.values():
+        model.to(args.device)
+
+    def inference(model):
+        with torch.no_grad(), autocast(args, dtype):
+            model.eval()(images)
+
+    def training(model):
+        with autocast(args, dtype):
+            loss = model.train()(images).square().mean()
+        loss.backward()
+        model.zero_grad()
+
+    columns = {f"{f.__name__}, ms": measure(args, f, models) for f in (inference, training)}
+    return table(columns, dict.fromkeys(models, "plain"))
+
+
+RUNS = {
+    "inference": run_inference,
+    "train": run_train,
+    "memory": run_memory,
+    "convs": run_convs,
+    "timm": run_timm,
+}
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -430,7 +481,10 @@ def main(args: argparse.Namespace) -> None:
     height, width = args.size
     report = head_line(args)
     print(report, flush=True)
-    for part, dtype, name in itertools.product(args.what, args.dtype, args.networks):
+    parts = itertools.product(args.what, args.dtype, [*args.networks, *TIMM])
+    for part, dtype, name in parts:
+        if (part == "timm") != (name in TIMM):
+            continue
         try:
             found = RUNS[part](args, name, dtype)
         except (torch.OutOfMemoryError, BrokenProcessPool) as error:
@@ -453,7 +507,9 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser, number = tool_parser(__doc__, EPILOG), whole_number(16384)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
     parser.add_argument("--networks", nargs="+", choices=list(CONFIGS), help="(all)")
-    parser.add_argument("--what", nargs="+", choices=list(RUNS), help="parts, see below (all)")
+    parser.add_argument(
+        "--what", nargs="+", choices=list(RUNS), help="parts, see below (all but timm)"
+    )
     parser.add_argument(
         "--size", nargs=2, type=number, metavar=("HEIGHT", "WIDTH"), help="of images (480 640)"
     )
@@ -477,7 +533,8 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     # what is given goes before the defaults of --smoke
     args.networks = args.networks or (["R50"] if args.smoke else list(CONFIGS))
-    args.what = args.what or [part for part in RUNS if not args.smoke or part != "memory"]
+    usual = [part for part in RUNS if part != "timm" and not (args.smoke and part == "memory")]
+    args.what = args.what or usual
     args.size = args.size or ([256, 320] if args.smoke else [480, 640])
     args.size = [-(-side // 32) * 32 for side in args.size]  # Detectron2 pads to whole strides
     args.rounds = args.rounds or (3 if args.smoke else 5)

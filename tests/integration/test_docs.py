@@ -105,6 +105,8 @@ SHORT += ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "INPUT.MIN_SIZE_TEST", "64"]
 FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.TEST", "('few',)"]
 SMALL = {
     "examples/timm_search.py": ["--iterations", "3", "--size", "64"],
+    "examples/timm_detector_search.py": ["--iterations", "2", "--size", "64", "--images", "2"],
+    "examples/rtdetr_search.py": ["--iterations", "2", "--size", "64"],
     "examples/torchvision_search.py": ["--iterations", "3", "--size", "64", "--images", "2"],
     "nats-plot": ["--images", "1", "--field-size", "40"],
     "nats-analyze": ["--size", "64", "96"],
@@ -372,7 +374,12 @@ def started(folder: Path, words: List[str]) -> str:
 
 
 def _skip_without_packages(script: str) -> None:
-    needed = {"examples/pointrend_searched.py": "cv2", "examples/timm_search.py": "timm"}
+    needed = {
+        "examples/pointrend_searched.py": "cv2",
+        "examples/rtdetr_search.py": "transformers",
+        "examples/timm_detector_search.py": "timm",
+        "examples/timm_search.py": "timm",
+    }
     if script in needed:
         pytest.importorskip(needed[script])
 
@@ -382,7 +389,9 @@ def called(script: str, folder: Path = REPOSITORY) -> None:
     if script.startswith("nats-"):
         cli.main()
     else:
-        runpy.run_path(str(folder / script), run_name="__main__")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str((folder / script).parent))  # as Python does
+            runpy.run_path(str(folder / script), run_name="__main__")
 
 
 def run_here(folder: Path, command: str) -> None:

@@ -154,6 +154,25 @@ def test_timm(tmp_path, capsys):
     assert Architecture.load(str(tmp_path / "architecture.yaml")).stages == ("res3", "res4", "res5")
 
 
+@pytest.mark.parametrize(
+    "name, needed", [("rtdetr_search", "transformers"), ("timm_detector_search", "timm")]
+)
+def test_networks_by_paths(tmp_path, capsys, monkeypatch, name, needed):
+    """They search; what they leave is a plain detector's state dict."""
+    pytest.importorskip(needed)
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    module = example(name)
+    torch.manual_seed(0)
+    arguments = {"output": str(tmp_path), "iterations": 3, "size": 64, "images": 2}
+    arguments.update(model="regnetx_002", convs=["body.s4.*", "fpn.layer_blocks.*"])
+    module.main(argparse.Namespace(**arguments))
+    assert re.search(r"wrote .*/detector.pth \((AP|loss) \d", capsys.readouterr().out)
+    architecture = Architecture.load(str(tmp_path / "architecture.yaml"))
+    assert architecture.paths and len(architecture.layers) > 7
+    plain = module.plain_detector(*(["regnetx_002", 64] if needed == "timm" else []))
+    plain.load_state_dict(torch.load(tmp_path / "detector.pth", weights_only=True))
+
+
 def tiny_detector(tmp_path, meta_architecture="GeneralizedRCNN"):
     """A frozen detector with random weights, in eval mode."""
     path = tmp_path / "tiny.yaml"
