@@ -27,7 +27,8 @@ methods:
   5x5          one dilation in all searched convs, this one or another
   NAME         the architecture of --architecture NAME=FILE, the same for each seed
   5x5-warm, NAME-warm: likewise, from the weights of the nats- methods' super-network
-transposed and the nats- methods take a margin (SEARCH.DECODE_MARGIN) after an @: nats-warm@0.1.
+transposed and the nats- methods take a margin (SEARCH.DECODE_MARGIN) after an @, nats-warm@0.1, or
+the most dilations of a conv (SEARCH.DECODE_AT_MOST), nats-warm@2.
 All take a length: plain-1.5x, NAME-1.5x=FILE are retrained for 1.5 times as many iterations.
 A search's iteration takes longer than one of training, so equal time needs more than plain-long.
 """
@@ -47,7 +48,7 @@ _SEARCHES = {
     "nats-warm": "nats",
     "path-warm": "path",
 }
-_GRAMMAR = re.compile(r"(.*?)(?:@(0?\.\d+|0))?(?:-(\d{1,3}(?:\.\d{1,3})?)x)?", re.DOTALL)
+_GRAMMAR = re.compile(r"(.*?)(?:@(0?\.\d+|\d))?(?:-(\d{1,3}(?:\.\d{1,3})?)x)?", re.DOTALL)
 _BEST_OF = re.compile(r"random-best-of-([2-9]|[1-9]\d)")
 _UNIFORM = re.compile(r"([1-9]\d?)x([1-9]\d?)(?:-warm)?")  # height and width of the dilation
 
@@ -58,8 +59,9 @@ class Method:
 
     Attributes:
         name: as given; also that of its runs' folders.
-        kind: without margin and length.
-        margin: with which it decodes; None if none is given.
+        kind: without what follows an @, and without length.
+        margin: with which it decodes, below 1; None if none is given.
+        at_most: so many dilations in each conv; 0 if it is not given.
         length: iterations of its retraining, relative to the config's. None for plain-long, whose
             length depends on the search's.
     """
@@ -67,14 +69,17 @@ class Method:
     name: str
     kind: str
     margin: Optional[float]
+    at_most: int
     length: Optional[float]
 
     @classmethod
     def of(cls, name: str) -> "Method":
-        kind, margin, length = _GRAMMAR.fullmatch(name).groups()
+        kind, given, length = _GRAMMAR.fullmatch(name).groups()
+        at_most = int(given) if given and given.isdigit() else 0
+        margin = float(given) if given and not at_most else None
         if kind == "plain-long":
-            return cls(name, "plain", margin and float(margin), length and float(length))
-        return cls(name, kind, margin and float(margin), float(length or 1))
+            return cls(name, "plain", margin, at_most, length and float(length))
+        return cls(name, kind, margin, at_most, float(length or 1))
 
     @property
     def warm(self) -> bool:
@@ -110,7 +115,8 @@ class Method:
         """Whether its name is one of :data:`HELP`, and no architecture's."""
         if self.kind not in _SEARCHES and not self.dilation and not self.draws:
             return False
-        if self.margin is not None and _SEARCHES.get(self.kind) != "nats":
+        decodes = self.margin is not None or self.at_most
+        if decodes and _SEARCHES.get(self.kind) != "nats":
             return False
         if self.kind == "plain" and self.name.startswith("plain-long"):
             return self.length is None
@@ -123,8 +129,8 @@ def method_argument(text: str) -> str:
         known = ["plain", "plain-long", *list(_SEARCHES)[1:]]
         raise argparse.ArgumentTypeError(
             f"{text!r}: expected one of {', '.join(known)}, random-best-of-4, 5x5, 5x5-warm; with "
-            "a length, "
-            "like plain-1.5x; transposed and nats- also with @MARGIN. KEY VALUE pairs come after "
+            "a length, like plain-1.5x; transposed and nats- also with @MARGIN or @MOST. KEY VALUE "
+            "pairs come after "
             "another option than --methods"
         )
     return text
@@ -135,7 +141,7 @@ def named_file_argument(text: str) -> Tuple[str, str]:
     name, _, path = text.partition("=")
     method = Method.of(name)
     taken = method.kind in _SEARCHES or method.dilation or method.draws
-    taken = taken or method.margin is not None
+    taken = taken or method.margin is not None or method.at_most
     if not name or not path or taken or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE, NAME not being a method")
     return name, path

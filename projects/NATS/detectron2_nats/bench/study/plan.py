@@ -315,7 +315,7 @@ class Study:
             return None
         order = "paper" if method.kind == "nats-paper" else "voted"
         search = SearchFolder(self.folder(f"search-{method.search}", seed))
-        found = search.decode(order, method.margin or 0.0)
+        found = search.decode(order, method.margin or 0.0, method.at_most)
         return found.transposed() if method.kind == "transposed" else found
 
     def task(self, name: str, seed: int) -> Optional[Task]:
