@@ -25,7 +25,7 @@ from typing import Dict, List, NamedTuple
 import pytest
 import torch
 import torchvision
-from runs import REPOSITORY, TINY
+from runs import REPOSITORY, TINY, Warm, finish
 
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import Architecture, apply_architecture
@@ -91,6 +91,9 @@ RULES = [
     # minutes to hours
     (r"^python tools/(benchmark|demo|gpu_report|pretrain_embedded)\.py", "parsed"),
     (r"^nats-study ", "parsed"),
+    # run by test_examples.py and test_score.py
+    (r"^python examples/(torchvision|timm)_search\.py", "parsed"),
+    (r"^nats-score (?!.*--write)", "parsed"),
     (r"^python tests/faults/run_faults\.py", "parsed"),
     (rf"^{TRAINS} ", "trained"),
     (r"^(DETECTRON2_DATASETS=\S+ )?python tools/make_val35k\.py", "run"),
@@ -104,8 +107,6 @@ SHORT += ["DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SEED"
 SHORT += ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "INPUT.MIN_SIZE_TEST", "64"]
 FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.TEST", "('few',)"]
 SMALL = {
-    "examples/timm_search.py": ["--iterations", "3", "--size", "64"],
-    "examples/torchvision_search.py": ["--iterations", "3", "--size", "64", "--images", "2"],
     "nats-plot": ["--images", "1", "--field-size", "40"],
     "nats-analyze": ["--size", "64", "96"],
     "examples/lazyconfig_search.py": [
@@ -357,18 +358,11 @@ def started(folder: Path, words: List[str]) -> str:
     file, *arguments = words[1:] if words[0] == "python" else words
     if file.startswith("nats-"):
         file = str(Path(sys.executable).with_name(file))
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", file, *arguments],
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
+    return finish(
+        Warm(
+            [file if os.path.isabs(file) else str(folder / file), *arguments], folder, environment()
+        )
     )
-    assert process.returncode == 0, f"status {process.returncode}:\n{process.stdout[-3000:]}"
-    return process.stdout
 
 
 def _skip_without_packages(script: str) -> None:
@@ -509,7 +503,10 @@ def check_run(command: str, here: Path, capsys) -> None:
     if script == "examples/export_detector.py":  # TorchScript leaves traces in a process
         printed = started(here, shlex.split(command))
     else:
-        run_here(here, shlex.join([*shlex.split(command), *SMALL.get(script, [])]))
+        more = SMALL.get(script, [])
+        if script == "nats-look":
+            more = ["--size", "96"] if "--network" in command else ["INPUT.MIN_SIZE_TEST", "96"]
+        run_here(here, shlex.join([*shlex.split(command), *more]))
         printed = capsys.readouterr().out
     last = printed.splitlines()[-1]
     if script == "nats-analyze":
