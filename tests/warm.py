@@ -21,7 +21,8 @@ import sys
 import matplotlib.pyplot  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 
-import detectron2_nats.bench.pictures  # noqa: F401
+import detectron2_nats.bench.report  # noqa: F401
+import detectron2_nats.commands.study  # noqa: F401
 from detectron2_nats.commands import search
 from detectron2_nats.engine import processes
 

@@ -84,10 +84,8 @@ def test_without_detectron2(tmp_path):
         ["draw", "--uniform", "1x5", "--output", "drawn", *network],
         ["look", "a.yaml", "b.pth"],
     ]
-    code = "import sys\n" + WITHOUT_DETECTRON2
-    code += "".join(f"sys.argv[1:] = {arguments}\n{RUN}" for arguments in words)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_DETECTRON2 + RUN, json.dumps(words)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
