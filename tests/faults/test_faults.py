@@ -1,4 +1,7 @@
-"""A short form of the fault table; `make faults` makes the whole."""
+"""A short form of the fault table; `make faults` makes the whole.
+
+Of its other kinds, test_scripts.py tests signals and dead ranks, test_checkpoint.py flipped bits.
+"""
 
 import re
 import sys
@@ -10,10 +13,11 @@ from runs import REPOSITORY
 def test_some_faults_are_survived(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     output = tmp_path / "table.md"
-    words = ["run_faults.py", "--seed", "1", "--faults", "5", "--output", str(output)]
+    words = ["run_faults.py", "--seed", "1", "--faults", "3", "--output", str(output)]
+    words += ["--kinds", "SIGKILL", "newest checkpoint truncated", "full disk"]
     monkeypatch.setattr(sys, "argv", words)
     status = run_faults.main()
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert re.findall(r"^\[ ?\d/5\] .*: identical: .* min left\)$", printed, re.M)
-    assert "| **all** | **5** | **5** | **5** |" in output.read_text()
+    assert re.findall(r"^\[ ?\d/3\] .*: identical: .* min left\)$", printed, re.M)
+    assert "| **all** | **3** | **3** | **3** |" in output.read_text()
