@@ -9,6 +9,9 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 from detectron2_nats.engine.processes import exit_from_group
 
+# Ranks that are forked from a process that has imported: importing takes seconds.
+mp.get_context("forkserver").set_forkserver_preload(["detectron2_nats.search.trainer"])
+
 
 def start_rank(rank, port, backend, test, results, arguments):
     if backend == "nccl":
@@ -30,8 +33,9 @@ def on_two_ranks(test, *arguments, backend="gloo"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(start_rank, (port, backend, test, results, arguments), nprocs=2, join=False)
+    results = mp.get_context("forkserver").SimpleQueue()
+    arguments = (port, backend, test, results, arguments)
+    context = mp.start_processes(start_rank, arguments, 2, join=False, start_method="forkserver")
     while not context.join(timeout=120):
         pass
     return [value for _, value in sorted(results.get() for _ in range(2))]

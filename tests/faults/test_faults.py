@@ -1,23 +1,23 @@
-"""A short form of the fault table; `make faults` makes the whole."""
+"""A short form of the fault table; `make faults` makes the whole.
+
+Of its other kinds, test_scripts.py tests signals and dead ranks, test_checkpoint.py flipped bits.
+"""
 
 import re
-import subprocess
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("run_faults.py")
-
-
-def test_some_faults_are_survived(tmp_path):
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--seed", "1", "--faults", "5"]
-    command += ["--output", str(tmp_path / "table.md")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"^\[ ?\d/5\] .*: identical: .* min left\)$", done.stdout, re.M)
-    assert "| **all** | **5** | **5** | **5** |" in (tmp_path / "table.md").read_text()
+import run_faults
+from runs import REPOSITORY
 
 
-def test_help_has_an_example():
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--help"]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert "examples:" in output and "$ python tests/faults/run_faults.py" in output
+def test_some_faults_are_survived(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    output = tmp_path / "table.md"
+    words = ["run_faults.py", "--seed", "1", "--faults", "3", "--output", str(output)]
+    words += ["--kinds", "SIGKILL", "newest checkpoint truncated", "full disk"]
+    monkeypatch.setattr(sys, "argv", words)
+    status = run_faults.main()
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert re.findall(r"^\[ ?\d/3\] .*: identical: .* min left\)$", printed, re.M)
+    assert "| **all** | **3** | **3** | **3** |" in output.read_text()

@@ -18,17 +18,18 @@ import shutil
 import subprocess
 import sys
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Dict, List, NamedTuple
 
 import pytest
 import torch
 import torchvision
-from runs import REPOSITORY, TINY
+from runs import REPOSITORY, TINY, Warm, finish
 
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import Architecture, apply_architecture
+from detectron2_nats.bench import look
 from detectron2_nats.commands import cli
 from detectron2_nats.config import load_config
 from detectron2_nats.files import parse_yaml
@@ -91,6 +92,9 @@ RULES = [
     # minutes to hours
     (r"^python tools/(benchmark|demo|gpu_report|pretrain_embedded)\.py", "parsed"),
     (r"^nats-study ", "parsed"),
+    # run by test_examples.py and test_score.py
+    (r"^python examples/(torchvision|timm|timm_detector|rtdetr)_search\.py", "parsed"),
+    (r"^nats-score (?!output/search --write)", "parsed"),
     (r"^python tests/faults/run_faults\.py", "parsed"),
     (rf"^{TRAINS} ", "trained"),
     (r"^(DETECTRON2_DATASETS=\S+ )?python tools/make_val35k\.py", "run"),
@@ -104,14 +108,10 @@ SHORT += ["DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SEED"
 SHORT += ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "INPUT.MIN_SIZE_TEST", "64"]
 FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.TEST", "('few',)"]
 SMALL = {
-    "examples/timm_search.py": ["--iterations", "3", "--size", "64"],
-    "examples/timm_detector_search.py": ["--iterations", "2", "--size", "64", "--images", "2"],
-    "examples/rtdetr_search.py": ["--iterations", "2", "--size", "64"],
-    "examples/torchvision_search.py": ["--iterations", "3", "--size", "64", "--images", "2"],
     "nats-plot": ["--images", "1", "--field-size", "40"],
     "nats-analyze": ["--size", "64", "96"],
     "examples/lazyconfig_search.py": [
-        *("train.init_checkpoint=", "train.max_iter=5", "dataloader.train.num_workers=0"),
+        *("train.init_checkpoint=", "train.max_iter=3", "dataloader.train.num_workers=0"),
         *(f"model.backbone.bottom_up.{part}.norm=BN" for part in ("stem", "stages")),
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
     ],
@@ -215,7 +215,8 @@ def commands() -> List[Text]:
     found: Dict[str, Text] = {}
     for place, text in commands_of_pages() + [e for script in SOURCES for e in examples(script)]:
         text = substituted(text)
-        found.setdefault(text, Text(place, text))
+        same = re.sub(r"^python (search|train)_net\.py", r"nats-\1", text)
+        found.setdefault(same, Text(place, text))
     return list(found.values())
 
 
@@ -359,18 +360,11 @@ def started(folder: Path, words: List[str]) -> str:
     file, *arguments = words[1:] if words[0] == "python" else words
     if file.startswith("nats-"):
         file = str(Path(sys.executable).with_name(file))
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", file, *arguments],
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
+    return finish(
+        Warm(
+            [file if os.path.isabs(file) else str(folder / file), *arguments], folder, environment()
+        )
     )
-    assert process.returncode == 0, f"status {process.returncode}:\n{process.stdout[-3000:]}"
-    return process.stdout
 
 
 def _skip_without_packages(script: str) -> None:
@@ -405,6 +399,8 @@ def run_here(folder: Path, command: str) -> None:
         words = words[1:] if words[0] == "python" else words
         _skip_without_packages(words[0])
         patch.setattr(sys, "argv", words)
+        # a field's true size needs large inputs, for seconds
+        patch.setattr(look, "field_extents", partial(look.field_extents, sides=[(96, 1)]))
         try:
             called(words[0], folder)
         except SystemExit as status:

@@ -1,35 +1,35 @@
 """The lock on OUTPUT_DIR: one run at a time, and none longer than its process."""
 
 import fcntl
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
+import time
 
 import pytest
 
 from detectron2_nats import NATSError
 from detectron2_nats.engine import lock
 
-HOLDER = """
-import os, sys, time
-from detectron2_nats.engine.lock import lock_folder
-lock_folder(sys.argv[1])
-loader = os.fork()  # as a loader process: it lives longer than the one that holds the lock
-if loader:
-    print(loader, flush=True)
-time.sleep(60)
-"""
+
+def hold(folder, loaders):
+    lock.lock_folder(folder)
+    loader = os.fork()  # as a loader process: it lives longer than the one that holds the lock
+    if loader:
+        loaders.send(loader)
+    time.sleep(60)
 
 
 @pytest.fixture
 def holder(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", HOLDER, str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    process.loader = int(process.stdout.readline())
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    process = fork.Process(target=hold, args=(str(tmp_path), there))
+    process.start()
+    process.loader = here.recv()
     yield process
     process.kill()
-    process.wait()
+    process.join()
     os.kill(process.loader, 9)
 
 

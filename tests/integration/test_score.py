@@ -91,9 +91,11 @@ def test_the_place_of_plain_among_random_ones_is_the_verdict(plain, worse, verdi
     assert sentence == f"Plain has a higher loss than {worse} of 4 random architectures: {verdict}."
 
 
-def test_uneven_architectures_differ_more(trainer):
+def test_uneven_architectures_differ_more(tiny_config):
+    cfg = load_config(tiny_config)
+
     def largest_shares(uneven):
-        drawn = [random_architecture(trainer.cfg, seed, uneven) for seed in range(20)]
+        drawn = [random_architecture(cfg, seed, uneven) for seed in range(20)]
         return np.mean(
             [
                 max(a.channels_per_dilation(name).values()) / sum(c for c, *_ in runs)

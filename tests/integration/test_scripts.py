@@ -34,7 +34,7 @@ def wait_for_text(text: str, process) -> None:
 def undisturbed(tiny_config, tmp_path_factory) -> Path:
     """A search of 6 iterations that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run("search_net.py", "--config-file", tiny_config, "OUTPUT_DIR", str(folder))
+    run("search_net.py", "--config-file", tiny_config, "OUTPUT_DIR", str(folder), fresh=True)
     return folder
 
 
@@ -43,7 +43,7 @@ def undisturbed_pair(tiny_config, tmp_path_factory) -> Path:
     """The same on two gloo processes."""
     folder = tmp_path_factory.mktemp("pair")
     arguments = ["--num-gpus", "2", "--config-file", tiny_config]
-    run("search_net.py", *arguments, "OUTPUT_DIR", str(folder))
+    run("search_net.py", *arguments, "OUTPUT_DIR", str(folder), fresh=True)
     return folder
 
 
@@ -74,9 +74,9 @@ def test_search_export_retrain_evaluate(undisturbed, tiny_config, tmp_path):
         arguments += ["DATASETS.TEST", "('nats_embedded_val',)"]
         out = run("train_net.py", *arguments, "SOLVER.MAX_ITER", "3")
         assert "Evaluation results for nats_embedded_val" in out
-        arguments += ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
-        out = run("train_net.py", "--eval-only", *arguments)
-        assert "Evaluation results for nats_embedded_val" in out
+    arguments += ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
+    out = run("train_net.py", "--eval-only", *arguments)
+    assert "Evaluation results for nats_embedded_val" in out
 
 
 def test_frozen_weights_from_the_supernetwork(undisturbed, tmp_path):
@@ -111,27 +111,27 @@ def test_frozen_weights_from_the_supernetwork(undisturbed, tmp_path):
     assert len(seen) > 1  # else nothing was tested
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_survives_sigkill(undisturbed, undisturbed_pair, tiny_config, tmp_path, processes):
-    arguments = ["--num-gpus", str(processes), "--config-file", tiny_config, "--resume"]
-    arguments += ["OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "2"]
-    process = script("search_net.py", *arguments, start_new_session=True)
+def test_survives_sigkill(undisturbed, tiny_config, tmp_path):
+    """Two processes: test_ranks_die_with_their_launcher."""
+    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
+    arguments += ["DATALOADER.NUM_WORKERS", "2"]
+    process = script("search_net.py", *arguments, start_new_session=True, fresh=True)
     wait_for(tmp_path / "model_0000001.pth", process)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    output = finish(script("search_net.py", *arguments))
+    output = run("search_net.py", *arguments, fresh=True)
     assert re.search(r"Starting training from iteration [24]", output)
-    assert_same_run(undisturbed if processes == 1 else undisturbed_pair, tmp_path)
+    assert_same_run(undisturbed, tmp_path)
 
 
 def test_goes_on_with_as_many_threads(undisturbed, tiny_config, tmp_path):
     """Left to itself, the second start would take one for each core."""
     arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
-    process = script("search_net.py", *arguments, env={"OMP_NUM_THREADS": "1"})
+    process = script("search_net.py", *arguments, fresh=True)
     wait_for(tmp_path / "model_0000001.pth", process)
     process.kill()
     process.wait()
-    output = run("search_net.py", *arguments, env={"OMP_NUM_THREADS": None})
+    output = run("search_net.py", *arguments, env={"OMP_NUM_THREADS": None}, fresh=True)
     assert "not bit for bit" not in output
     assert_same_run(undisturbed, tmp_path)
 
@@ -165,8 +165,9 @@ def test_ranks_die_with_their_launcher(undisturbed_pair, tiny_config, tmp_path, 
     while not all(map(gone, ranks)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    run("search_net.py", *arguments, **options)
-    assert_same_run(undisturbed_pair, tmp_path)
+    if not torchrun:  # how those go on: test_torchrun_restarts_after_a_rank_died
+        run("search_net.py", *arguments)
+        assert_same_run(undisturbed_pair, tmp_path)
 
 
 def test_a_second_run_in_the_folder_of_a_living_one_is_refused(tiny_config, tmp_path):
@@ -210,14 +211,13 @@ def test_stops_on_request(undisturbed, tiny_config, tmp_path, number):
     process.send_signal(number)
     output = finish(process, status=75)
     assert "stopped on request after iteration" in output
-    finish(script("search_net.py", *arguments))
-    assert_same_run(undisturbed, tmp_path)
+    if number == signal.SIGTERM:  # all set the same flag
+        run("search_net.py", *arguments)
+        assert_same_run(undisturbed, tmp_path)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_stops_in_the_middle_of_an_evaluation(
-    undisturbed, undisturbed_pair, tiny_config, tmp_path, processes
-):
+def test_stops_in_the_middle_of_an_evaluation(undisturbed, tiny_config, tmp_path, processes):
     """Schedulers signal whole process groups: loader processes too."""
     arguments = ["--num-gpus", str(processes), "--config-file", tiny_config, "--resume"]
     arguments += ["OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "1"]
@@ -232,8 +232,9 @@ def test_stops_in_the_middle_of_an_evaluation(
     assert "Evaluation results" not in output
     assert processes == 2 or "Traceback" not in output  # a rank may find its connection cut
     assert (tmp_path / "model_0000002.pth").exists()
-    finish(script("search_net.py", *arguments))
-    assert_same_run(undisturbed if processes == 1 else undisturbed_pair, tmp_path)
+    if processes == 1:
+        run("search_net.py", *arguments)
+        assert_same_run(undisturbed, tmp_path)
 
 
 def test_evaluation_alone_stops_on_request(undisturbed, tiny_config, tmp_path):
@@ -343,14 +344,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tiny_config, tm
 
 def test_errors_are_one_line_with_status_2(tiny_config, tmp_path):
     arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
-    output = run("search_net.py", *arguments, "MODEL.NATS.SPACE", "Z", status=2)
+    output = run("search_net.py", *arguments, "MODEL.NATS.SPACE", "Z", status=2, fresh=True)
     assert output.strip().splitlines()[-1].startswith("error: unknown SPACE 'Z'")
     assert "Traceback" not in output
 
 
 def test_errors_of_several_processes_are_the_last_lines(tiny_config, tmp_path):
     arguments = ["--num-gpus", "2", "--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
-    output = run("search_net.py", *arguments, "MODEL.NATS.SPACE", "Z", status=2)
+    output = run("search_net.py", *arguments, "MODEL.NATS.SPACE", "Z", status=2, fresh=True)
     assert output.strip().splitlines()[-1].startswith("error: unknown SPACE 'Z'")
     assert "Traceback" not in output
 
@@ -358,7 +359,7 @@ def test_errors_of_several_processes_are_the_last_lines(tiny_config, tmp_path):
 def test_no_process_computes_on_the_cpu_unasked(tiny_config, tmp_path):
     arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cuda"]
     env = {"CUDA_VISIBLE_DEVICES": ""}
-    for launcher, more in ((sys.executable,), ["--num-gpus", "2"]), (TORCHRUN, []):
+    for launcher, more in ((), ["--num-gpus", "2"]), (TORCHRUN, []):
         status = 1 if launcher is TORCHRUN else 2
         options = {"launcher": launcher, "env": env, "status": status}
         output = run("search_net.py", *more, *arguments, **options)
@@ -374,14 +375,7 @@ def test_a_checkpoint_before_the_first_line_of_the_log(tiny_config, tmp_path):
     assert "no pictures" not in output
 
 
-@pytest.mark.parametrize(
-    "script, name",
-    [
-        ("search_net.py", "nats-search"),
-        ("train_net.py", "nats-train"),
-        ("nats-export", "nats-export"),
-    ],
-)
-def test_help_has_an_example(script, name):
-    output = run(script, "--help")
-    assert "example" in output and f"$ {name}" in output
+@pytest.mark.parametrize("name", ["search", "train"])
+def test_help_has_an_example(name):
+    output = run(f"{name}_net.py", "--help")
+    assert "example" in output and f"$ nats-{name}" in output

@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import TINY, finish, script, wait_until
 
+from detectron2.modeling import build_model
 from detectron2_nats.bench.study.collect import _spent
 from detectron2_nats.bench.study.methods import Method, method_argument
 from detectron2_nats.bench.study.metrics import last_metric
@@ -88,7 +89,7 @@ def test_methods(method, kind, known):
             method_argument(method)
 
 
-def test_study_goes_on_after_a_kill(tmp_path):
+def test_study_goes_on_after_a_kill(tmp_path, monkeypatch):
     (tmp_path / "search.yaml").write_text(f"VERSION: 2\n{TINY}")
     (tmp_path / "plain.yaml").write_text(
         "_BASE_: search.yaml\nMODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone}}\n"
@@ -97,7 +98,6 @@ def test_study_goes_on_after_a_kill(tmp_path):
     arguments = [
         "--methods",
         "plain",
-        "plain-1.5x",
         "nats-voted",
         "--seeds",
         "1",
@@ -119,7 +119,7 @@ def test_study_goes_on_after_a_kill(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     printed = finish(script("nats-study", *arguments))
-    assert "0 of 4 runs are done" in printed and "[4/4]" in printed
+    assert "0 of 3 runs are done" in printed and "[3/3]" in printed
     table = (output / "study.md").read_text()
     (search,) = [line for line in table.splitlines() if line.startswith("| nats  ")]
     assert "≥" in search and table.count("≥") == 1  # nobody saw how much the killed one took
@@ -127,30 +127,38 @@ def test_study_goes_on_after_a_kill(tmp_path):
     # in both tables, and in that of the classes where something was detected
     assert rows.count("nats-voted") in (2, 3) and "1 seeds" in table
     assert (output / "study.png").stat().st_size > 1000
-    assert load_config(str(output / "seed_0/plain-1.5x/config.yaml")).SOLVER.MAX_ITER == 6
     measured = json.loads((output / "results.json").read_text())["methods"]
     assert measured["plain"]["detector"]["flops"] > measured["plain"]["flops"]
-    assert "4 of 4 runs are done" in finish(script("nats-study", *arguments))
+    assert "3 of 3 runs are done" in finish(script("nats-study", *arguments))
 
     found = Architecture.from_config(measured["nats-voted"]["architectures"][0])
     found.save(str(tmp_path / "found.yaml"))
     arguments[arguments.index("--methods") : arguments.index("--seeds")] = [
-        *("--methods", "3x3-warm", "--architecture", f"found-1.5x={tmp_path / 'found.yaml'}")
+        *("--methods", "plain", "--architecture", f"found-1.5x={tmp_path / 'found.yaml'}")
     ]
-    assert "1 of 3 runs are done" in finish(script("nats-study", *arguments))
+    assert "1 of 2 runs are done" in finish(script("nats-study", *arguments))
     cfg = load_config(str(output / "seed_0/found-1.5x/retrain.yaml"))  # complete by itself
     assert cfg.MODEL.RESNETS.STEM_OUT_CHANNELS == 12
     cfg = load_config(str(output / "seed_0/found-1.5x/config.yaml"))
     assert Architecture.from_config(cfg.MODEL.NATS.ARCHITECTURE).layers == found.layers
     assert cfg.SOLVER.MAX_ITER == 6
-    cfg = load_config(str(output / "seed_0/3x3-warm/config.yaml"))
-    dilations = {(h, w) for _, segments in cfg.MODEL.NATS.ARCHITECTURE for _, h, w in segments}
-    assert dilations == {(3, 3)} and cfg.SOLVER.MAX_ITER == 4
-    assert cfg.MODEL.WEIGHTS.endswith("3x3-warm/frozen.pth")
     turned = {name: segments[::-1] for name, segments in found.layers.items()}
     Architecture(turned).save(str(tmp_path / "found.yaml"))
     changed = finish(script("nats-study", *arguments), status=2)
     assert "found.yaml is another architecture than that in" in changed
+
+    # one dilation everywhere, with the search's weights: what its run would be started with
+    arguments[arguments.index("--methods") + 1] = "3x3-warm"
+    arguments[arguments.index("--architecture") : arguments.index("--seeds")] = []
+    monkeypatch.setattr(sys, "argv", ["nats-study", *arguments])
+    started = study_command.study_of(study_command.parse_args()).task("3x3-warm", 0).prepare()
+    cfg = load_config(
+        started[started.index("--config-file") + 1], started[started.index("--num-gpus") + 2 :]
+    )
+    dilations = {(h, w) for _, segments in cfg.MODEL.NATS.ARCHITECTURE for _, h, w in segments}
+    assert dilations == {(3, 3)} and cfg.SOLVER.MAX_ITER == 4
+    assert cfg.MODEL.WEIGHTS == str(output / "seed_0/3x3-warm/frozen.pth")
+    build_model(cfg).load_state_dict(torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"])
 
 
 @pytest.fixture

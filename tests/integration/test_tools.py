@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import REPOSITORY, TINY
+from runs import REPOSITORY, TINY, Warm
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture
@@ -34,15 +34,11 @@ def file_of(name: str) -> str:
 
 
 def tool(name: str, *arguments, folder=REPOSITORY) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", file_of(name), *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "projects/NATS")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    words = [file_of(name), *map(str, arguments)]
+    process = Warm(words, folder, dict(os.environ), separate=True)
+    status = process.wait(timeout=240)
+    printed = (Path(file.name).read_text() for file in (process.log, process.errors))
+    return subprocess.CompletedProcess(words, status, *printed)
 
 
 def tool_here(monkeypatch, folder: Path, name: str, *arguments: str):
