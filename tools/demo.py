@@ -87,6 +87,7 @@ def main(args: argparse.Namespace) -> None:
     pictures += ["--plain", CONFIG, f"{plain}/model_final.pth"]
     pictures += ["--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"]
     run("nats-plot", search, *pictures)
+    run("nats-look", CONFIG, f"{plain}/model_final.pth", "--output", f"{args.output}/pictures")
     run("nats-report", args.output, "--title", "Horizontal bars")
     with open(f"{args.output}/results.json") as file:
         results = json.load(file)

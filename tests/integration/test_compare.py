@@ -5,11 +5,15 @@ import re
 import shlex
 
 import pytest
-from runs import make_trainer
+import torch
+from runs import assert_same_run, make_trainer, run
 
 from detectron2_nats import Architecture
+from detectron2_nats.bench.score import candidates, one_shot_score, scoring_batches, some_of
 from detectron2_nats.commands import draw
+from detectron2_nats.commands import search as search_command
 from detectron2_nats.config import load_config
+from detectron2_nats.engine.loader import dataset_dicts
 from detectron2_nats.search.compare import (
     StepTimes,
     comparison_commands,
@@ -48,7 +52,7 @@ def test_the_lines():
         f"  nats-draw {config} --uniform 1x3 --output 'output/my search/uniform'",
         f"  python train_net.py --config-file 'output/my search/uniform/retrain.yaml' {longer}",
     ]
-    assert lines[-1] == "  nats-score 'output/my search'"
+    assert len(lines) == 5
     lines = comparison_commands(search, load_config("", opts), found, None).split("\n")
     assert "not measured" in lines[0] and lines[2].endswith("random/retrain.yaml'")
     cosine = load_config("", [*opts, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"])
@@ -75,3 +79,62 @@ def test_a_search_ends_with_commands_that_run(searched, tmp_path, monkeypatch, c
         assert capsys.readouterr().out.count("wrote ") == 2
     cfg = load_config(str(tmp_path / "search/random/retrain.yaml"))
     assert cfg.OUTPUT_DIR == str(tmp_path / "search/random/retrain")
+
+
+@pytest.fixture
+def search(tiny_config, tmp_path, monkeypatch, caplog):
+    """A function: runs what nats-search runs, and returns the trainer and what it said."""
+    monkeypatch.setattr("detectron2_nats.SearchTrainer", search_command._ReportingTrainer)
+
+    def searched(name, *opts):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "detectron2_nats"):
+            trainer = make_trainer(tiny_config, tmp_path / name, *opts)
+            trainer.train()
+        return trainer, [r for r in caplog.records if r.name == search_command.__name__]
+
+    return searched
+
+
+def test_a_search_ends_with_what_the_score_says(search, tmp_path):
+    trainer, (said,) = search("search", "SEARCH.SCORE_IMAGES", "4")
+    rows = dict(re.findall(r"^(\w+(?: \w+)?) +(\d+\.\d{4})$", said.getMessage(), re.MULTILINE))
+    assert set(rows) == {"found", "plain", "all 3x3", *(f"random {i}" for i in range(6))}
+    worse = sum(rows["plain"] > rows[f"random {i}"] for i in range(6))
+    assert f"\nPlain has a higher loss than {worse} of 6 random" in said.getMessage()
+    assert said.getMessage().endswith(f"\n  nats-score {tmp_path}/search")
+    cfg = trainer.cfg
+    records = some_of(dataset_dicts(cfg, cfg.DATASETS.CALIBRATION), 4)
+    batches = scoring_batches(cfg, records)
+    for name, architecture in candidates(cfg, trainer.model, 1).items():
+        assert f"{one_shot_score(trainer.model, architecture, batches):.4f}" == rows[name]
+
+    # it changes nothing; a finished search says it again
+    states = torch.get_rng_state()
+    _, (again,) = search("search", "SEARCH.SCORE_IMAGES", "4")
+    assert again.getMessage().split(" s; ")[1] == said.getMessage().split(" s; ")[1]
+    _, (short,) = search("other")
+    assert short.getMessage().startswith("Whether a wider field pays at all")
+    assert torch.equal(torch.get_rng_state(), states)
+    assert_same_run(str(tmp_path / "search"), str(tmp_path / "other"))
+
+
+def test_a_search_does_not_fail_by_its_score(search, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(search_command, "one_shot_score", fail)
+    _, (warning, command) = search("search", "SEARCH.SCORE_IMAGES", "2")
+    assert warning.levelname == "WARNING"
+    assert warning.getMessage() == "no score of what was found: RuntimeError: out of memory"
+    assert f"\n  nats-score {tmp_path}/search" in command.getMessage()
+    assert (tmp_path / "search/retrain.yaml").is_file()
+
+
+def test_the_first_of_two_processes_scores(tiny_config, tmp_path):
+    """Alone: a norm that waited there for the other one would never end."""
+    printed = run(
+        *("search_net.py", "--num-gpus", "2", "--config-file", tiny_config),
+        *("MODEL.RESNETS.NORM", "SyncBN", "SEARCH.SCORE_IMAGES", "2", "OUTPUT_DIR", str(tmp_path)),
+    )
+    assert printed.count("Plain has a higher loss than") == 1

@@ -105,10 +105,11 @@ RULES = [
 # Appended to what is trained, and to what is run.
 SHORT = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "1000"]
 SHORT += ["DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SEED", "1"]
+SHORT += ["SEARCH.SCORE_IMAGES", "2"]
 SHORT += ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "INPUT.MIN_SIZE_TEST", "64"]
 FEW_IMAGES = ["DATASETS.REGISTER", "[['few', 'val.json', 'images']]", "DATASETS.TEST", "('few',)"]
 SMALL = {
-    "nats-plot": ["--images", "1", "--field-size", "40"],
+    "nats-plot": ["--images", "1"],
     "nats-analyze": ["--size", "64", "96"],
     "examples/lazyconfig_search.py": [
         *("train.init_checkpoint=", "train.max_iter=3", "dataloader.train.num_workers=0"),

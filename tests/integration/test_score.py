@@ -87,7 +87,8 @@ def test_an_architecture_of_another_space_is_refused(trainer, batches):
     ],
 )
 def test_the_place_of_plain_among_random_ones_is_the_verdict(plain, worse, verdict):
-    sentence = field_verdict(plain, [0.1, 0.4, 0.2, 0.3])
+    scores = {f"random {i}": score for i, score in enumerate((0.1, 0.4, 0.2, 0.3))}
+    sentence = field_verdict({"found": 0.01, "plain": plain, "all 3x3": 0.02, **scores})
     assert sentence == f"Plain has a higher loss than {worse} of 4 random architectures: {verdict}."
 
 

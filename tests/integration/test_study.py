@@ -17,6 +17,7 @@ from detectron2_nats.bench.study.collect import _spent
 from detectron2_nats.bench.study.methods import Method, method_argument
 from detectron2_nats.bench.study.metrics import last_metric
 from detectron2_nats.bench.study.runs import Task, environment_of
+from detectron2_nats.bench.study.trials import best
 from detectron2_nats.commands import study as study_command
 from detectron2_nats.config import load_config
 from detectron2_nats.errors import NATSError
@@ -269,6 +270,36 @@ def test_the_best_of_several_draws(prepared, tmp_path, monkeypatch):
     assert _spent([once]) == {"cpu_seconds": [22], "lost_starts": [0]}
     with pytest.raises(NATSError, match="only 6 iterations"):
         prepared("--methods", "random-best-of-7", "--seeds", "1", "--output", "other")
+
+
+def test_the_best_of_several_draws_is_trained(tmp_path):
+    """For real: the draws, the retraining of the best one, and what they took together."""
+    (tmp_path / "search.yaml").write_text(f"VERSION: 2\n{TINY}")
+    (tmp_path / "plain.yaml").write_text(
+        "_BASE_: search.yaml\nMODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone}}\n"
+    )
+    arguments = ["--methods", "random-best-of-2", "--seeds", "1", "--output", str(tmp_path / "s")]
+    arguments += ["--config-file", str(tmp_path / "plain.yaml")]
+    arguments += ["--search-config", str(tmp_path / "search.yaml")]
+    arguments += ["SOLVER.MAX_ITER", "4", "DATASETS.TEST", "('nats_embedded_val',)"]
+    assert "[3/3]" in finish(script("nats-study", *arguments))
+    folder = tmp_path / "s/seed_0"
+    draws = [f"random-best-of-2-draw-{draw}" for draw in (0, 1)]
+    names = [*draws, "random-best-of-2"]
+    configs = {name: load_config(str(folder / name / "config.yaml")) for name in names}
+    assert [configs[name].SOLVER.MAX_ITER for name in names] == [2, 2, 4]
+    assert configs[draws[0]].DATASETS.TEST == ("nats_embedded_calibration",)
+    found = {name: configs[name].MODEL.NATS.ARCHITECTURE for name in names}
+    assert found[draws[0]] != found[draws[1]]
+    chosen = best([str(folder / name) for name in draws])
+    assert found["random-best-of-2"] == found[draws[chosen]]
+    # what the tables at equal time give: the draws' time is the method's
+    measured = json.loads((tmp_path / "s/results.json").read_text())["methods"]
+    took = [json.loads((folder / name / "cost.json").read_text())["cpu_seconds"] for name in names]
+    assert min(took) > 0
+    assert measured["random-best-of-2"]["cpu_seconds"] == [pytest.approx(sum(took))]
+    minutes = f" {sum(took) / 60:.1f} "
+    assert minutes in (tmp_path / "s/study.md").read_text()
 
 
 def test_cycle_and_sawtooth(prepared, tmp_path, monkeypatch):

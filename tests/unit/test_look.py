@@ -183,6 +183,25 @@ def test_a_network_of_torchvision(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/look.png").stat().st_size > 1000
 
 
+def test_a_network_of_timm(tmp_path, monkeypatch, capsys):
+    """Its weights too; and it is the same network as torchvision's."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    weights = timm.create_model("resnet18", pretrained=False).state_dict()
+    torch.save(weights, tmp_path / "r18.pth")
+    arguments = ["--weights", tmp_path / "r18.pth", "--levels", "layer1", "--size", 120]
+    arguments += ["--annotations", coco(tmp_path), "--images", tmp_path]
+    of_timm, of_torchvision = (
+        nats_look(monkeypatch, capsys, "--network", f"{library}:resnet18", *arguments)
+        for library in ("timm", "torchvision")
+    )
+    assert of_timm.splitlines()[2].startswith("layer1 ") and "holds" not in of_timm
+    assert of_timm.splitlines()[:-1] == of_torchvision.splitlines()[:-1]
+    assert of_timm.endswith(
+        "next: nats-draw --network timm:resnet18 --uniform 1x5 --output output/drawn\n"
+    )
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -8,13 +8,10 @@ import pytest
 import torch
 from oracles import build_plain, image, random_architecture
 
-from detectron2.structures import BoxMode
 from detectron2_nats import Architecture, NATSError, apply_architecture
 from detectron2_nats.bench import pictures
-from detectron2_nats.bench.detectors import object_sizes
 from detectron2_nats.bench.history import read_history
-from detectron2_nats.bench.receptive_field import effective_receptive_fields, mass_side
-from detectron2_nats.config import load_config
+from detectron2_nats.bench.receptive_field import effective_receptive_fields
 
 
 def line(iteration, entropy, votes):
@@ -86,14 +83,6 @@ def test_architecture_bars_add_up(name):
     assert all(math.isclose(height, 100) for height in heights.values())
 
 
-def test_mass_side_by_hand():
-    field = np.zeros((9, 9))
-    field[4, 4] = 0.5
-    field[4, 6] = 0.45
-    field[0, 4] = 0.05
-    assert [mass_side(field, share) for share in (0.5, 0.9, 1.0)] == [1, 5, 9]
-
-
 def test_receptive_fields_grow_with_dilation():
     plain, dilated = build_plain("FPN").train(), build_plain("FPN")
     convs = random_architecture("FPN", dilated).layers
@@ -123,15 +112,3 @@ def test_detections():
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     some, none = ["disc 0.90", "7 0.50"], ["nothing detected"]
     assert texts == [some, none, none, some]
-
-
-def test_object_sizes_are_those_that_the_network_is_given():
-    cfg = load_config("", ["INPUT.MIN_SIZE_TEST", "100", "INPUT.MAX_SIZE_TEST", "150"])
-    boxes = [[0, 0, 80, 40]] * 5 + [[5, 5, 40, 160]] * 5
-    annotations = [{"bbox": b, "bbox_mode": BoxMode.XYWH_ABS} for b in boxes]
-    wide = {"height": 200, "width": 400, "annotations": annotations}  # shown at 75 x 150
-    tall = {"height": 100, "width": 50}
-    assert object_sizes(cfg, [wide, tall]) == (
-        "objects' longer sides: half up to 45 px, eight of ten 30 to 60"
-    )
-    assert object_sizes(cfg, [tall]) == ""

@@ -85,6 +85,9 @@ def add_nats_config(cfg: CfgNode) -> None:
     # "supernet": the super-network's own weights, which the search writes to frozen.pth. The
     # search then decodes in "voted" order, the only one that these weights fit.
     cfg.SEARCH.RETRAIN_WEIGHTS = "base"
+    # Calibration images on which nats-search, at its end, scores what it found beside architectures
+    # that need no search (docs/search.md). 0: none.
+    cfg.SEARCH.SCORE_IMAGES = 16
 
     # -- runs: searches and retraining ------------------------------------------------------------
     # Precision of SOLVER.AMP: "float16" (with loss scaling) or "bfloat16".
@@ -114,6 +117,7 @@ _RULES = (
     ),
     ("SEARCH.DECODE_AT_MOST", lambda v: v >= 0, "a number of dilations, or 0 for all"),
     ("SEARCH.RETRAIN_WEIGHTS", lambda v: v in ("base", "supernet"), "base or supernet"),
+    ("SEARCH.SCORE_IMAGES", lambda v: v >= 0, "at least 0"),
     ("SOLVER.AMP.PRECISION", lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),
     ("SOLVER.AVERAGE_LAST", lambda v: 0 <= v <= 1, "a share of the run, 0 to 1"),
     ("RUN.KEEP_CHECKPOINTS", lambda v: v >= 1, "at least 1"),
@@ -310,6 +314,7 @@ _FREE_KEYS = (
     "MODEL.WEIGHTS",
     "RUN.",
     "SEARCH.RETRAIN_CONFIG",
+    "SEARCH.SCORE_IMAGES",
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.",
     "VIS_PERIOD",

@@ -77,7 +77,7 @@ def boxes_on_input(records: Sequence[Record], size: InputSize) -> np.ndarray:
     return np.concatenate(scaled) if scaled else np.zeros((0, 4))
 
 
-def evenly(records: Sequence[Record], count: int) -> List[Record]:
+def evenly(records: Sequence[Any], count: int) -> List[Any]:
     """`count` of them, spread evenly."""
     chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
     return [records[i] for i in chosen]

@@ -14,7 +14,6 @@ from matplotlib.patches import Patch, Rectangle
 
 from ..method.architecture import Architecture
 from ..method.search_space import PAPER_SETS, Dilation
-from .receptive_field import mass_side
 
 # Within a kind, darker means further, so that a grey print keeps the order. Hatches distinguish the
 # kinds in grey: lines along the width for wide dilations, along the height for tall ones.
@@ -157,44 +156,6 @@ def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     _legend(intensity, styles, **beside)
-    return figure
-
-
-# -- receptive fields ---------------------------------------------------------------------------
-
-
-def plot_receptive_fields(
-    fields: Mapping[str, Mapping[str, np.ndarray]], title: str = ""
-) -> Figure:
-    """A grid of receptive fields: networks as rows, stages as columns.
-
-    Args:
-        fields: name of the network → what :mod:`.receptive_field` finds.
-    """
-    networks = list(fields)
-    stages = [s for s in fields[networks[0]] if all(s in fields[n] for n in networks)]
-    # not narrower than its texts
-    figure = _figure(max(5.5, 1.2 + 2.3 * len(stages)), 0.9 + 2.45 * len(networks), title)
-    grid = figure.subplots(len(networks), len(stages), squeeze=False)
-    for column, stage in enumerate(stages):
-        for row, network in enumerate(networks):
-            axes, field = grid[row][column], fields[network][stage]
-            side, (height, width) = mass_side(field), field.shape
-            # One bright pixel must not darken the rest. The square root shows the faint rim.
-            bright = np.quantile(field[field > 0], 0.999) if (field > 0).any() else 1.0
-            axes.imshow(np.sqrt(np.clip(field / bright, 0, 1)), cmap="magma", vmin=0, vmax=1)
-            corner = (width // 2 - side / 2, height // 2 - side / 2)
-            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="white", lw=1.2))
-            axes.set_title(f"{stage}: {side} px" if row == 0 else f"{side} px", fontsize=10)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if column == 0:
-                axes.set_ylabel(network, fontsize=10)
-    figure.supxlabel(
-        "|input gradient of the centre output|, square root\n"
-        "the square around the centre contains 90 % of it; its side is given",
-        fontsize=8,
-    )
     return figure
 
 

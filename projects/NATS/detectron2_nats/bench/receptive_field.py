@@ -172,20 +172,12 @@ def parts(network: nn.Module, paths: Sequence[str]) -> Dict[str, nn.Module]:
 # -- sizes ----------------------------------------------------------------------------------------
 
 
-def mass_side(field: np.ndarray, share: float = SHARE) -> int:
-    """Side in pixels of the smallest central square that contains `share` of a field, (H, W)."""
-    rows, columns = _distances(field)
-    distance = np.maximum(rows[:, None], columns[None, :])
-    mass = np.cumsum(np.bincount(distance.ravel(), weights=field.ravel()))
-    return 2 * int(np.searchsorted(mass, share * mass[-1])) + 1
-
-
 def central_rectangle(field: np.ndarray, share: float = SHARE) -> Tuple[int, int]:
     """Height and width in pixels of the central rectangle that contains `share` of a field, (H, W).
 
     Of all central rectangles, the one whose rows hold as much as its columns, so that neither side
     is favoured: the rows' share of the field and the columns' are the same s, as small as will do.
-    If the field is the same along height and width, this is the square of :func:`mass_side`.
+    If the field is the same along height and width, this is the smallest such square.
     """
     rows, columns = _distances(field)
     # quadrants folded onto each other: mass[i, j] lies within distances i and j of the centre

@@ -28,8 +28,7 @@ from .study.methods import Method
 from .study.plan import searches_of
 
 _PICTURES = {
-    "receptive_fields": "Effective receptive field of each stage: which pixels its central output "
-    "depends on.",
+    "look": "How far each level sees, and how large the objects are.",
     "detections": "Detections of both networks on the same images.",
     "study": "AP of each method and seed.",
 }
@@ -50,8 +49,8 @@ def write_report(folder: str, path: str, title: str = "") -> None:
     """Write the results in a folder as one HTML file.
 
     Args:
-        folder: the output folder of a search, a study or the demo. Pictures that nats-plot has
-            written inside it are included.
+        folder: the output folder of a search, a study or the demo. Pictures that nats-plot and
+            nats-look have written inside it are included.
         path: the file to write.
         title: heading of the page; by default it names the folder.
 
@@ -83,7 +82,7 @@ def write_report(folder: str, path: str, title: str = "") -> None:
         note = " This is the search of the first seed." if results else ""
         sections["What was found"] = _found(architecture, note)
         sections["What was found"] += _history(search) if search else []
-    sections["What it sees"] = _pictures(folder, ["receptive_fields", "detections"])
+    sections["What it sees"] = _pictures(folder, ["look", "detections"])
     sections["Where it comes from"] = _provenance(search or SearchFolder(folder))
     with open(os.path.join(os.path.dirname(__file__), "report.html")) as file:
         template = jinja2.Environment(autoescape=True).from_string(file.read())

@@ -6,8 +6,10 @@ that these weights were not trained on is the architecture's one-shot score. doc
 it predicts.
 """
 
+import contextlib
 import copy
-from typing import List, Sequence
+from typing import Dict, Iterator, List, Mapping, Sequence
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,6 +24,32 @@ from ..errors import NATSError
 from ..method.architecture import Architecture
 from ..method.convs import searched_layers
 from ..method.layers import MixedDilationConv2d
+from .baselines import random_architecture, uniform_architecture
+
+
+def candidates(
+    cfg: CfgNode, model: nn.Module, draws: int, uneven: bool = False
+) -> Dict[str, Architecture]:
+    """What a search is compared with: name → architecture, in voted order.
+
+    They are "found", "plain", one dilation everywhere ("all 3x3"), of those that all convs may
+    have, and "random 0" and so on.
+
+    Args:
+        cfg: the search's config.
+        model: its detector.
+        draws: number of random ones.
+        uneven: whether some dilations are rare in these.
+    """
+    searched = searched_layers(model)
+    architectures = {"found": Architecture.decode(searched, "voted")}
+    spaces = [set(conv.genotypes) for conv in searched.values()]
+    for h, w in sorted(set.intersection(*spaces)):
+        name = "plain" if h == w == 1 else f"all {h}x{w}"
+        architectures[name] = uniform_architecture(cfg, (h, w))
+    for seed in range(draws):
+        architectures[f"random {seed}"] = random_architecture(cfg, seed, uneven)
+    return architectures
 
 
 def one_shot_score(
@@ -43,7 +71,7 @@ def one_shot_score(
     model = copy.deepcopy(model).train()  # a forward pass changes only the copy
     devices = range(torch.cuda.device_count()) if next(model.parameters()).is_cuda else []
     losses = []
-    with torch.no_grad(), EventStorage(), torch.random.fork_rng(devices):
+    with _alone(), torch.no_grad(), EventStorage(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
         for name, conv in searched_layers(model).items():
             conv.alpha.copy_(_one_hot_alpha(architecture, name, conv))
@@ -53,13 +81,21 @@ def one_shot_score(
     return float(np.mean(losses))
 
 
-def field_verdict(plain: float, drawn: Sequence[float]) -> str:
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """In the block, this process of a group computes alone: no norm waits for the other ranks."""
+    with mock.patch.object(torch.distributed, "is_initialized", return_value=False):
+        yield
+
+
+def field_verdict(scores: Mapping[str, float]) -> str:
     """Whether a wider field pays, in a sentence.
 
     Args:
-        plain: score of the plain architecture.
-        drawn: scores of random architectures, at least one. Nearly all of them see further.
+        scores: of :func:`candidates`, at least one of them random. Nearly all of these see further.
     """
+    plain = scores["plain"]
+    drawn = [score for name, score in scores.items() if name.startswith("random ")]
     worse = sum(plain > score for score in drawn)
     if worse == len(drawn):
         verdict = "a wider field pays"
@@ -70,11 +106,21 @@ def field_verdict(plain: float, drawn: Sequence[float]) -> str:
     return f"Plain has a higher loss than {worse} of {len(drawn)} random architectures: {verdict}."
 
 
-def scoring_batches(cfg: CfgNode, records: Sequence[dict]) -> List[List[dict]]:
-    """Images at test size, with their boxes, in batches of ``SOLVER.IMS_PER_BATCH``."""
+def some_of(records: Sequence[dict], count: int) -> Sequence[dict]:
+    """At most `count` of them, evenly spread."""
+    return records[:: -(-len(records) // count)]
+
+
+def scoring_batches(cfg: CfgNode, records: Sequence[dict], processes: int = 1) -> List[List[dict]]:
+    """Images at test size, with their boxes, in batches of ``SOLVER.IMS_PER_BATCH``.
+
+    Args:
+        processes: of the search; the batches are those of one of them, which fit into its memory.
+    """
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     mapper = ImageMapper(cfg, is_train=True, augmentations=[resize])
-    samples, size = [mapper(record) for record in readable(records)], cfg.SOLVER.IMS_PER_BATCH
+    samples = [mapper(record) for record in readable(records)]
+    size = max(1, cfg.SOLVER.IMS_PER_BATCH // processes)
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 

@@ -1,4 +1,4 @@
-"""Draw an architecture, α's history, effective receptive fields and detections."""
+"""Draw an architecture, α's history, and what two detectors detect, side by side."""
 
 import argparse
 import os
@@ -11,13 +11,11 @@ from .cli import run_tool, tool_parser, whole_number
 
 EPILOG = """
 examples:
-  before a search, how far does a network see? receptive_fields.png, from any weights:
-    $ %(prog)s --plain configs/quickstart/bars.yaml nats://embedded_r50.pth --output output/pictures
   architecture.png and history.png of a search:
     $ %(prog)s output/search --output output/pictures
   architecture.svg of an architecture file:
     $ %(prog)s architecture.yaml --output output/pictures --format svg
-  also receptive_fields.png and detections.png, from two trained detectors:
+  also detections.png, from two trained detectors:
     $ %(prog)s output/search --output output/pictures --images 4 \\
         --plain configs/quickstart/base.yaml output/plain/model_final.pth \\
         --searched output/search/retrain.yaml output/searched/model_final.pth
@@ -26,10 +24,12 @@ examples:
 
 def main(args: argparse.Namespace) -> None:
     formats = ["png", "svg"] if args.format == "both" else [args.format]
-    if args.searched and not args.plain:
-        raise NATSError("--searched is drawn beside --plain: give both")
+    if bool(args.searched) != bool(args.plain):
+        raise NATSError(
+            "--searched is drawn beside --plain: give both (how far one sees: nats-look)"
+        )
     if not args.source and not args.plain:
-        raise NATSError("give a search's output folder, an architecture file, or --plain")
+        raise NATSError("give a search's output folder, an architecture file, or two detectors")
     folder = SearchFolder(args.source)
     figures = {}
     if args.source:
@@ -41,9 +41,9 @@ def main(args: argparse.Namespace) -> None:
             read_history(folder.file("metrics.json")), args.title or verdict
         )
     if args.plain:
-        from ..bench.detectors import detector_figures  # the rest needs no Detectron2
+        from ..bench.detectors import detections_figure  # the rest needs no Detectron2
 
-        figures.update(detector_figures(args))
+        figures["detections"] = detections_figure(args)
     output = args.output or folder.file("pictures")
     paths = []
     for name, figure in figures.items():
@@ -79,11 +79,6 @@ def run() -> None:
         type=whole_number(4096),
         default=4,
         help="number of images with detections (%(default)s)",
-    )
-    parser.add_argument(
-        "--field-size",
-        type=whole_number(4096),
-        help="side of the images for receptive fields, in pixels (default: 256 to 512)",
     )
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="lowest score that is drawn (%(default)s)"

@@ -1,7 +1,7 @@
 """Write one HTML page about a search, a study or the demo, to send to others.
 
 It begins with the verdict. Then follow accuracy and cost, the architecture, the history of α,
-receptive fields and detections (if nats-plot has drawn them), and how to repeat it. The page
+what it sees and detects (if nats-look and nats-plot have drawn it), and how to repeat it. The page
 needs no other file.
 """
 

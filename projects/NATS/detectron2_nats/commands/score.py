@@ -13,14 +13,12 @@ import os
 
 from tabulate import tabulate
 
-from ..bench.baselines import random_architecture, uniform_architecture
-from ..bench.score import field_verdict, one_shot_score, scoring_batches
+from ..bench.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
 from ..data.registry import check_data, register_datasets
 from ..engine.loader import dataset_dicts
 from ..errors import NATSError
 from ..files import write_atomically
 from ..method.architecture import Architecture
-from ..method.convs import searched_layers
 from ..search.folder import SearchFolder
 from .cli import run_tool, tool_parser, whole_number, write
 
@@ -41,16 +39,9 @@ def main(args: argparse.Namespace) -> None:
     register_datasets(cfg)
     check_data(cfg, ["CALIBRATION"])
     records = dataset_dicts(cfg, cfg.DATASETS.CALIBRATION)
-    records = records[:: -(-len(records) // args.images)]
+    records = some_of(records, args.images)
     model = folder.detector()
-    searched = searched_layers(model)
-    architectures = {"found": Architecture.decode(searched, "voted")}
-    spaces = [set(conv.genotypes) for conv in searched.values()]
-    for h, w in sorted(set.intersection(*spaces)):
-        name = "plain" if h == w == 1 else f"all {h}x{w}"
-        architectures[name] = uniform_architecture(cfg, (h, w))
-    for seed in range(args.random):
-        architectures[f"random {seed}"] = random_architecture(cfg, seed, args.uneven)
+    architectures = candidates(cfg, model, args.random, args.uneven)
     if args.write:
         for name, architecture in architectures.items():
             architecture.save(os.path.join(args.write, name.replace(" ", "_") + ".yaml"))
@@ -62,10 +53,9 @@ def main(args: argparse.Namespace) -> None:
     for name, architecture in architectures.items():
         scores[name] = one_shot_score(model, architecture, batches)
         print(f"{name}: {scores[name]:.4f}", flush=True)
-    drawn = [score for name, score in scores.items() if name.startswith("random ")]
     print("\n" + tabulate(sorted(scores.items(), key=lambda item: item[1]), ["", "loss"], "pipe"))
     print(f"\n{len(records)} images of {', '.join(cfg.DATASETS.CALIBRATION)}.")
-    print(field_verdict(scores["plain"], drawn))
+    print(field_verdict(scores))
     path = args.output or folder.file("scores.json")
     write(path, lambda: write_atomically(path, json.dumps(scores, indent=1)))
 

@@ -50,7 +50,7 @@ def equal_time_iterations(search: CfgNode, retrain: CfgNode, steps: float) -> in
 def comparison_commands(
     search: CfgNode, retrain: CfgNode, architecture: Architecture, steps: Optional[float]
 ) -> str:
-    """The commands that train what the search has to beat, and ask whether it can.
+    """The commands that train what the search has to beat.
 
     Args:
         search: the search's config, for one process; its OUTPUT_DIR contains config.yaml.
@@ -83,8 +83,6 @@ def comparison_commands(
         retraining = ["--config-file", os.path.join(output, "retrain.yaml"), *schedule]
         lines.append("  " + shlex.join(["nats-draw", *config, *options, "--output", output]))
         lines.append("  " + shlex.join(["python", "train_net.py", *retraining]))
-    lines.append("Whether a wider field pays at all, without training:")
-    lines.append("  " + shlex.join(["nats-score", folder]))
     return "\n".join(lines)
 
 
