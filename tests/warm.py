@@ -26,7 +26,7 @@ import detectron2_nats.commands.study  # noqa: F401
 from detectron2_nats.commands import search
 from detectron2_nats.engine import processes
 
-search._DrawingTrainer._draw = lambda trainer: None
+search._ReportingTrainer._draw = lambda trainer: None
 processes.start_processes = functools.partial(processes.start_processes, start_method="fork")
 
 

@@ -292,7 +292,7 @@ def test_error_is_one_line_on_stderr(folder, name):
         ("nats-plot", "search --images 0", "'0': expected a whole number from 1 to 4096"),
         ("nats-study", "--methods nats-best", "'nats-best': expected one of plain, plain-long"),
         ("nats-study", "--methods random@0.1", "'random@0.1': expected one of"),
-        ("nats-study", "--methods nats-warm@2", "'nats-warm@2': expected one of"),
+        ("nats-study", "--methods path-warm@2", "'path-warm@2': expected one of"),
         ("nats-study", "--methods nats-warm@0.1", "--config-file and --search-config are needed"),
         ("tools/pretrain_embedded.py", "--steps 0", "--steps 0: expected at least 1"),
         (

@@ -513,8 +513,8 @@ def test_a_conv_of_one_dilation_keeps_its_class():
 
 
 def test_mmcv():
-    mmcv = pytest.importorskip("mmcv")
-    module = mmcv.cnn.ConvModule(
+    cnn = pytest.importorskip("mmcv.cnn")
+    module = cnn.ConvModule(
         4, 8, 3, padding=1, norm_cfg=dict(type="BN"), efficient_conv_bn_eval=True
     ).eval()
     x = torch.randn(2, 4, 9, 11)

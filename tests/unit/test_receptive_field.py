@@ -146,8 +146,10 @@ def test_levels():
             field_extents(network, image, levels, sides)
     with pytest.raises(NATSError, match="no images"):
         field_extents(network, [])
-    with pytest.raises(NATSError, match="no residual stages"):
-        field_extents(Returns(lambda y: y.mean()), image)
+    # of what returns no maps, the last part of each size
+    assert list(field_extents(Returns(lambda y: y.mean()), image, sides=sides)) == ["conv"]
+    with pytest.raises(NATSError, match="no feature maps to look at"):
+        field_extents(nn.Sequential(nn.Flatten(), nn.Linear(12288, 2)), image, sides=sides)
 
 
 def test_a_look_leaves_no_trace():
