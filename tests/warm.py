@@ -3,13 +3,10 @@
     python tests/warm.py SOCKET
 
 Each connection to the socket asks for one process and then hears its pid and its exit status. The
-fork ends like any other Python: what it runs is the last line of this file. Two things are not as
-when a user starts it. It draws no pictures for TensorBoard, which take longer than a test's search;
-and where it starts several processes, it forks them. Comparing its results with those of a fresh
-start says that neither matters.
+fork ends like any other Python: what it runs is the last line of this file. One thing is not as
+when a user starts it: it draws no pictures for TensorBoard, which take longer than a test's search.
 """
 
-import functools
 import json
 import os
 import runpy
@@ -24,10 +21,8 @@ import torch.utils.tensorboard  # noqa: F401
 import detectron2_nats.bench.report  # noqa: F401
 import detectron2_nats.commands.study  # noqa: F401
 from detectron2_nats.commands import search
-from detectron2_nats.engine import processes
 
 search._ReportingTrainer._draw = lambda trainer: None
-processes.start_processes = functools.partial(processes.start_processes, start_method="fork")
 
 
 def serve(path: str) -> dict:
