@@ -20,6 +20,10 @@ from .speed import fast_layouts, recomputed, to_fast_layout
 # What torch.fx takes as one call: inside, they look at values that it does not have.
 torch.fx.wrap("to_fast_layout")
 torch.fx.wrap("_convolve")
+torch.fx.wrap("_convolve_in_turns")
+
+_MANY_SEGMENTS = 64
+"""Above this, inference takes channels by their index (:func:`_convolve_in_turns`)."""
 
 _HOOKS = [
     f"_{when}hooks{how}"
@@ -218,6 +222,7 @@ class GroupedDilationConv2d(_DilationConv2d):
     """
 
     _inputs: List[int]  # declared here: TorchScript cannot tell the type of an empty list
+    _order: List[int]
 
     def __init__(self, conv: nn.Conv2d, segments: Sequence[Tuple[int, int, int]]):
         super().__init__(conv)
@@ -243,6 +248,12 @@ class GroupedDilationConv2d(_DilationConv2d):
             places.setdefault(tuple(dilation), []).append(place)
         self._dilations: List[List[int]] = [list(self._effective(d)) for d in places]
         self._places: List[List[int]] = list(places.values())
+        self._sizes: List[int] = [sum(self._outputs[i] for i in own) for own in self._places]
+        self._order = []  # channels in the order of their convs, where taken one by one
+        if len(self.segments) > _MANY_SEGMENTS and self.groups == 1:
+            ends = [sum(self._outputs[: i + 1]) for i in range(len(self._outputs))]
+            for i in sum(self._places, []):
+                self._order += range(ends[i] - self._outputs[i], ends[i])
         self._all_plain: bool = list(places) == [(1, 1)]
         self._fast_layouts: List[bool] = fast_layouts(len(places))
 
@@ -255,6 +266,10 @@ class GroupedDilationConv2d(_DilationConv2d):
                 input, weight, bias, self.stride, self.padding, self.dilation, self.groups
             )
         x = to_fast_layout(input, self._fast_layouts)
+        if len(self._order) > 0 and not torch.is_grad_enabled() and not torch.jit.is_tracing():
+            return _convolve_in_turns(
+                x, weight, bias, self.stride, self._dilations, self._sizes, self._order
+            )
         return _convolve(
             x, weight, bias, self.stride, self._dilations, self._places, self._outputs, self._inputs
         )
@@ -305,6 +320,34 @@ def _convolve(
         for i, piece in zip(own, _cut(y, [outputs[i] for i in own], 1)):
             found[i] = piece
     return _joined(found, 1)
+
+
+def _convolve_in_turns(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    stride: List[int],
+    dilations: List[List[int]],
+    sizes: List[int],
+    order: List[int],
+) -> torch.Tensor:
+    """The same for very many segments, as where neighbouring channels take turns; no conv groups.
+
+    Each output channel is taken by its index instead of as a piece of its own. Its backward would
+    take longer than that of the pieces, so it is for inference.
+
+    Args:
+        sizes: number of channels that each conv writes.
+        order: the output channels, one conv's after another's.
+    """
+    index = torch.tensor(order, device=x.device)
+    rows = _cut(weight.index_select(0, index), sizes, 0)
+    shifts = _cut(bias.index_select(0, index), sizes, 0) if bias is not None else []
+    found = []
+    for i, dilation in enumerate(dilations):
+        shift = shifts[i] if bias is not None else None
+        found.append(F.conv2d(x, rows[i], shift, stride, dilation, dilation))
+    return torch.cat(found, 1).index_select(1, index.argsort())
 
 
 def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:
