@@ -36,7 +36,7 @@ they gained nothing beyond chance."""
 #   it does not:
 #     car parts                1.2    1.7    3.6             20 %   98 %
 #     blood cells              1.0    1.1    1.4              0 %
-# So the share's bound may lie anywhere from 20 to 53 %. No data set of both directions was measured.
+# So the share's bound may lie anywhere from 20 to 53 %. Nothing of both directions was measured.
 LONG = 3.0
 """An object this many times as long as wide is long."""
 
