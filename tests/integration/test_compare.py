@@ -112,7 +112,7 @@ def test_a_search_ends_with_what_the_score_says(search, tmp_path):
     # it changes nothing; a finished search says it again
     states = torch.get_rng_state()
     _, (again,) = search("search", "SEARCH.SCORE_IMAGES", "4")
-    assert again.getMessage().split(" s; ")[1] == said.getMessage().split(" s; ")[1]
+    assert again.getMessage().split(" s):")[1] == said.getMessage().split(" s):")[1]
     _, (short,) = search("other")
     assert short.getMessage().startswith("Whether a wider field pays at all")
     assert torch.equal(torch.get_rng_state(), states)

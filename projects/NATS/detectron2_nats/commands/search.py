@@ -83,8 +83,8 @@ class _ReportingTrainer(SearchTrainer):
         table = tabulate(sorted(scores.items(), key=lambda s: s[1]), ["", "loss"], floatfmt=".4f")
         took = time.perf_counter() - start
         return (
-            f"Losses with the super-network's own weights, on {len(records)} calibration images "
-            f"({took:.0f} s; they suit what was found):\n{table}\n{field_verdict(scores)}"
+            f"Losses on {len(records)} calibration images, with the super-network's own weights, "
+            f"which suit what was found ({took:.0f} s):\n{table}\n{field_verdict(scores)}"
         )
 
     def after_checkpoint(self) -> None:
