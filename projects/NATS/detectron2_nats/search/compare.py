@@ -74,7 +74,7 @@ def comparison_commands(
             factor = iterations / retrain.SOLVER.MAX_ITER
             stretched = tuple(round(step * factor) for step in retrain.SOLVER.STEPS)
             schedule += ["SOLVER.STEPS", repr(stretched)]
-    d_h, d_w = most_frequent(architecture)
+    d_h, d_w = most_frequent(architecture)  # of all channels plain, (1, 1): train that for as long
     drawn = {"random": ["--random"], "uniform": ["--uniform", f"{d_h}x{d_w}"]}
     lines = [f"Compare it with architectures that need no search, trained {length}:"]
     for name, options in drawn.items():
@@ -87,8 +87,9 @@ def comparison_commands(
 
 
 def most_frequent(architecture: Architecture) -> Dilation:
-    """The dilation of most channels."""
+    """The dilation of most channels that left (1, 1); that where none did."""
     counts: Counter = Counter()
     for layer in architecture.layers:
         counts.update(architecture.channels_per_dilation(layer))
-    return counts.most_common(1)[0][0]
+    plain = counts.pop((1, 1), 0)
+    return (counts or Counter({(1, 1): plain})).most_common(1)[0][0]
