@@ -74,7 +74,7 @@ def comparison_commands(
             factor = iterations / retrain.SOLVER.MAX_ITER
             stretched = tuple(round(step * factor) for step in retrain.SOLVER.STEPS)
             schedule += ["SOLVER.STEPS", repr(stretched)]
-    d_h, d_w = most_frequent(architecture)  # of all channels plain, (1, 1): train that for as long
+    d_h, d_w = most_frequent(architecture)
     drawn = {"random": ["--random"], "uniform": ["--uniform", f"{d_h}x{d_w}"]}
     lines = [f"Compare it with architectures that need no search, trained {length}:"]
     for name, options in drawn.items():
