@@ -380,20 +380,6 @@ def test_single_channels(processor):
     torch.testing.assert_close(conv(input_()), expected, **TIGHT)
 
 
-@pytest.mark.parametrize("kwargs", [c for c in CONVS if "groups" not in c], ids=str)
-def test_inference_takes_many_channels_by_their_index(kwargs, processor):
-    """Pieces of single channels would take longer than the convs."""
-    dilations = [GENOTYPES[o % 4] for o in range(96)]
-    conv = GroupedDilationConv2d(plain_conv(out=96, **kwargs), [(1, *d) for d in dilations])
-    expected = with_bias(direct_frozen(input_(), conv.weight, dilations, **options(kwargs)), conv)
-    torch.testing.assert_close(conv(input_()), expected, **TIGHT)
-    assert conv._order[:3] == [0, 4, 8]
-    with torch.no_grad():
-        scripted, traced = torch.jit.script(conv), torch.jit.trace(conv, (input_(),))
-        for module in (conv, scripted, traced):
-            torch.testing.assert_close(module(input_()), expected, **TIGHT)
-
-
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
 def test_all_plain_is_bit_identical(kwargs, processor):
     kwargs = dict(kwargs, norm=nn.BatchNorm2d(16), activation=torch.relu)

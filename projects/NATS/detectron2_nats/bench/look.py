@@ -47,8 +47,9 @@ SAME_DIRECTION = 0.8
 """Share of the long ones that lie in one direction; chosen, not measured."""
 
 REACH = 5
-"""The dilation that is recommended along the long side: (1, 5) gained 16 AP on receipts, (5, 1) 46
-on registers; no other reach was tried there."""
+"""The dilation that is recommended along the long side: (1, 5) gained 13 AP on receipts, (5, 1) 42
+on registers; across it they lost 12 and gained 2 (docs/results/registers.md). No other reach was
+tried there."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,8 @@ def verdict(objects: Objects, extent: Extent) -> Verdict:
             f"Elongated: half of the objects are {size:.0f} px {'wide' if is_wide else 'tall'} or "
             f"more, {np.median(objects.aspects):.1f} times as long as wide, and the detector sees "
             f"{extent} px: take dilations in that direction, {dilation}; in both such cases that "
-            "were measured on real images, they gained AP, 16 on text lines and 46 on columns of "
-            "tables (one seed each).",
+            "were measured on real images, they gained AP, 13 on text lines (one seed) and 42 on "
+            "columns of tables.",
             ("--uniform", dilation),
         )
     if times <= SEEN_WHOLE:
