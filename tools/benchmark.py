@@ -112,6 +112,7 @@ def load(args: argparse.Namespace, kind: str, name: str, dtype: str = "float32")
             # Only the trainers' constructors need data sets: the steps get a random batch
             *("DATASETS.TRAIN", ("nats_embedded_train",), "DATASETS.TEST", ()),
             *("DATASETS.CALIBRATION", ("nats_embedded_calibration",), "SEARCH.RETRAIN_CONFIG", ""),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", 5),
         ],
     )
 

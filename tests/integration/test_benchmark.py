@@ -13,6 +13,7 @@ from torch import nn
 
 from detectron2_nats.bench.cost import interleaved_seconds
 from detectron2_nats.config import load_config
+from detectron2_nats.data.registry import check_number_of_classes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 _spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
@@ -62,6 +63,20 @@ def test_train(tiny, dtype, more):
     assert rows_of(table) == ["plain", *FROZEN, *search]
     smoke = benchmark.run_train(arguments("--smoke", *more), "R50", dtype)
     assert rows_of(smoke) == search
+
+
+@pytest.mark.parametrize("kind", ["retrain", "search"])
+def test_the_real_configs_fit_the_data(kind):
+    """A trainer refuses a model of other classes than its data."""
+    cfg = benchmark.load(arguments(), kind, "R50")
+    check_number_of_classes(cfg, "nats_embedded_train", 5)
+
+
+def test_timm(monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setattr(benchmark, "TIMM", {"mobilenetv3_small_050": "blocks.*"})
+    table = benchmark.run_timm(arguments(), "mobilenetv3_small_050", "float32")
+    assert rows_of(table)[:2] == ["plain", "frozen, 7 dilations"] and len(rows_of(table)) == 5
 
 
 def test_convs(tiny):
