@@ -21,6 +21,7 @@ from detectron2_nats.bench.objects import (
     typical,
 )
 from detectron2_nats.bench.receptive_field import Extent
+from detectron2_nats.commands import draw as draw_command
 from detectron2_nats.commands import look as command
 
 
@@ -236,3 +237,14 @@ def test_weights_of_another_network(tmp_path, monkeypatch, capsys):
     arguments = ["--network", "torchvision:resnet18", "--weights", tmp_path / "r50.pth"]
     printed = nats_look(monkeypatch, capsys, *arguments, status=2)
     assert "are they of another network?" in printed
+
+
+def test_the_next_command_of_a_network_without_stages(monkeypatch, capsys, tmp_path):
+    """Its convs are named by a pattern, and nats-draw takes that."""
+    convs = command._where(torchvision.models.mobilenet_v3_small())
+    assert convs == ["--convs", "*"] and command._where(torchvision.models.resnet18()) == []
+    words = ["nats-draw", "--network", "torchvision:mobilenet_v3_small", "--uniform", "1x5", *convs]
+    monkeypatch.setattr("sys.argv", [*words, "--output", str(tmp_path)])
+    draw_command.run()
+    assert "features.1.block.0.0" in (tmp_path / "architecture.yaml").read_text()
+    assert "next: detectron2_nats.apply_architecture" in capsys.readouterr().out

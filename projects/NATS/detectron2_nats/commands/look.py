@@ -10,6 +10,7 @@ import shlex
 from typing import List, Optional, Sequence, Tuple
 
 import torch
+from torch import nn
 
 from ..bench.look import Look, look
 from ..bench.networks import build_network, load_weights
@@ -25,6 +26,7 @@ from ..bench.objects import (
 )
 from ..bench.receptive_field import SIDES
 from ..errors import NATSError
+from ..method.stages import residual_stages
 from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """
@@ -77,7 +79,8 @@ def main(args: argparse.Namespace) -> None:
     if args.output:
         _draw(args.output, found, records, size)
     if found.verdict:
-        print(f"\nnext: {next_step(args, found.verdict.draw)}")
+        draw = [*found.verdict.draw, *_where(network)] if found.verdict.draw else []
+        print(f"\nnext: {next_step(args, draw)}")
 
 
 def _network(args: argparse.Namespace):
@@ -119,6 +122,15 @@ def _draw(folder: str, found: Look, records: Sequence[Record], size: InputSize) 
     path = os.path.join(folder, "look.png")
     print()
     write(path, lambda: pictures.save(figure, folder, "look", ["png"]))
+
+
+def _where(network: nn.Module) -> List[str]:
+    """The option that nats-draw needs for a network without residual stages."""
+    try:
+        residual_stages(network)
+        return []
+    except NATSError:
+        return ["--convs", "*"]
 
 
 def next_step(args: argparse.Namespace, draw: Sequence[str]) -> str:

@@ -44,7 +44,8 @@ def residual_stages(module: nn.Module) -> Dict[str, nn.Sequential]:
         raise NATSError(
             f"{type(module).__name__} has no residual stages (res2 to res5 or layer1 to layer4, "
             "nn.Sequentials of blocks with convs conv1 and conv2): choose a ResNet as the base "
-            f"backbone. Found: {'; '.join(others[:5]) or parts}"
+            "backbone, or name convs by patterns (CONVS, --convs). Found: "
+            f"{'; '.join(others[:5]) or parts}"
         )
     return dict(sorted(stages.items()))
 
