@@ -755,6 +755,10 @@ def test_convs_by_their_paths(tiny_config, tmp_path):
     found = Architecture.load(str(folder / "architecture.yaml"))
     paths = ["fpn_output2", "fpn_output3", *(f"bottom_up.res5.{i}.conv2" for i in range(3))]
     assert found.paths and sorted(found.layers) == sorted(paths)
+    weights = torch.load(folder / "model_final.pth", weights_only=True)["model"]
+    alphas = {k: v for k, v in weights.items() if k.endswith(".alpha")}
+    # FPN calls its output convs from a list of its own
+    assert len(alphas) == 5 and all(alpha.any() for alpha in alphas.values())
     assert "names: paths\n" in (folder / "architecture.yaml").read_text()
 
     cfg = load_config(str(folder / "retrain.yaml"))

@@ -2,7 +2,7 @@
 
 import difflib
 from fnmatch import fnmatchcase
-from typing import Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -122,11 +122,31 @@ def near_paths(path: str, paths: Mapping[str, nn.Module]) -> List[str]:
 
 
 def replace_modules(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module in the old one's place; in all its places, if it is used in several."""
+    """Put each new module in the old one's place; in all its places, if it is used in several.
+
+    Places are also lists, tuples and dicts in a module's attributes: Detectron2's FPN calls its
+    convs from such a list.
+    """
     for parent in list(network.modules()):
         for name, child in list(parent._modules.items()):  # one module may be there twice
             if child in new:
                 setattr(parent, name, new[child])
+        for name, value in list(vars(parent).items()):
+            if not name.startswith("_"):  # past setattr(), which would register what is hidden
+                vars(parent)[name] = _replaced(value, new)
+
+
+def _replaced(value: Any, new: Mapping[nn.Module, nn.Module]) -> Any:
+    if isinstance(value, nn.Module):
+        return new.get(value, value)
+    if type(value) is dict:
+        for key, part in value.items():
+            value[key] = _replaced(part, new)
+    elif type(value) is list:
+        value[:] = [_replaced(part, new) for part in value]
+    elif type(value) is tuple and any(isinstance(part, nn.Module) for part in value):
+        return tuple(_replaced(part, new) for part in value)
+    return value
 
 
 def searched_layers(module: nn.Module) -> Dict[str, MixedDilationConv2d]:
