@@ -301,17 +301,18 @@ def test_modules_that_are_called_from_lists():
         def __init__(self):
             super().__init__()
             self.a, self.b = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
-            self.convs, self.pair, self.named = [[self.a]], (self.b,), {"b": [self.b]}
+            self._convs, self.pair, self.named = [[self.a]], (self.b,), {"b": lambda: self.b}
 
         def forward(self, x):
-            return self.named["b"][0](self.pair[0](self.convs[0][0](x)))
+            return self.named["b"]()(self.pair[0](self._convs[0][0](x)))
 
     plain, x = Listed(), torch.randn(1, 4, 9, 9)
     wide = {name: [[2, 1, 1], [2, 3, 3]] for name in "ab"}
-    frozen = apply_architecture(copy.deepcopy(plain), Architecture(wide, paths=True))
+    before = plain(x)
+    frozen = apply_architecture(plain, Architecture(wide, paths=True))
     assert torch.equal(frozen(x), frozen.b(frozen.b(frozen.a(x))))
-    assert not torch.equal(frozen(x), plain(x))
-    assert isinstance(frozen.convs[0][0], GroupedDilationConv2d) and frozen.pair[0] is frozen.b
+    assert not torch.equal(frozen(x), before)
+    assert isinstance(frozen._convs[0][0], GroupedDilationConv2d) and frozen.pair[0] is frozen.b
 
 
 # -- what cannot be searched ----------------------------------------------------------------

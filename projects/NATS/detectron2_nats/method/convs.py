@@ -1,8 +1,8 @@
-"""Which convs can have other dilations, in any network, and putting others in their places."""
+"""Which convs can have other dilations, in any network, and turning them into others."""
 
 import difflib
 from fnmatch import fnmatchcase
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -121,32 +121,14 @@ def near_paths(path: str, paths: Mapping[str, nn.Module]) -> List[str]:
     return difflib.get_close_matches(path, paths, 5, 0.3) or list(paths)[:5]
 
 
-def replace_modules(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module in the old one's place; in all its places, if it is used in several.
+def turn_into(conv: nn.Conv2d, other: nn.Conv2d) -> None:
+    """Make a conv what `other` is, in place: whoever holds it calls the new one.
 
-    Places are also lists, tuples and dicts in a module's attributes: Detectron2's FPN calls its
-    convs from such a list.
+    Putting `other` where the conv is registered would not do: Detectron2's FPN calls its convs from
+    a list of its own.
     """
-    for parent in list(network.modules()):
-        for name, child in list(parent._modules.items()):  # one module may be there twice
-            if child in new:
-                setattr(parent, name, new[child])
-        for name, value in list(vars(parent).items()):
-            if not name.startswith("_"):  # past setattr(), which would register what is hidden
-                vars(parent)[name] = _replaced(value, new)
-
-
-def _replaced(value: Any, new: Mapping[nn.Module, nn.Module]) -> Any:
-    if isinstance(value, nn.Module):
-        return new.get(value, value)
-    if type(value) is dict:
-        for key, part in value.items():
-            value[key] = _replaced(part, new)
-    elif type(value) is list:
-        value[:] = [_replaced(part, new) for part in value]
-    elif type(value) is tuple and any(isinstance(part, nn.Module) for part in value):
-        return tuple(_replaced(part, new) for part in value)
-    return value
+    conv.__dict__ = other.__dict__
+    conv.__class__ = type(other)
 
 
 def searched_layers(module: nn.Module) -> Dict[str, MixedDilationConv2d]:

@@ -1,4 +1,4 @@
-"""Swap a network's convs in place: plain → super-network, plain → frozen.
+"""Change a network's convs in place: plain → super-network, plain → frozen.
 
 Knows modules, not configs. Works on anything that holds residual stages (:mod:`.stages`), such as a
 ResNet of Detectron2, torchvision, timm or mmdet, an FPN around one, a whole detector, a LazyConfig
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import NATSError
 from .architecture import Architecture
-from .convs import convs_by_path, matching_convs, near_paths, replace_modules, searched_layers
+from .convs import convs_by_path, matching_convs, near_paths, searched_layers, turn_into
 from .layers import GroupedDilationConv2d, MixedDilationConv2d, same_padding
 from .sampling import SampledDilationConv2d
 from .search_space import Dilation, SearchSpace
@@ -45,7 +45,7 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
             that can be searched; groups do not fit. Nothing has been changed then.
     """
     found, others = _searched(backbone, space)
-    swaps: Dict[nn.Module, nn.Module] = {}
+    swaps: Dict[nn.Conv2d, nn.Conv2d] = {}
     for name, conv in found.items():
         _check_plain(name, conv)
         choice = {
@@ -58,7 +58,8 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
             mixed = MixedDilationConv2d(conv, share_weights=space.share_weights, **choice)
         mixed.layer, mixed.by_path = name, bool(space.convs)
         swaps[conv] = mixed
-    replace_modules(backbone, swaps)
+    for conv, new in swaps.items():
+        turn_into(conv, new)
     _warn_of_others(others)
     return backbone
 
@@ -127,7 +128,7 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     if not isinstance(architecture, Architecture):
         architecture = Architecture.load(architecture)
     present, others = _named_convs(backbone, architecture)
-    swaps: Dict[nn.Module, nn.Module] = {}
+    swaps: Dict[nn.Conv2d, nn.Conv2d] = {}
     single: Dict[nn.Conv2d, Dilation] = {}
     for name, segments in architecture.layers.items():
         conv = present[name]
@@ -142,7 +143,8 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
             swaps[conv] = frozen
     for conv, dilation in single.items():
         _dilate(conv, dilation)
-    replace_modules(backbone, swaps)
+    for conv, new in swaps.items():
+        turn_into(conv, new)
     _warn_of_others(others)
     return backbone
 
