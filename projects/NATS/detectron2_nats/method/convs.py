@@ -122,12 +122,13 @@ def near_paths(path: str, paths: Mapping[str, nn.Module]) -> List[str]:
 
 
 def turn_into(conv: nn.Conv2d, other: nn.Conv2d) -> None:
-    """Make a conv what `other` is, in place: whoever holds it calls the new one.
+    """Make a conv what `other` is, in place: whoever holds it calls the new one. Its hooks stay.
 
     Putting `other` where the conv is registered would not do: Detectron2's FPN calls its convs from
     a list of its own.
     """
-    conv.__dict__ = other.__dict__
+    hooks = {name: value for name, value in vars(conv).items() if "hook" in name}
+    conv.__dict__ = {**vars(other), **hooks}
     conv.__class__ = type(other)
 
 

@@ -22,12 +22,6 @@ from .speed import fast_layouts, pads_first, recomputed, to_fast_layout
 torch.fx.wrap("to_fast_layout")
 torch.fx.wrap("_convolve")
 
-_HOOKS = [
-    f"_{when}hooks{how}"
-    for when in ("forward_", "forward_pre_", "backward_", "backward_pre_")
-    for how in ("", "_with_kwargs", "_always_called")
-] + ["_is_full_backward_hook"]
-
 
 def same_padding(conv: nn.Conv2d, genotype: Dilation = (1, 1)) -> Tuple[int, int]:
     """The padding that leaves a conv's output as large as it is, when `genotype` multiplies its
@@ -71,9 +65,6 @@ class _DilationConv2d(nn.Conv2d):
         self.weight = conv.weight
         self.bias = conv.bias
         self.training = conv.training  # the norm keeps its own mode
-        for hooks in _HOOKS:  # the same dicts: who registered a hook can still remove it
-            if hooks in conv.__dict__:
-                self.__dict__[hooks] = conv.__dict__[hooks]
 
     def _effective(self, genotype: Dilation) -> Tuple[int, int]:
         """A base dilation (DC5's res5) multiplies the genotype's."""
