@@ -376,8 +376,28 @@ def test_frozen_convs_are_left_alone(caplog):
     assert "0 (it is frozen (takes no gradient))" in caplog.text
     assert list(searched_layers(blocks)) == ["1"]
     blocks = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).requires_grad_(False)
-    with pytest.raises(NATSError, match="all convs that match are frozen"):
+    with pytest.raises(NATSError, match="nothing to search: 0: it is frozen"):
         to_supernet(blocks, SearchSpace("A", convs=["*"]))
+
+
+def test_a_kernel_that_cannot_tell_dilations_apart(caplog):
+    """Of one column: what reaches further along the width is the same conv."""
+    network = nn.Sequential(nn.Conv2d(4, 4, (5, 1), padding=(2, 0)))
+    with pytest.raises(NATSError, match=r"0: a kernel \(5, 1\) cannot tell its dilations apart"):
+        to_supernet(network, SearchSpace([[[1, 1], [1, 3]]], convs=["*"]))
+
+
+def test_names_that_a_file_could_not_hold(tmp_path):
+    """Any key of a ModuleDict is fine, but for spaces; said before the search, not after it."""
+    path = str(tmp_path / "architecture.yaml")
+    for name in ("p3-out", "true", "1e3", "0", "a:b", "#x", "{x}", "'", "~"):
+        network = nn.ModuleDict({name: nn.Conv2d(4, 4, 3, padding=1)})
+        to_supernet(network, SearchSpace("A", convs=["*"]))
+        Architecture.decode(network).save(path)
+        assert list(Architecture.load(path).layers) == [name]
+    network = nn.ModuleDict({"a b": nn.Conv2d(4, 4, 3, padding=1)})
+    with pytest.raises(NATSError, match="layer name 'a b'"):
+        to_supernet(network, SearchSpace("A", convs=["*"]))
 
 
 def test_stages_and_convs_exclude_each_other():

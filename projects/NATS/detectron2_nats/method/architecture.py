@@ -56,7 +56,7 @@ class Architecture:
         if not isinstance(self.search, Mapping):
             raise NATSError("architecture: 'search' must be a mapping")
         layers = {
-            _check_name(name, self.paths): _check_segments(name, v)
+            check_name(name, self.paths): _check_segments(name, v)
             for name, v in self.layers.items()
         }
         object.__setattr__(self, "layers", layers)
@@ -213,7 +213,7 @@ class Architecture:
             raise NATSError("MODEL.NATS.ARCHITECTURE must be a list of [layer name, segments]")
         if paths is None:
             paths = not all(str(name).startswith("res") for name, _ in value)
-        names = [_check_name(name, paths) for name, _ in value]
+        names = [check_name(name, paths) for name, _ in value]
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise NATSError(f"MODEL.NATS.ARCHITECTURE names layers twice: {', '.join(twice[:5])}")
@@ -324,8 +324,10 @@ def shipped_architectures() -> List[str]:
     return sorted(name.removesuffix(".yaml") for name in os.listdir(_SHIPPED))
 
 
-def _check_name(name: Any, paths: bool) -> str:
-    form, example = (r"[\w.]+", "stem.conv") if paths else (r"res[\w.]+", "res3.0.conv2")
+def check_name(name: Any, paths: bool) -> str:
+    """Return a layer's name, or raise :class:`NATSError`."""
+    # a ModuleDict's keys may be nearly anything
+    form, example = (r"[!-~]+", "stem.conv") if paths else (r"res[\w.]+", "res3.0.conv2")
     if not isinstance(name, str) or len(name) > 200 or not re.fullmatch(form, name, re.ASCII):
         raise NATSError(f"architecture: layer name {shown(name)}: expected one like {example!r}")
     return name

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import NATSError
-from .architecture import Architecture
+from .architecture import Architecture, check_name
 from .convs import convs_by_path, matching_convs, near_paths, searched_layers, turn_into
 from .layers import GroupedDilationConv2d, MixedDilationConv2d, same_padding
 from .sampling import SampledDilationConv2d
@@ -47,6 +47,7 @@ def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
     found, others = _searched(backbone, space)
     swaps: Dict[nn.Conv2d, nn.Conv2d] = {}
     for name, conv in found.items():
+        check_name(name, bool(space.convs))  # now, and not when days of search are to be written
         _check_plain(name, conv)
         choice = {
             "genotypes": space.genotypes_of(name, conv.kernel_size),
@@ -70,11 +71,16 @@ def _searched(
     """Layer name → conv to search; and of others that were asked for, layer name → why not."""
     if space.convs:
         found, others = matching_convs(network, space.convs)
-        for path in [path for path, conv in found.items() if not conv.weight.requires_grad]:
-            del found[path]
-            others[path] = "it is frozen (takes no gradient)"
+        for path, conv in list(found.items()):
+            if not conv.weight.requires_grad:
+                others[path] = "it is frozen (takes no gradient)"
+            elif len(space.genotypes_of(path, conv.kernel_size)) == 1:
+                others[path] = f"a kernel {conv.kernel_size} cannot tell its dilations apart"
+            if path in others:
+                del found[path]
         if not found:
-            raise NATSError(f"CONVS {list(space.convs)}: all convs that match are frozen")
+            reasons = "; ".join(f"{path}: {why}" for path, why in list(others.items())[:3])
+            raise NATSError(f"CONVS {list(space.convs)}: nothing to search: {reasons}")
         return found, others
     stages = residual_stages(network)
     found = {}
