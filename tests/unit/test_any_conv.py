@@ -188,14 +188,11 @@ def test_networks(name, tmp_path, caplog):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["regnetx_002", "hgnetv2_b0", "vgg11", "RT-DETR"])
+@pytest.mark.parametrize("name", ["regnetx_002", "hgnetv2_b0"])
 def test_fields(name):
     """A wider field is seen wider, and not taller."""
     torch.manual_seed(0)
-    if name == "RT-DETR":
-        network, pattern = rt_detr().model.backbone.model, "*.stages.*"
-    else:
-        network, pattern = timm_network(name), TIMM[name][0]
+    network, pattern = timm_network(name), TIMM[name][0]
     images = [torch.randn(3, 256, 256)]
     plain = field_extents(network, images, sides=((256, 1),))
     apply_architecture(network, Architecture.uniform(network, (1, 3), convs=[pattern]))
@@ -204,6 +201,13 @@ def test_fields(name):
     level = list(plain)[1]
     assert wide[level].width > 1.3 * plain[level].width
     assert wide[level].height < 1.3 * plain[level].height
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "hgnet"])
+def test_fields_of_a_transformer(backbone):
+    """Its logits have four axes, too, and no field; its encoder's maps have."""
+    fields = field_extents(rt_detr(backbone), [torch.randn(3, 128, 128)], sides=((128, 1),))
+    assert list(fields) == [f"encoder_last_hidden_state {i}" for i in range(3)]
 
 
 # -- the convs ------------------------------------------------------------------------------
@@ -455,38 +459,26 @@ def fused_by_ours(network):
     return Whole()
 
 
+def folded(conv, norm):
+    """Weight and bias of both."""
+    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    return fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+
+
 def fused_into_a_new_conv(network):
     """As YOLOX and older YOLOs do; they copy no dilation."""
-    conv, norm = network[0], network[1]
+    conv = network[0]
     fused = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding
     )
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight,
-        conv.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        norm.weight,
-        norm.bias,
-    )
-    fused.weight, fused.bias = weight, bias
+    fused.weight, fused.bias = folded(conv, network[1])
     return nn.Sequential(fused, network[2])
 
 
 def with_weights_of_its_own(network):
     """As mmcv's efficient_conv_bn_eval does."""
-    conv, norm = network[0], network[1]
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight,
-        conv.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        norm.weight,
-        norm.bias,
-    )
-    return lambda x: network[2](conv._conv_forward(x, weight, bias))
+    conv = network[0]
+    return lambda x: network[2](conv._conv_forward(x, *folded(conv, network[1])))
 
 
 def averaged(network):

@@ -67,12 +67,14 @@ def effective_receptive_fields(
     """
     levels = residual_stages(module) if levels is None else levels
     sums: Dict[str, torch.Tensor] = {}
-    with _looking_at(module, levels) as outputs:
+    with _looking_at(module, levels, images.shape[-2:]) as outputs:
         for image in images:
             x = image[None].clone().requires_grad_(True)
             with torch.enable_grad():
                 module(x)
                 for name, y in outputs.items():
+                    if not y.requires_grad:
+                        continue  # a constant: it sees nothing
                     centre = y[..., y.shape[-2] // 2, y.shape[-1] // 2].sum()
                     (gradient,) = torch.autograd.grad(centre, x, retain_graph=True)
                     field = gradient[0].abs().sum(0).cpu()
@@ -84,12 +86,18 @@ def effective_receptive_fields(
 
 @contextlib.contextmanager
 def _looking_at(
-    module: nn.Module, levels: Mapping[str, nn.Module]
+    module: nn.Module, levels: Mapping[str, nn.Module], size: Sequence[int]
 ) -> Iterator[Dict[str, torch.Tensor]]:
-    """In the block, a forward pass fills the dict that is given: name → (B, C, h, w)."""
+    """In the block, a forward pass fills the dict that is given: name → (B, C, h, w).
+
+    Args:
+        size: (H, W) of the images.
+    """
     outputs: Dict[str, torch.Tensor] = {}
     hooks = [
-        level.register_forward_hook(lambda _, __, y, name=name: outputs.update(_maps(name, y)))
+        level.register_forward_hook(
+            lambda _, __, y, name=name: outputs.update(_maps(name, y, size))
+        )
         for name, level in levels.items()
     ]
     modes = {part: part.training for part in module.modules()}
@@ -109,15 +117,22 @@ def _looking_at(
             hook.remove()
 
 
-def _maps(name: str, output: Any) -> Dict[str, torch.Tensor]:
-    """The feature maps in an output. One of 1 × 1 is pooled over the image: it sees all of it."""
+def _maps(name: str, output: Any, size: Sequence[int]) -> Dict[str, torch.Tensor]:
+    """The feature maps in an output: of the image's shape, up to rounding.
+
+    One of 1 × 1 is pooled over the image: it sees all of it. A transformer's logits, (B, layers,
+    queries, classes), have four axes, too.
+    """
     if torch.is_tensor(output):
         is_map = output.ndim == 4 and min(output.shape[-2:]) > 1
+        if is_map:
+            (height, width), (h, w) = size, output.shape[-2:]
+            is_map = abs(h * width - w * height) <= height + width
         return {name or "output": output} if is_map else {}
     if isinstance(output, (list, tuple)):
         output = {f"{name or 'output'} {i}": part for i, part in enumerate(output)}
     maps = output.items() if isinstance(output, Mapping) else ()
-    return {k: v for key, value in maps for k, v in _maps(str(key), value).items()}
+    return {k: v for key, value in maps for k, v in _maps(str(key), value, size).items()}
 
 
 def returned_levels(network: nn.Module, images: torch.Tensor) -> Dict[str, nn.Module]:
@@ -129,7 +144,7 @@ def returned_levels(network: nn.Module, images: torch.Tensor) -> Dict[str, nn.Mo
     Args:
         images: (B, 3, H, W).
     """
-    with _looking_at(network, {"": network}) as outputs, torch.no_grad():
+    with _looking_at(network, {"": network}, images.shape[-2:]) as outputs, torch.no_grad():
         network(images[:1])
     if outputs:
         return {"": network}
@@ -143,7 +158,7 @@ def returned_levels(network: nn.Module, images: torch.Tensor) -> Dict[str, nn.Mo
 def _last_of_each_size(network: nn.Module, image: torch.Tensor) -> Dict[str, nn.Module]:
     """Path → part that computes the last map of its size, and in which convs have a part."""
     named = {path: part for path, part in network.named_modules() if path}
-    with _looking_at(network, named) as outputs, torch.no_grad():
+    with _looking_at(network, named, image.shape[-2:]) as outputs, torch.no_grad():
         network(image)
     convs = all_convs(network)
     last = {

@@ -11,16 +11,14 @@ from torch.utils.checkpoint import checkpoint
 _FEW_CHANNELS = 128  # as in res3 of ResNets, and in all stages of ResNeXts
 
 
-_WIDE = 4  # 6 with AVX-512
-
-
 def pads_first(padding: Sequence[int], depthwise: bool) -> bool:
     """Whether a CPU convolves faster when the input is padded in a step of its own.
 
     oneDNN's kernels of depthwise convs take no wider padding, and what it takes instead is 10 to 45
     times as slow (7×7, dilation 3); with this 1.7 to 3.3 times as the plain conv.
     """
-    return depthwise and padding[1] > _WIDE
+    widest = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+    return depthwise and padding[1] > widest
 
 
 def fast_layouts(branches: int, depthwise: bool = False) -> List[bool]:
