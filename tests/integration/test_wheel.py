@@ -115,7 +115,7 @@ def test_metadata(site):
     files = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     mine = {
         str(path.relative_to(REPOSITORY / "projects/NATS"))
-        for kind in ("*.py", "*.pth", "*.html", "*.yaml")
+        for kind in ("*.py", "*.pth", "*.html", "*.yaml", "*.jpg", "*.json", "*LICENSE")
         for path in (REPOSITORY / "projects/NATS/detectron2_nats").rglob(kind)
     }
     assert mine == {name for name in files if name.startswith("detectron2_nats/")}

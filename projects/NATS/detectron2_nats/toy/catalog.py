@@ -1,7 +1,8 @@
-"""The drawn data sets in Detectron2's catalogue, and their files under ``nats://`` names."""
+"""The package's data sets in Detectron2's catalogue, and its files under ``nats://`` names."""
 
 import os
 from functools import partial
+from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -10,12 +11,25 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from ..errors import NATSError
 from .sets import SETS, WEIGHTS, ensure_embedded_dataset
 
+REGISTERS = "nats_registers"
+"""Pages of notaries' registers with boxes of table columns, shipped as files and read in place.
+
+Real images, by LECTAUREP, Archives nationales and Inria, CC BY 4.0: see the LICENSE beside them.
+"""
+
+SHIPPED = (WEIGHTS.name, "half_r50_res3.pth", REGISTERS)
+"""Files and folders beside this one.
+
+``half_r50_res3.pth`` is stem, res2 and res3 of Yahoo's half-width ResNet-50, pretrained on ImageNet;
+its convs in half precision. See its LICENSE.
+"""
+
 
 class NATSPathHandler(PathHandler):
     """Files of this package under ``nats://`` names, for Detectron2's PathManager.
 
-    ``nats://embedded_r50.pth`` is :data:`WEIGHTS`. ``nats://NAME/...`` is a file in the folder of
-    the data set NAME, which is drawn when such a name is first resolved.
+    ``nats://NAME`` is one of :data:`SHIPPED`. ``nats://NAME/...`` is a file in the folder of the
+    data set NAME; one of :data:`.sets.SETS` is drawn when such a name is first resolved.
     """
 
     PREFIX = "nats://"
@@ -24,14 +38,14 @@ class NATSPathHandler(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path, force=False, **kwargs):
-        name = path[len(self.PREFIX) :]
-        if name == WEIGHTS.name:
-            return str(WEIGHTS)
-        top, _, rest = name.partition("/")
+        top, _, rest = path[len(self.PREFIX) :].partition("/")
+        if top in SHIPPED:
+            return os.path.join(Path(__file__).parent, top, rest).rstrip("/")
         if top in SETS:
             return os.path.join(ensure_embedded_dataset(top), rest)
-        known = ", ".join(f"{self.PREFIX}{name}/..." for name in SETS)
-        raise NATSError(f"Unknown name {path}. There are {self.PREFIX}{WEIGHTS.name}, {known}")
+        known = [name if name.endswith(".pth") else f"{name}/..." for name in (*SHIPPED, *SETS)]
+        known = ", ".join(f"{self.PREFIX}{name}" for name in known)
+        raise NATSError(f"Unknown name {path}. There are {known}")
 
     def _exists(self, path, **kwargs):
         return os.path.exists(self._get_local_path(path))
@@ -44,27 +58,33 @@ class NATSPathHandler(PathHandler):
 
 
 def register_embedded_datasets() -> None:
-    """Register ``NAME_SPLIT`` of each set in :data:`SETS`, and the ``nats://`` names. Repeatable.
+    """Register ``NAME_SPLIT`` of each data set of the package, and ``nats://`` names. Repeatable.
 
     Nothing is drawn yet. The metadata uses ``nats://`` names, which Detectron2 resolves wherever it
     reads a file. So an evaluator may be built before any data is loaded.
     """
     PathManager.register_handler(NATSPathHandler(), allow_override=True)
+    for split in ("train", "calibration", "val"):
+        _register(REGISTERS, split, ("column",))
     for folder, dataset in SETS.items():
         for split in dataset.splits:
-            name = f"{folder}_{split}"
-            if name in DatasetCatalog:
-                continue
-            json_file = f"{NATSPathHandler.PREFIX}{folder}/instances_{split}.json"
-            image_root = f"{NATSPathHandler.PREFIX}{folder}/{split}"
-            DatasetCatalog.register(name, partial(_load, name, json_file, image_root))
-            MetadataCatalog.get(name).set(
-                json_file=json_file,
-                image_root=image_root,
-                evaluator_type="coco",
-                thing_classes=list(dataset.classes),
-                thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(dataset.classes))},
-            )
+            _register(folder, split, dataset.classes)
+
+
+def _register(folder, split, classes):
+    name = f"{folder}_{split}"
+    if name in DatasetCatalog:
+        return
+    json_file = f"{NATSPathHandler.PREFIX}{folder}/instances_{split}.json"
+    image_root = f"{NATSPathHandler.PREFIX}{folder}/{split}"
+    DatasetCatalog.register(name, partial(_load, name, json_file, image_root))
+    MetadataCatalog.get(name).set(
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=list(classes),
+        thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(classes))},
+    )
 
 
 def _load(name, json_file, image_root):
