@@ -20,8 +20,8 @@ Real images, by LECTAUREP, Archives nationales and Inria, CC BY 4.0: see the LIC
 SHIPPED = (WEIGHTS.name, "half_r50_res3.pth", REGISTERS)
 """Files and folders beside this one.
 
-``half_r50_res3.pth`` is stem, res2 and res3 of Yahoo's half-width ResNet-50, pretrained on ImageNet;
-its convs in half precision. See its LICENSE.
+``half_r50_res3.pth`` is stem, res2 and res3 of Yahoo's half-width ResNet-50, with its convs in half
+precision. See its LICENSE.
 """
 
 
