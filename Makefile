@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-optional demo test test-fast faults bench bench-smoke gpu lint format clean
+.PHONY: help setup setup-optional demo demo-bars test test-fast faults bench bench-smoke gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -15,8 +15,11 @@ setup-optional: setup  ## also what some examples, and their tests, need: requir
 	@$(PYTHON) -m pip install -qq --no-input --disable-pip-version-check \
 		-r requirements.txt -r requirements-optional.txt
 
-demo: setup  ## a search whose right answer is known, and what it gains (minutes on a CPU)
+demo: setup  ## real pages: what a wider field gains, drawn and searched (minutes on a CPU)
 	@$(PYTHON) -W ignore tools/demo.py
+
+demo-bars: setup  ## the same on drawn bars, of which the search's right answer is known
+	@$(PYTHON) -W ignore tools/demo.py bars --output output/demo_bars
 
 test: setup  ## run all tests, one process for each core, at most four
 	@$(PYTHON) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal

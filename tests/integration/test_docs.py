@@ -64,7 +64,7 @@ SUBSTITUTIONS = [
     (r"--config-file \.\.\.", "--config-file configs/quickstart/search.yaml"),
     (r"--num-gpus 8 (--config-file output/)", r"\1"),
     (r"'\$SLURM_NODEID'", "0"),
-    (r"output/demo/seed_0/", "output/bars/"),
+    (r"output/demo_bars/seed_0/", "output/bars/"),
     (r"(nats-report) output/demo", r"\1 output/bars/search-nats"),
     (r"output/improved/retrain.yaml", "output/search/retrain.yaml"),
     (
@@ -274,7 +274,7 @@ def workspace(tmp_path_factory) -> Path:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             torch.save({"model": state_dict}, folder / path)
 
-    # what a demo leaves
+    # what `make demo-bars` leaves
     bars = load_config(str(REPOSITORY / "configs/quickstart/bars.yaml"))
     shutil.copytree(folder / "output/search", folder / "output/bars/search-nats")
     searched = export_config(bars, RES3_WIDE)

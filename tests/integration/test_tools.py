@@ -227,15 +227,40 @@ def test_no_seeds_of_a_study(text):
         seeds_argument(text)
 
 
-def test_the_demo_says_whether_the_search_was_right():
+@pytest.fixture(scope="module")
+def demo():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        demo = runpy.run_path(str(REPOSITORY / "tools/demo.py"))
-    assert "92% of res3's channels" in demo["sentence"](results((1, 3)))
-    assert "That is right" in demo["sentence"](results((1, 3)))
-    assert "That is wrong" in demo["sentence"](results((3, 1)))
-    lines = demo["table"](results((1, 3))).splitlines()
-    assert len(lines) == 2 + 4 and "AP50" in lines[0] and "31.5" in lines[2]
+        return runpy.run_path(str(REPOSITORY / "tools/demo.py"))
+
+
+def test_the_demo_says_whether_the_search_was_right(demo):
+    sentence = demo["EXAMPLES"]["bars"].sentence
+    assert "92% of res3's channels" in sentence(results((1, 3)))
+    assert "That is right" in sentence(results((1, 3)))
+    assert "That is wrong" in sentence(results((3, 1)))
+
+
+def test_the_demo_says_whether_the_search_found_the_direction_and_what_a_draw_gave(demo):
+    example = demo["EXAMPLES"]["registers"]
+    content = results((5, 1), example.methods)
+    content["methods"]["random-2.2x"] = {"AP": [33.0]}
+    said = example.sentence(content)
+    assert "92% of res3's channels see far along the height and 0% along the width" in said
+    assert "it has found that columns are tall" in said and "1.5 AP behind the best draw" in said
+    content["methods"]["nats-warm"] = {"AP": [34.0]}
+    assert "1.0 AP ahead of the best draw" in example.sentence(content)
+    for dilation in ((1, 5), (5, 5), (1, 1)):
+        assert "has not found" in example.sentence(results(dilation, example.methods))
+
+
+@pytest.mark.parametrize("name", ["registers", "bars"])
+def test_the_demos_table(demo, name):
+    example = demo["EXAMPLES"][name]
+    fields = dict.fromkeys(example.methods, "41 × 43")
+    lines = demo["table"](example, results((1, 3), example.methods), fields).splitlines()
+    assert len(lines) == 2 + 4 and "AP50" in lines[0]
+    assert "31.5" in lines[2] and "41 × 43" in lines[5]
 
 
 def test_analyze(folder):

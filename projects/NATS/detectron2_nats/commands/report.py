@@ -16,7 +16,7 @@ examples:
   of a search:
     $ %(prog)s output/search
   of the demo:
-    $ %(prog)s output/demo --output demo.html --title "Horizontal bars"
+    $ %(prog)s output/demo --output demo.html --title "Columns of registers"
 """
 
 
