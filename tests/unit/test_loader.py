@@ -301,6 +301,20 @@ def test_the_list_of_dicts_is_not_kept(dicts, sampler):
     assert_same(expected, take(loader, 6))
 
 
+def test_an_evaluation_stops_at_the_next_image(dicts, monkeypatch):
+    name = "nats_test_stop"
+    DatasetCatalog.register(name, lambda: dicts)
+    cfg = get_cfg()
+    add_nats_config(cfg)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    batches = iter(EvaluationLoader(cfg, name))
+    DatasetCatalog.remove(name)
+    next(batches)
+    monkeypatch.setattr(loader_module, "stop_requested", lambda: True)
+    with pytest.raises(SystemExit, match="75"):
+        next(batches)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_test_images_are_left_out(dicts, warnings, workers):
     name = f"nats_test_images_{workers}"

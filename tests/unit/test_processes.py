@@ -52,6 +52,24 @@ def test_a_cut_connection_is_a_stop_only_when_one_was_asked_for(group, monkeypat
         processes._call(raising(RuntimeError("connection closed")), None, None)
 
 
+def test_a_restart_by_torchrun_reads_nothing_of_the_dead_group(monkeypatch):
+    """torchrun keeps its store, where the addresses of the dead ranks are."""
+    kept, groups = dist.HashStore(), []
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(kept, 0, 1)]))
+    monkeypatch.setattr(processes, "_join_group", lambda *_, store, **__: groups.append(store))
+    for function in ("die_with_parent", "handle_signals", "_call"):
+        monkeypatch.setattr(processes, function, lambda *_: None)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        processes._run_under_torchrun(None, load_config("", ["MODEL.DEVICE", "cpu"]), None)
+    first, second = groups
+    first.set("address", "of the dead")
+    assert first.check(["address"]) and not second.check(["address"])
+
+
 def test_a_rank_that_fails_leaves_at_once(group, monkeypatch, capfd):
     """A teardown of the interpreter would wait for the others in NCCL."""
     left = []

@@ -1,6 +1,8 @@
 """Own data sets: registration, and what is checked before a run."""
 
+import argparse
 import json
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from test_annotations import coco
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2_nats import NATSError, add_nats_config
+from detectron2_nats.commands import train
 from detectron2_nats.config import load_config
 from detectron2_nats.data.registry import (
     check_data,
@@ -175,6 +178,19 @@ def test_classes_that_differ_between_the_splits(tmp_path, key, names, message):
     with pytest.raises(NATSError, match="DATASETS.TEST: .*: class .|3 classes"):
         check_data(cfg, ["TEST"])  # only the number can be known
         check_registered_classes(cfg)
+
+
+def test_an_evaluation_knows_the_classes_of_all_that_is_registered(tmp_path, monkeypatch):
+    """Weights of older versions, and of others, do not say what they were trained on."""
+    cfg = run_config(tmp_path, TEST={"categories": categories("dog", "cat")})
+    weights = mock.Mock(**{"return_value.resume_or_load.return_value": {}})
+    monkeypatch.setattr(train, "SafeCheckpointer", weights)
+    monkeypatch.setattr(train, "build_model", mock.Mock())
+    trainer = mock.Mock()
+    args = argparse.Namespace(eval_only=True, resume=False)
+    with pytest.raises(NATSError, match=f"{NAME}_TEST: class 0 is 'dog', of {NAME}_TRAIN"):
+        train.train_or_evaluate(trainer, cfg, args)
+    assert not trainer.test.called
 
 
 def test_a_split_with_only_the_classes_that_occur(tmp_path):
