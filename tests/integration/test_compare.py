@@ -1,5 +1,6 @@
 """At its end a search says what to compare it with; what it says is run."""
 
+import argparse
 import logging
 import re
 import shlex
@@ -8,9 +9,9 @@ import pytest
 import torch
 from runs import assert_same_run, make_trainer, run
 
-from detectron2_nats import Architecture
+from detectron2_nats import Architecture, NATSError
 from detectron2_nats.bench.score import candidates, one_shot_score, scoring_batches, some_of
-from detectron2_nats.commands import draw
+from detectron2_nats.commands import draw, score
 from detectron2_nats.commands import search as search_command
 from detectron2_nats.config import load_config
 from detectron2_nats.engine.loader import dataset_dicts
@@ -24,13 +25,13 @@ from detectron2_nats.search.compare import (
 
 def test_equal_time_by_hand():
     times = StepTimes()
-    assert times.in_weight_steps(100, 40) is None
+    assert times.in_weight_steps(100, 60) is None
     times.add(9.0)  # the first step is slow
     times.add(2.0)
     times.add(2.0, 1.0)
     times.add(2.0, 1.0)
     # 100 weight steps, and 60 α steps of half their time
-    assert times.in_weight_steps(100, 40) == 130
+    assert times.in_weight_steps(100, 60) == 130
     search = load_config("", ["SOLVER.IMS_PER_BATCH", "4"])
     retrain = load_config("", ["SOLVER.IMS_PER_BATCH", "8", "SOLVER.MAX_ITER", "200"])
     assert equal_time_iterations(search, retrain, 130) == 200 + 65
@@ -141,3 +142,17 @@ def test_the_first_of_two_processes_scores(tiny_config, tmp_path):
         *("MODEL.RESNETS.NORM", "SyncBN", "SEARCH.SCORE_IMAGES", "2", "OUTPUT_DIR", str(tmp_path)),
     )
     assert printed.count("Plain has a higher loss than") == 1
+
+
+def test_a_run_that_freezes_is_scored_at_that_moment(search, tmp_path):
+    """It changes nothing of the run, and afterwards the weights suit nothing else."""
+    opts = ["MODEL.NATS.SAMPLE", True, "SEARCH.RETRAIN_WEIGHTS", "supernet"]
+    opts += ["SEARCH.FREEZE_AT", 0.5]
+    search("silent", *opts)
+    trainer, said = search("said", *opts, "SEARCH.SCORE_IMAGES", 2)
+    (line,) = [record.getMessage() for record in said if "Losses on 2" in record.getMessage()]
+    assert "More images" not in line
+    assert_same_run(tmp_path / "silent", tmp_path / "said")
+    (tmp_path / "said/config.yaml").write_text(trainer.cfg.dump())
+    with pytest.raises(NATSError, match="went on to train what it found"):
+        score.main(argparse.Namespace(search=str(tmp_path / "said")))

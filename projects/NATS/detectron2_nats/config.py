@@ -68,6 +68,11 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.SEARCH.ALPHA_WEIGHT_DECAY = 1e-5
     # Fraction of the search after which α steps begin: 10 of 25 epochs.
     cfg.SEARCH.ALPHA_START = 0.4
+    # Fraction of the run after which the choice is frozen: what is left of it trains the frozen
+    # network on the images of both splits. For MODEL.NATS.SAMPLE. 1: the run is a search alone.
+    cfg.SEARCH.FREEZE_AT = 1.0
+    # Freeze before that, as soon as the search has decided (docs/search.md).
+    cfg.SEARCH.FREEZE_WHEN_DECIDED = False
     # Images per α step, on all GPUs together. 0: as many as SOLVER.IMS_PER_BATCH.
     cfg.SEARCH.ALPHA_IMS_PER_BATCH = 0
     # "paper": channels are sorted by dilation. "voted": each group keeps its own channels.
@@ -115,6 +120,7 @@ _RULES = (
         lambda v: 0 <= v < 1,
         "a fraction of the search, at least 0 and below 1",
     ),
+    ("SEARCH.FREEZE_AT", lambda v: 0 < v <= 1, "a fraction of the run, above 0 and at most 1"),
     ("SEARCH.DECODE_AT_MOST", lambda v: v >= 0, "a number of dilations, or 0 for all"),
     ("SEARCH.RETRAIN_WEIGHTS", lambda v: v in ("base", "supernet"), "base or supernet"),
     ("SEARCH.SCORE_IMAGES", lambda v: v >= 0, "at least 0"),

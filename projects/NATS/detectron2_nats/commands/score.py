@@ -36,6 +36,11 @@ def main(args: argparse.Namespace) -> None:
         raise NATSError(f"{args.search} is not a search's output folder")
     folder = SearchFolder(args.search)
     cfg = folder.cfg
+    if cfg.SEARCH.FREEZE_AT < 1 or cfg.SEARCH.FREEZE_WHEN_DECIDED:
+        raise NATSError(
+            f"{args.search} went on to train what it found, and its weights suit nothing else: its "
+            "log.txt has the scores of the moment before"
+        )
     register_datasets(cfg)
     check_data(cfg, ["CALIBRATION"])
     records = dataset_dicts(cfg, cfg.DATASETS.CALIBRATION)

@@ -50,25 +50,37 @@ that on all that were drawn: docs/results/scores.md."""
 class _ReportingTrainer(SearchTrainer):
     """Also draws the architecture and α's history for TensorBoard, at each checkpoint.
 
-    At its end it says what the score says of architectures that need no search.
+    At the search's end it says what the score says of architectures that need no search.
     """
 
     def train(self):
         results = super().train()
-        if comm.is_main_process():
+        if self.frozen_at is None and comm.is_main_process():
+            said = self._scores()
             score = "nats-score " + shlex.quote(self.cfg.OUTPUT_DIR)
-            try:
-                said = self._scores() if self.cfg.SEARCH.SCORE_IMAGES else ""
-            except Exception as error:  # the result has been written
-                logger.warning(f"no score of what was found: {one_line(error)}")
-                said = ""
             if said:
                 logger.info(f"{said} More images and draws:\n  {score}")
             else:
                 logger.info(f"Whether a wider field pays at all, without training:\n  {score}")
         return results
 
+    def freeze(self) -> None:
+        if comm.is_main_process():  # the last moment at which the weights suit all dilations
+            with preserved_random_states():
+                said = self._scores()
+            if said:
+                logger.info(said)
+        super().freeze()
+
     def _scores(self) -> str:
+        """:meth:`_scored`, or nothing where it is not wanted or fails."""
+        try:
+            return self._scored() if self.cfg.SEARCH.SCORE_IMAGES else ""
+        except Exception as error:  # the run goes on, or its result has been written
+            logger.warning(f"no score of what was found: {one_line(error)}")
+            return ""
+
+    def _scored(self) -> str:
         """What a few calibration images say of the architectures that need no search."""
         start = time.perf_counter()
         records = dataset_dicts(self.cfg, self.cfg.DATASETS.CALIBRATION)

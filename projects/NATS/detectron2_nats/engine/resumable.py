@@ -213,7 +213,7 @@ class ResumableTrainer(DefaultTrainer):
                 f"{usable} cannot be resumed from: this version of the program did not write it. "
                 "Choose another OUTPUT_DIR, or give it as MODEL.WEIGHTS without --resume"
             )
-        self.check_same_run(saved["config"])
+        self.check_same_run(saved)
         self._check_same_data(usable, saved)
         old_optimizer = saved["run"]["phases"]["weights"]["optimizer"]
         if _sizes(saved["model"], old_optimizer) != _sizes(
@@ -278,9 +278,9 @@ class ResumableTrainer(DefaultTrainer):
             f"with {self.cfg.SOLVER.IMS_PER_BATCH} images each: the run continues there"
         )
 
-    def check_same_run(self, saved_config: str) -> None:
-        """Called on resume with the config of the run that wrote the checkpoint."""
-        for line in config_differences(saved_config, self.given_cfg):
+    def check_same_run(self, saved: Dict[str, Any]) -> None:
+        """Called on resume with the checkpoint, before anything of it is loaded."""
+        for line in config_differences(saved["config"], self.given_cfg):
             logger.warning(f"resuming with a different setting: {line}")
 
     # -- what DefaultTrainer calls ----------------------------------------------------------------

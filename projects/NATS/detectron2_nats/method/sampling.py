@@ -1,10 +1,11 @@
 """Beyond the paper: a super-network that draws one genotype per group instead of mixing all."""
 
-from typing import Sequence
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
+from .decode import Segment
 from .layers import GroupedDilationConv2d, MixedDilationConv2d
 from .search_space import Dilation
 
@@ -15,13 +16,21 @@ class SampledDilationConv2d(MixedDilationConv2d):
     In training each group draws one genotype with probability softmax(α_i), anew at each pass, and
     the conv computes what the frozen one would. In evaluation each group takes the genotype that it
     votes for. α's gradient is that of the mixture, taken where the draw lies: straight through.
+
+    Attributes:
+        settled: the segments that it computes from now on, in training and evaluation, whatever α
+            is; None while it is searched.
     """
+
+    settled: Optional[Tuple[Segment, ...]] = None
 
     def __init__(self, conv: nn.Conv2d, *, genotypes: Sequence[Dilation], num_groups: int):
         super().__init__(conv, genotypes=genotypes, num_groups=num_groups, share_weights=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See :meth:`MixedDilationConv2d.forward`."""
+        if self.settled:
+            return GroupedDilationConv2d(self, self.settled).forward(x)
         shares = self.alpha.softmax(dim=1)
         chosen = torch.multinomial(shares.detach(), 1) if self.training else shares.argmax(1)
         if not self.trains_alpha:

@@ -22,7 +22,7 @@ class AlphaHook(HookBase):
 
     Attributes:
         last_votes: layer → votes at the last line of the log.
-        tenth_votes: layer → votes when the last tenth of the search began; empty before that.
+        tenth_votes: layer → votes when the last full tenth of the search ended; empty before.
     """
 
     def __init__(self, log_period: int, check_period: int):
@@ -31,13 +31,25 @@ class AlphaHook(HookBase):
         self.tenth_votes: Dict[str, List[int]] = {}
 
     def after_step(self):
+        if self.trainer.frozen_at is not None:
+            return
         done = self.trainer.iter + 1
         if done > self.trainer.alpha_start and done % self._check_period == 0:
             check_ranks_agree(self.trainer.searched)
-        if done >= 0.9 * self.trainer.max_iter and not self.tenth_votes:
-            self.tenth_votes = all_votes(self.trainer.alphas())
+        self._end_of_tenth(done)
         if done % self._log_period == 0 or done == self.trainer.max_iter:
             self._log()
+
+    def _end_of_tenth(self, done: int):
+        """Keep the votes; end the search where it is to end, or has decided."""
+        trainer, end = self.trainer, self.trainer.search_end
+        if done * 10 // end == (done - 1) * 10 // end and done < end:
+            return
+        early = trainer.cfg.SEARCH.FREEZE_WHEN_DECIDED and self.tenth_votes
+        if done < trainer.max_iter and (done >= end or early and trainer.decidedness().decided):
+            trainer.freeze()
+        elif done < end:
+            self.tenth_votes = all_votes(trainer.alphas())
 
     def _log(self):
         storage, alphas = get_event_storage(), self.trainer.alphas()

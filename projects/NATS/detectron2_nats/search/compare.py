@@ -25,16 +25,18 @@ class StepTimes:
         if alpha is not None:
             self._alpha.append(alpha)
 
-    def in_weight_steps(self, max_iter: int, alpha_start: int) -> Optional[float]:
-        """How many weight steps take as long as the whole search; None if nothing was measured."""
+    def in_weight_steps(self, max_iter: int, alpha_steps: int) -> Optional[float]:
+        """How many weight steps take as long as the whole run; None if nothing was measured."""
         if not self._weight or not self._alpha:
             return None
         # medians: the first steps, and those beside a checkpoint, take longer
         ratio = statistics.median(self._alpha) / statistics.median(self._weight)
-        return max_iter + ratio * (max_iter - alpha_start)
+        return max_iter + ratio * alpha_steps
 
 
-def equal_time_iterations(search: CfgNode, retrain: CfgNode, steps: float) -> int:
+def equal_time_iterations(
+    search: CfgNode, retrain: CfgNode, steps: float, trained: bool = False
+) -> int:
     """Iterations of `retrain` that take as long as search and retraining together.
 
     A training step is taken to cost what the search's weight step costs for the same images. It
@@ -42,13 +44,18 @@ def equal_time_iterations(search: CfgNode, retrain: CfgNode, steps: float) -> in
 
     Args:
         steps: the search's length in its own weight steps (:class:`StepTimes`).
+        trained: whether the search has trained its result, and no retraining follows.
     """
     bought = steps * search.SOLVER.IMS_PER_BATCH / retrain.SOLVER.IMS_PER_BATCH
-    return round(retrain.SOLVER.MAX_ITER + bought)
+    return round(bought if trained else retrain.SOLVER.MAX_ITER + bought)
 
 
 def comparison_commands(
-    search: CfgNode, retrain: CfgNode, architecture: Architecture, steps: Optional[float]
+    search: CfgNode,
+    retrain: CfgNode,
+    architecture: Architecture,
+    steps: Optional[float],
+    trained: bool = False,
 ) -> str:
     """The commands that train what the search has to beat.
 
@@ -56,7 +63,7 @@ def comparison_commands(
         search: the search's config, for one process; its OUTPUT_DIR contains config.yaml.
         retrain: the plain config that the search wrote.
         architecture: what the search found.
-        steps: see :func:`equal_time_iterations`; None if unknown.
+        steps, trained: see :func:`equal_time_iterations`; steps are None if unknown.
 
     Returns:
         Lines to log.
@@ -64,10 +71,11 @@ def comparison_commands(
     folder, schedule = search.OUTPUT_DIR, []
     length = "for as long as the retraining (the search's time was not measured here)"
     if steps is not None:
-        iterations = equal_time_iterations(search, retrain, steps)
+        iterations = equal_time_iterations(search, retrain, steps, trained)
+        took = "this run took" if trained else "search and retraining take together"
         length = (
-            f"for as long as search and retraining take together, {iterations} iterations (a lower "
-            "bound: a super-network's step is counted as one of training)"
+            f"for as long as {took}, {iterations} iterations (a lower bound: a super-network's "
+            "step is counted as one of training)"
         )
         schedule = ["SOLVER.MAX_ITER", str(iterations)]
         if retrain.SOLVER.STEPS and retrain.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from typing import Dict, List
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from detectron2.utils.events import get_event_storage
 
 from ..config import config_differences, genotype_set, load_config
 from ..data.overlap import check_disjoint, warn_of_test_images
-from ..engine.loader import build_resumable_loader, dataset_dicts
+from ..engine.loader import ResumableLoader, build_resumable_loader, dataset_dicts
 from ..engine.resumable import ResumableTrainer
 from ..engine.steps import Objective
 from ..errors import NATSError
@@ -39,6 +39,14 @@ class SearchTrainer(ResumableTrainer):
     search, an α step on ``DATASETS.CALIBRATION`` follows. α's gradient is first order: the weights
     count as constants (the paper does not say).
 
+    With ``SEARCH.FREEZE_AT`` or ``FREEZE_WHEN_DECIDED`` the choice is frozen in the middle of the
+    run (:meth:`freeze`), which then goes on training.
+
+    Attributes:
+        search_end: the iteration at which the choice is frozen at the latest; max_iter for a search
+            alone.
+        frozen_at: the number of iterations done when it was; None before.
+
     Args:
         cfg: has the keys of :func:`add_nats_config`, and an empty ``MODEL.NATS.ARCHITECTURE``.
 
@@ -49,20 +57,27 @@ class SearchTrainer(ResumableTrainer):
     DATA = ("TRAIN", "CALIBRATION", "TEST")
 
     def __init__(self, cfg: CfgNode):
+        freezes = cfg.SEARCH.FREEZE_AT < 1 or cfg.SEARCH.FREEZE_WHEN_DECIDED
+        if freezes and not (cfg.MODEL.NATS.SAMPLE and cfg.SEARCH.RETRAIN_WEIGHTS == "supernet"):
+            raise NATSError(
+                "SEARCH.FREEZE_AT and FREEZE_WHEN_DECIDED go on with the super-network's weights: "
+                "set MODEL.NATS.SAMPLE True and SEARCH.RETRAIN_WEIGHTS supernet"
+            )
         # Fail on a wrong path now, not days later
         other = cfg.SEARCH.RETRAIN_CONFIG
         self.retrain_base = load_config(other) if other else searched_detector(cfg)
         super().__init__(cfg)
         cfg = self.cfg  # scaled to the number of processes
+        self.search_end = round(cfg.SEARCH.FREEZE_AT * self.max_iter)
+        self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.search_end)
+        self.frozen_at: Optional[int] = None
         # The same for settings that cannot be decoded, and for a result that cannot fit
         export_config(self.retrain_base, self.architecture())
-        self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.max_iter)
         self._step_times = StepTimes()
-        loader = build_resumable_loader(
-            cfg,
-            dataset_dicts(cfg, cfg.DATASETS.CALIBRATION),
-            total_batch_size=cfg.SEARCH.ALPHA_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH,
-            seed=self.seed + 1,
+        loader = self._loader(
+            cfg.DATASETS.CALIBRATION,
+            cfg.SEARCH.ALPHA_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH,
+            self.seed + 1,
         )
         check_disjoint(self.weight_objective.loader.files, loader.files)
         warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.CALIBRATION")
@@ -100,7 +115,7 @@ class SearchTrainer(ResumableTrainer):
         times = [time.perf_counter()]
         self.weight_step()
         times.append(time.perf_counter())
-        if self.iter >= self.alpha_start:
+        if self.iter >= self.alpha_start and self.frozen_at is None:
             self.alpha_step()
             times.append(time.perf_counter())
         self._step_times.add(*np.diff(times))
@@ -109,6 +124,36 @@ class SearchTrainer(ResumableTrainer):
         """Take an Adam step on α, on a batch of ``DATASETS.CALIBRATION``. Nothing else changes."""
         with alpha_training(self._supernet):
             self.take_step(self.alpha_objective)
+
+    def freeze(self) -> None:
+        """End the search in the middle of the run: from now on, train what α decodes to.
+
+        Weights, their momentum and the schedule go on. The images of both splits train the weights.
+        """
+        self.frozen_at = self.iter + 1
+        self._settle()
+        self._train_on_both_splits()
+        self.alpha_objective.close()
+        logger.info(
+            f"the architecture is frozen after iteration {self.iter}, {self.decidedness()}: what "
+            f"is left of {self.max_iter} iterations trains it on all "
+            f"{len(self.weight_objective.loader.files)} images"
+        )
+
+    def _settle(self) -> None:
+        architecture = self.architecture()
+        for name, conv in self.searched.items():
+            conv.settled = architecture.layers[name]
+
+    def _train_on_both_splits(self) -> None:
+        self.weight_objective.close()
+        names = (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.CALIBRATION)
+        self.weight_objective.loader = self._loader(names, self.cfg.SOLVER.IMS_PER_BATCH, self.seed)
+
+    def _loader(self, names: Sequence[str], images: int, seed: int) -> ResumableLoader:
+        """Batches of so many images of the data sets `names`."""
+        dicts = dataset_dicts(self.cfg, names)
+        return build_resumable_loader(self.cfg, dicts, total_batch_size=images, seed=seed)
 
     def rehearse_alpha_step(self) -> None:
         """Compute the gradient of an α step and discard it.
@@ -158,7 +203,7 @@ class SearchTrainer(ResumableTrainer):
                 if nats.CHANNELS_PER_GROUP or nats.CONVS
                 else nats.NUM_GROUPS
             ),
-            iteration=min(self.iter + 1, self.max_iter),
+            iteration=self.frozen_at or min(self.iter + 1, self.max_iter),
             max_iter=self.max_iter,
             seed=self.seed,
             decidedness=self.decidedness().summary(),
@@ -193,10 +238,15 @@ class SearchTrainer(ResumableTrainer):
             names = ("architecture.yaml", "retrain.yaml")
             path, retrain = (os.path.join(self.cfg.OUTPUT_DIR, name) for name in names)
             logger.info(f"Search done: wrote {path} and the plain config {retrain}")
-            steps = self._step_times.in_weight_steps(self.max_iter, self.alpha_start)
+            trained = self.frozen_at is not None
+            if trained:
+                weights = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
+                logger.info(f"{retrain} starts from {weights}, which this run has trained already")
+            alpha_steps = (self.frozen_at or self.max_iter) - self.alpha_start
+            steps = self._step_times.in_weight_steps(self.max_iter, alpha_steps)
             architecture = self.architecture()
             cfg = self._retrain_config(architecture)
-            logger.info(comparison_commands(self.cfg, cfg, architecture, steps))
+            logger.info(comparison_commands(self.cfg, cfg, architecture, steps, trained))
         return results
 
     def write_result(self) -> None:
@@ -215,13 +265,15 @@ class SearchTrainer(ResumableTrainer):
             cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
         return cfg
 
-    def check_same_run(self, saved_config: str) -> None:
-        differences = config_differences(saved_config, self.given_cfg)
+    def check_same_run(self, saved: Dict[str, Any]) -> None:
+        differences = config_differences(saved["config"], self.given_cfg)
         if differences:
             raise NATSError(
                 f"{self.cfg.OUTPUT_DIR} contains a search with other settings: "
                 f"{'; '.join(differences[:5])}. Choose another OUTPUT_DIR or restore the settings"
             )
+        if saved["run"].get("frozen_at") is not None:
+            self._train_on_both_splits()
 
     def build_hooks(self) -> List[HookBase]:
         built = super().build_hooks()
@@ -233,12 +285,15 @@ class SearchTrainer(ResumableTrainer):
     def state_dict(self):
         hook = self._alpha_hook
         votes = {"last_votes": hook.last_votes, "tenth_votes": hook.tenth_votes}
-        return {**super().state_dict(), **votes}
+        return {**super().state_dict(), **votes, "frozen_at": self.frozen_at}
 
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)
         self._alpha_hook.last_votes = state["last_votes"]
         self._alpha_hook.tenth_votes = state["tenth_votes"]
+        self.frozen_at = state.get("frozen_at")  # older versions froze nothing
+        if self.frozen_at is not None:
+            self._settle()
 
 
 class _ResultHook(HookBase):

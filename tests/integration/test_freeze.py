@@ -1,0 +1,131 @@
+"""A run that freezes its choice and goes on training, in this process."""
+
+import json
+import logging
+
+import pytest
+import torch
+from runs import assert_same_run, make_trainer
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from detectron2_nats import NATSError
+from detectron2_nats.config import load_config
+from detectron2_nats.method.layers import GroupedDilationConv2d
+
+FREEZES = ["MODEL.NATS.SAMPLE", True, "SEARCH.RETRAIN_WEIGHTS", "supernet", "SEARCH.FREEZE_AT", 0.5]
+"""After three of six iterations; α steps begin after one."""
+
+
+@pytest.fixture
+def trainer(tiny_config, tmp_path):
+    return make_trainer(tiny_config, tmp_path / "run", *FREEZES)
+
+
+def decide(trainer, seed=0):
+    """Give α values among which the favourites are clear."""
+    generator = torch.Generator().manual_seed(seed)
+    for conv in trainer.searched.values():
+        conv.alpha.copy_(4 * torch.randn(conv.alpha.shape, generator=generator))
+
+
+def frozen_detector(trainer):
+    """The plain detector of retrain.yaml, with the weights of frozen.pth."""
+    trainer.write_result()
+    cfg = load_config(f"{trainer.cfg.OUTPUT_DIR}/retrain.yaml")
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+def test_alpha_stops_the_weights_go_on(trainer, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+    caplog.set_level(logging.INFO)
+    seen, freeze = {}, trainer.freeze
+    files = set(trainer.weight_objective.loader.files)
+
+    def keep_and_freeze():
+        seen.update({k: v.clone() for k, v in trainer.model.state_dict().items()})
+        freeze()
+
+    trainer.freeze = keep_and_freeze
+    trainer.train()
+    assert trainer.frozen_at == 3 and trainer.alpha_start == 1
+    for name, value in trainer.model.state_dict().items():
+        if name.endswith(".alpha"):
+            assert torch.equal(value, seen[name]) and value.any()
+        elif name.endswith("conv2.weight"):
+            assert not torch.equal(value, seen[name])
+    both = set(trainer.weight_objective.loader.files)
+    assert both == files | set(trainer.alpha_objective.loader.files) and len(both) > len(files)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.json").read_text().splitlines()]
+    assert [("alpha/entropy" in line) for line in lines] == [True] * 3 + [False] * 3
+    assert trainer.architecture().search["iteration"] == 3
+    assert "frozen after iteration 2" in caplog.text and "on all 600 images" in caplog.text
+    assert "frozen.pth, which this run has trained already" in caplog.text
+    assert "for as long as this run took, " in caplog.text
+
+
+@pytest.mark.parametrize(
+    "decoding", [[], ["SEARCH.DECODE_MARGIN", 0.5], ["SEARCH.DECODE_AT_MOST", 1]]
+)
+def test_a_step_is_one_of_the_plain_frozen_network(tiny_config, tmp_path, decoding):
+    """Losses, gradients and statistics, and the evaluation, to the bit."""
+    trainer = make_trainer(tiny_config, tmp_path / "run", *FREEZES, *decoding)
+    decide(trainer)
+    trainer.iter = 2
+    trainer.freeze()
+    batch = trainer.weight_objective.next_batch()
+    plain = frozen_detector(trainer).train()
+    grouped = [m for m in plain.modules() if isinstance(m, GroupedDilationConv2d)]
+    assert bool(grouped) == (decoding[1:] != [1])
+    states = []
+    for model in (trainer.model.train(), plain):
+        torch.manual_seed(0)
+        with EventStorage():
+            losses = model(batch)
+        sum(losses.values()).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        buffers = dict(model.named_buffers())
+        detected = model.eval()(batch)[0]["instances"].get_fields()
+        states.append({**losses, **gradients, **buffers, "scores": detected["scores"]})
+    one, other = states
+    assert one.keys() == other.keys() and len(one) > 100
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("last", [1, 3], ids=["before", "after"])
+def test_resumes_bit_for_bit(tiny_config, tmp_path, last):
+    make_trainer(tiny_config, tmp_path / "whole", *FREEZES).train()
+    make_trainer(tiny_config, tmp_path / "part", *FREEZES).train()
+    (tmp_path / "part/model_final.pth").unlink()
+    for later in (3, 5):
+        if later > last:
+            (tmp_path / f"part/model_{later:07d}.pth").unlink(missing_ok=True)
+    (tmp_path / "part/last_checkpoint").write_text(f"model_{last:07d}.pth")
+    rest = make_trainer(tiny_config, tmp_path / "part", *FREEZES)
+    assert rest.start_iter == last + 1 and (rest.frozen_at == 3) == (last == 3)
+    rest.train()
+    assert rest.frozen_at == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+
+def test_freezes_as_soon_as_it_has_decided(tiny_config, tmp_path):
+    opts = [*FREEZES[:-2], "SEARCH.FREEZE_WHEN_DECIDED", True, "SEARCH.ALPHA_LR", 0.0]
+    undecided = make_trainer(tiny_config, tmp_path / "undecided", *opts)
+    undecided.train()
+    assert undecided.frozen_at is None
+    decided = make_trainer(tiny_config, tmp_path / "decided", *opts)
+    decide(decided)
+    decided.train()
+    assert decided.frozen_at == 2  # the second look is the first that sees no vote change
+
+
+@pytest.mark.parametrize("opts", [["MODEL.NATS.SAMPLE", False], ["SEARCH.RETRAIN_WEIGHTS", "base"]])
+def test_needs_weights_that_suit(tiny_config, tmp_path, opts):
+    with pytest.raises(
+        NATSError, match="FREEZE_AT .* set MODEL.NATS.SAMPLE True and SEARCH.RETRAIN"
+    ):
+        make_trainer(tiny_config, tmp_path / "run", *FREEZES, *opts)
