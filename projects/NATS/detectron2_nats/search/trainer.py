@@ -71,6 +71,12 @@ class SearchTrainer(ResumableTrainer):
         self.search_end = round(cfg.SEARCH.FREEZE_AT * self.max_iter)
         self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.search_end)
         self.frozen_at: Optional[int] = None
+        if self.alpha_start >= self.search_end:
+            raise NATSError(
+                f"no α step: the search ends after {self.search_end} of {self.max_iter} "
+                f"iterations, and SEARCH.ALPHA_START {cfg.SEARCH.ALPHA_START} of it is "
+                f"{self.alpha_start}. Lower it, or raise SEARCH.FREEZE_AT or SOLVER.MAX_ITER"
+            )
         # The same for settings that cannot be decoded, and for a result that cannot fit
         export_config(self.retrain_base, self.architecture())
         self._step_times = StepTimes()
