@@ -132,7 +132,5 @@ def test_needs_weights_that_suit(tiny_config, tmp_path, opts):
 
 
 def test_a_search_without_an_alpha_step_is_refused(tiny_config, tmp_path):
-    with pytest.raises(NATSError, match="no α step: the search ends after 0 of 6 iterations"):
-        make_trainer(tiny_config, tmp_path / "run", *FREEZES[:-1], 0.01)
     with pytest.raises(NATSError, match="no α step: the search ends after 6 of 6 .* of it is 6"):
         make_trainer(tiny_config, tmp_path / "run", "SEARCH.ALPHA_START", 0.99)

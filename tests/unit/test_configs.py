@@ -204,7 +204,8 @@ def test_retinanet_anchors():
 def test_search_and_retraining_are_of_one_network(path):
     cfg = load(path)
     if not cfg.SEARCH.RETRAIN_CONFIG:
-        assert path.stem in ("Base-Search-RCNN-FPN", "own_data_retrain")
+        others = ("Base-Search-RCNN-FPN", "own_data_retrain")
+        assert path.stem in others or path.stem.startswith("own_data_small")
         return
     retrain = load(ROOT / cfg.SEARCH.RETRAIN_CONFIG, nats=False)
     assert retrain.MODEL.WEIGHTS == cfg.MODEL.WEIGHTS
@@ -215,6 +216,18 @@ def test_search_and_retraining_are_of_one_network(path):
     norms = retrain.MODEL.RESNETS.pop("NORM"), cfg.MODEL.RESNETS.pop("NORM")
     assert norms in (("SyncBN", "FrozenBN"), ("FrozenBN", "FrozenBN"))
     assert retrain.MODEL.RESNETS == cfg.MODEL.RESNETS
+
+
+def test_small_detector_for_own_data():
+    """One run searches and trains."""
+    plain = load(CONFIGS / "examples" / "own_data_small.yaml")
+    search = load(CONFIGS / "examples" / "own_data_small_search.yaml")
+    alpha_steps = (1 - search.SEARCH.ALPHA_START) * search.SEARCH.FREEZE_AT * plain.SOLVER.MAX_ITER
+    assert alpha_steps * search.SEARCH.ALPHA_LR == pytest.approx(11.2)
+    assert search.SEARCH.RETRAIN_WEIGHTS == "supernet" and search.MODEL.NATS.SAMPLE
+    assert search.SOLVER == plain.SOLVER and search.INPUT == plain.INPUT
+    assert plain.DATASETS.TRAIN == plain.DATASETS.TEST == ()
+    assert len(search.DATASETS.CALIBRATION) == 0
 
 
 def test_own_data():

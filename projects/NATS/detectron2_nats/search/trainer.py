@@ -68,7 +68,7 @@ class SearchTrainer(ResumableTrainer):
         self.retrain_base = load_config(other) if other else searched_detector(cfg)
         super().__init__(cfg)
         cfg = self.cfg  # scaled to the number of processes
-        self.search_end = round(cfg.SEARCH.FREEZE_AT * self.max_iter)
+        self.search_end = max(1, round(cfg.SEARCH.FREEZE_AT * self.max_iter))
         self.alpha_start = round(cfg.SEARCH.ALPHA_START * self.search_end)
         self.frozen_at: Optional[int] = None
         if self.alpha_start >= self.search_end:
