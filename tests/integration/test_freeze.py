@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from runs import assert_same_run, make_trainer
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from detectron2_nats import NATSError
+from detectron2_nats import Architecture, NATSError
 from detectron2_nats.config import load_config
 from detectron2_nats.method.layers import GroupedDilationConv2d
+from detectron2_nats.method.transform import frozen_state_dict
 
 FREEZES = ["MODEL.NATS.SAMPLE", True, "SEARCH.RETRAIN_WEIGHTS", "supernet", "SEARCH.FREEZE_AT", 0.5]
 """After three of six iterations; α steps begin after one."""
@@ -62,9 +64,12 @@ def test_alpha_stops_the_weights_go_on(trainer, tmp_path, caplog, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.json").read_text().splitlines()]
     assert [("alpha/entropy" in line) for line in lines] == [True] * 3 + [False] * 3
     assert trainer.architecture().search["iteration"] == 3
-    assert "frozen after iteration 2" in caplog.text and "on all 600 images" in caplog.text
+    assert (
+        "frozen after iteration 2: undecided" in caplog.text and "on all 600 images" in caplog.text
+    )
     assert "frozen.pth, which this run has trained already" in caplog.text
     assert "for as long as this run took, " in caplog.text
+    assert re.search("DATASETS.TRAIN .*nats_embedded_train.*nats_embedded_calibration", caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,12 @@ def test_a_step_is_one_of_the_plain_frozen_network(tiny_config, tmp_path, decodi
     trainer.iter = 2
     trainer.freeze()
     batch = trainer.weight_objective.next_batch()
-    plain = frozen_detector(trainer).train()
+    plain = frozen_detector(trainer)
+    rebuilt = build_model(trainer.cfg)  # as --eval-only does
+    rebuilt.load_state_dict(trainer.model.state_dict())
+    again = rebuilt.eval()(batch)[0]["instances"].scores
+    assert len(again) and torch.equal(again, plain.eval()(batch)[0]["instances"].scores)
+    plain.train()
     grouped = [m for m in plain.modules() if isinstance(m, GroupedDilationConv2d)]
     assert bool(grouped) == (decoding[1:] != [1])
     states = []
@@ -87,13 +97,32 @@ def test_a_step_is_one_of_the_plain_frozen_network(tiny_config, tmp_path, decodi
             losses = model(batch)
         sum(losses.values()).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        buffers = dict(model.named_buffers())
+        buffers = {n: b for n, b in model.named_buffers() if not n.endswith(".choice")}
         detected = model.eval()(batch)[0]["instances"].get_fields()
         states.append({**losses, **gradients, **buffers, "scores": detected["scores"]})
     one, other = states
     assert one.keys() == other.keys() and len(one) > 100
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, msg=name)
+
+
+def test_its_weights_are_exported_for_nothing_else(trainer):
+    decide(trainer)
+    trainer.iter = 2
+    trainer.freeze()
+    other = Architecture.decode(trainer.model, "voted", at_most=1)
+    with pytest.raises(
+        NATSError, match="this run froze .* and went on to train it; its weights do"
+    ):
+        frozen_state_dict(trainer.model, other)
+    frozen_state_dict(trainer.model, trainer.architecture())
+
+
+def test_weights_are_averaged_since_the_freeze(tiny_config, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+    caplog.set_level(logging.INFO)
+    make_trainer(tiny_config, tmp_path, *FREEZES, "SOLVER.AVERAGE_LAST", 1.0).train()
+    assert "their mean over the last 4 iterations" in caplog.text  # what was frozen, and 3 steps
 
 
 @pytest.mark.parametrize("last", [1, 3], ids=["before", "after"])

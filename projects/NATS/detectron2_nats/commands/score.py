@@ -19,6 +19,7 @@ from ..engine.loader import dataset_dicts
 from ..errors import NATSError
 from ..files import write_atomically
 from ..method.architecture import Architecture
+from ..method.convs import searched_layers
 from ..search.folder import SearchFolder
 from .cli import run_tool, tool_parser, whole_number, write
 
@@ -36,16 +37,16 @@ def main(args: argparse.Namespace) -> None:
         raise NATSError(f"{args.search} is not a search's output folder")
     folder = SearchFolder(args.search)
     cfg = folder.cfg
-    if cfg.SEARCH.FREEZE_AT < 1 or cfg.SEARCH.FREEZE_WHEN_DECIDED:
-        raise NATSError(
-            f"{args.search} went on to train what it found, and its weights suit nothing else: its "
-            "log.txt has the scores of the moment before"
-        )
     register_datasets(cfg)
     check_data(cfg, ["CALIBRATION"])
     records = dataset_dicts(cfg, cfg.DATASETS.CALIBRATION)
     records = some_of(records, args.images)
     model = folder.detector()
+    if any(getattr(conv, "settled", None) for conv in searched_layers(model).values()):
+        raise NATSError(
+            f"{args.search} went on to train what it found, and its weights suit nothing else: "
+            "log.txt has the scores of the moment before, if SEARCH.SCORE_IMAGES was not 0"
+        )
     architectures = candidates(cfg, model, args.random, args.uneven)
     if args.write:
         for name, architecture in architectures.items():

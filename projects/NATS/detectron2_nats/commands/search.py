@@ -4,6 +4,7 @@ import argparse
 import logging
 import shlex
 import time
+from typing import Optional
 
 from tabulate import tabulate
 
@@ -46,6 +47,9 @@ _DRAWS = 6
 """Random architectures that a search's end scores. In the measured cases the verdict on six was
 that on all that were drawn: docs/results/scores.md."""
 
+_FROZEN_IMAGES = 64
+"""At most so many are scored in the middle of a run, where the other processes wait for it."""
+
 
 class _ReportingTrainer(SearchTrainer):
     """Also draws the architecture and α's history for TensorBoard, at each checkpoint.
@@ -67,24 +71,25 @@ class _ReportingTrainer(SearchTrainer):
     def freeze(self) -> None:
         if comm.is_main_process():  # the last moment at which the weights suit all dilations
             with preserved_random_states():
-                said = self._scores()
+                said = self._scores(_FROZEN_IMAGES)
             if said:
                 logger.info(said)
         super().freeze()
 
-    def _scores(self) -> str:
-        """:meth:`_scored`, or nothing where it is not wanted or fails."""
+    def _scores(self, most: Optional[int] = None) -> str:
+        """What the score says, on at most so many images; nothing if unwanted, or if it fails."""
+        count = self.cfg.SEARCH.SCORE_IMAGES
         try:
-            return self._scored() if self.cfg.SEARCH.SCORE_IMAGES else ""
+            return self._scored(min(count, most or count)) if count else ""
         except Exception as error:  # the run goes on, or its result has been written
             logger.warning(f"no score of what was found: {one_line(error)}")
             return ""
 
-    def _scored(self) -> str:
+    def _scored(self, count: int) -> str:
         """What a few calibration images say of the architectures that need no search."""
         start = time.perf_counter()
         records = dataset_dicts(self.cfg, self.cfg.DATASETS.CALIBRATION)
-        records = some_of(records, self.cfg.SEARCH.SCORE_IMAGES)
+        records = some_of(records, count)
         with preserved_random_states():
             batches = scoring_batches(self.cfg, records, comm.get_world_size())
         architectures = candidates(self.cfg, self.model, _DRAWS)

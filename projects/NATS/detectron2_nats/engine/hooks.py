@@ -62,6 +62,10 @@ class AverageHook(HookBase):
             for name, value in averaged.items():
                 value.copy_(self._means[name])
 
+    def restart(self) -> None:
+        """Forget the iterations so far: another network is trained from now on."""
+        self._count = 0
+
     def rescale(self, factor: float) -> None:
         """Count the mean so far as `factor` times as many iterations."""
         if self._count:

@@ -374,6 +374,7 @@ class ResumableTrainer(DefaultTrainer):
 def _sizes(weights: Dict[str, torch.Tensor], optimizer: Dict[str, Any]):
     """What a run and its checkpoint must have in common, from both state dicts."""
     return (
-        {name: tensor.shape for name, tensor in weights.items()},
+        # older versions wrote no choice
+        {n: tensor.shape for n, tensor in weights.items() if not n.endswith(".choice")},
         [len(group["params"]) for group in optimizer["param_groups"]],
     )

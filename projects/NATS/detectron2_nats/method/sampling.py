@@ -1,12 +1,12 @@
 """Beyond the paper: a super-network that draws one genotype per group instead of mixing all."""
 
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
 from .decode import Segment
-from .layers import GroupedDilationConv2d, MixedDilationConv2d
+from .layers import GroupedDilationConv2d, MixedDilationConv2d, merged
 from .search_space import Dilation
 
 
@@ -18,14 +18,41 @@ class SampledDilationConv2d(MixedDilationConv2d):
     votes for. α's gradient is that of the mixture, taken where the draw lies: straight through.
 
     Attributes:
-        settled: the segments that it computes from now on, in training and evaluation, whatever α
-            is; None while it is searched.
+        choice: (N,), which genotype each group has been given for good; -1 while it is searched.
+        settled: the segments of that choice, None while it is searched. In training and evaluation
+            the conv then computes them, whatever α is.
     """
 
     settled: Optional[Tuple[Segment, ...]] = None
 
     def __init__(self, conv: nn.Conv2d, *, genotypes: Sequence[Dilation], num_groups: int):
         super().__init__(conv, genotypes=genotypes, num_groups=num_groups, share_weights=True)
+        self.register_buffer("choice", self._searched_choice(self.weight.device))
+
+    def _searched_choice(self, device: Optional[torch.device] = None) -> torch.Tensor:
+        return torch.full((self.num_groups,), -1, device=device)
+
+    def settle(self, segments: Sequence[Segment]) -> None:
+        """End its search: from now on it is the frozen conv of these segments, in voted order."""
+        dilations = [tuple(d) for channels, *d in segments for _ in range(channels)]
+        per_group = self.out_channels // self.num_groups
+        chosen = [self.genotypes.index(d) for d in dilations[::per_group]]
+        self.choice.copy_(torch.tensor(chosen))
+        self._read_choice()
+
+    def _read_choice(self) -> None:
+        chosen = self.choice.tolist()
+        self.settled = None if min(chosen) < 0 else tuple(self._segments(chosen))
+
+    def _segments(self, chosen: Sequence[int]) -> List[Segment]:
+        per_group = self.out_channels // self.num_groups
+        return merged([(per_group, *self.genotypes[g]) for g in chosen])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if prefix + "weight" in state_dict:  # a plain conv's, or of a version that settled nothing
+            state_dict.setdefault(prefix + "choice", self._searched_choice())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._read_choice()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See :meth:`MixedDilationConv2d.forward`."""
@@ -34,8 +61,7 @@ class SampledDilationConv2d(MixedDilationConv2d):
         shares = self.alpha.softmax(dim=1)
         chosen = torch.multinomial(shares.detach(), 1) if self.training else shares.argmax(1)
         if not self.trains_alpha:
-            per_group = self.out_channels // self.num_groups
-            segments = [(per_group, *self.genotypes[g]) for g in chosen.flatten().tolist()]
+            segments = self._segments(chosen.flatten().tolist())
             return GroupedDilationConv2d(self, segments).forward(x)
         one_hot = torch.zeros_like(shares).scatter_(1, chosen.view(-1, 1), 1)
         return self._mixture(x, one_hot + (shares - shares.detach()))  # one_hot's value, to the bit

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import NATSError
 from .architecture import Architecture, check_name
 from .convs import convs_by_path, matching_convs, near_paths, searched_layers, turn_into
-from .layers import GroupedDilationConv2d, MixedDilationConv2d, same_padding
+from .layers import GroupedDilationConv2d, MixedDilationConv2d, merged, same_padding
 from .sampling import SampledDilationConv2d
 from .search_space import Dilation, SearchSpace
 from .stages import named_convs, other_convs, residual_stages, what_is_in
@@ -239,7 +239,8 @@ def frozen_state_dict(supernet: nn.Module, architecture: Architecture) -> Dict[s
         architecture: decoded from it in voted order, or of its search space and never decoded.
 
     Raises:
-        NATSError: `architecture` is in paper order, or not in the search space.
+        NATSError: `architecture` is in paper order, not in the search space, or another than the
+            one that a run froze and went on to train.
     """
     if architecture.search.get("order") == "paper":
         raise NATSError(
@@ -249,7 +250,7 @@ def frozen_state_dict(supernet: nn.Module, architecture: Architecture) -> Dict[s
     frozen = dict(supernet.state_dict())
     paths = {module: path for path, module in supernet.named_modules()}
     for name, conv in searched_layers(supernet).items():
-        for part in ("alpha", "replicas"):
+        for part in ("alpha", "replicas", "choice"):
             frozen.pop(f"{paths[conv]}.{part}", None)
         segments = architecture.layers.get(name, ())
         dilations = {tuple(dilation) for _, *dilation in segments}
@@ -257,6 +258,12 @@ def frozen_state_dict(supernet: nn.Module, architecture: Architecture) -> Dict[s
             raise NATSError(
                 f"{name}: the architecture has {segments}, the super-network {conv.out_channels} "
                 f"channels with dilations of {list(conv.genotypes)}"
+            )
+        settled = getattr(conv, "settled", None)
+        if settled and settled != tuple(merged(segments)):
+            raise NATSError(
+                f"{name}: this run froze {list(settled)} and went on to train it; its weights do "
+                f"not suit {list(segments)}"
             )
         frozen[f"{paths[conv]}.weight"] = conv.frozen_weight(segments)
     return frozen

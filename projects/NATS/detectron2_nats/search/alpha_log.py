@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from ..errors import NATSError
-from ..method.decidedness import all_votes
+from ..method.decidedness import Decidedness, all_votes
 from ..method.decode import intensities
 
 logger = logging.getLogger(__name__)
@@ -22,13 +22,15 @@ class AlphaHook(HookBase):
 
     Attributes:
         last_votes: layer → votes at the last line of the log.
-        tenth_votes: layer → votes when the last full tenth of the search ended; empty before.
+        tenth_votes: layer → votes when the last tenth of the search began; empty before that.
+        full_tenth_votes: layer → votes when the last full tenth ended, whichever it was.
     """
 
     def __init__(self, log_period: int, check_period: int):
         self._log_period, self._check_period = log_period, check_period
         self.last_votes: Dict[str, List[int]] = {}
         self.tenth_votes: Dict[str, List[int]] = {}
+        self.full_tenth_votes: Dict[str, List[int]] = {}
 
     def after_step(self):
         if self.trainer.frozen_at is not None:
@@ -36,20 +38,26 @@ class AlphaHook(HookBase):
         done = self.trainer.iter + 1
         if done > self.trainer.alpha_start and done % self._check_period == 0:
             check_ranks_agree(self.trainer.searched)
-        self._end_of_tenth(done)
-        if done % self._log_period == 0 or done == self.trainer.max_iter:
+        if self._ends(done):
+            check_ranks_agree(self.trainer.searched)
+            self.trainer.freeze()
+        last = done in (self.trainer.max_iter, self.trainer.frozen_at)
+        if last or done % self._log_period == 0:
             self._log()
 
-    def _end_of_tenth(self, done: int):
-        """Keep the votes; end the search where it is to end, or has decided."""
+    def _ends(self, done: int) -> bool:
+        """Whether the choice is to be frozen now; keeps the votes at the end of each tenth."""
         trainer, end = self.trainer, self.trainer.search_end
-        if done * 10 // end == (done - 1) * 10 // end and done < end:
-            return
-        early = trainer.cfg.SEARCH.FREEZE_WHEN_DECIDED and self.tenth_votes
-        if done < trainer.max_iter and (done >= end or early and trainer.decidedness().decided):
-            trainer.freeze()
-        elif done < end:
-            self.tenth_votes = all_votes(trainer.alphas())
+        if done * 10 // end > (done - 1) * 10 // end:
+            now, before = all_votes(trainer.alphas()), self.full_tenth_votes
+            self.full_tenth_votes = now
+            early = trainer.cfg.SEARCH.FREEZE_WHEN_DECIDED and before and done < trainer.max_iter
+            if early and Decidedness.of(trainer.alphas(), before).decided:
+                self.tenth_votes = before
+                return True
+            if done >= 0.9 * end and not self.tenth_votes:
+                self.tenth_votes = now
+        return end <= done < trainer.max_iter
 
     def _log(self):
         storage, alphas = get_event_storage(), self.trainer.alphas()

@@ -82,6 +82,9 @@ def comparison_commands(
             factor = iterations / retrain.SOLVER.MAX_ITER
             stretched = tuple(round(step * factor) for step in retrain.SOLVER.STEPS)
             schedule += ["SOLVER.STEPS", repr(stretched)]
+    if trained:  # on the images of both splits
+        both = (*search.DATASETS.TRAIN, *search.DATASETS.CALIBRATION)
+        schedule += ["DATASETS.TRAIN", repr(both)]
     d_h, d_w = most_frequent(architecture)
     drawn = {"random": ["--random"], "uniform": ["--uniform", f"{d_h}x{d_w}"]}
     lines = [f"Compare it with architectures that need no search, trained {length}:"]

@@ -16,6 +16,7 @@ from detectron2.utils.events import get_event_storage
 
 from ..config import config_differences, genotype_set, load_config
 from ..data.overlap import check_disjoint, warn_of_test_images
+from ..engine.hooks import AverageHook
 from ..engine.loader import ResumableLoader, build_resumable_loader, dataset_dicts
 from ..engine.resumable import ResumableTrainer
 from ..engine.steps import Objective
@@ -62,6 +63,11 @@ class SearchTrainer(ResumableTrainer):
             raise NATSError(
                 "SEARCH.FREEZE_AT and FREEZE_WHEN_DECIDED go on with the super-network's weights: "
                 "set MODEL.NATS.SAMPLE True and SEARCH.RETRAIN_WEIGHTS supernet"
+            )
+        if freezes and cfg.MODEL.LOAD_PROPOSALS:
+            raise NATSError(
+                "SEARCH.FREEZE_AT goes on with both splits, which precomputed proposals "
+                "cannot follow: set MODEL.LOAD_PROPOSALS False"
             )
         # Fail on a wrong path now, not days later
         other = cfg.SEARCH.RETRAIN_CONFIG
@@ -136,20 +142,21 @@ class SearchTrainer(ResumableTrainer):
 
         Weights, their momentum and the schedule go on. The images of both splits train the weights.
         """
+        for name, segments in self.architecture().layers.items():
+            self.searched[name].settle(segments)
         self.frozen_at = self.iter + 1
-        self._settle()
         self._train_on_both_splits()
         self.alpha_objective.close()
-        logger.info(
-            f"the architecture is frozen after iteration {self.iter}, {self.decidedness()}: what "
-            f"is left of {self.max_iter} iterations trains it on all "
-            f"{len(self.weight_objective.loader.files)} images"
+        for hook in self._hooks:
+            if isinstance(hook, AverageHook):
+                hook.restart()
+        decidedness = self.decidedness()
+        logger.log(
+            logging.INFO if decidedness.decided else logging.WARNING,
+            f"the architecture is frozen after iteration {self.iter}: {decidedness.verdict()} "
+            f"({decidedness}). What is left of {self.max_iter} iterations trains it on all "
+            f"{len(self.weight_objective.loader.files)} images",
         )
-
-    def _settle(self) -> None:
-        architecture = self.architecture()
-        for name, conv in self.searched.items():
-            conv.settled = architecture.layers[name]
 
     def _train_on_both_splits(self) -> None:
         self.weight_objective.close()
@@ -290,16 +297,23 @@ class SearchTrainer(ResumableTrainer):
 
     def state_dict(self):
         hook = self._alpha_hook
-        votes = {"last_votes": hook.last_votes, "tenth_votes": hook.tenth_votes}
+        votes = {
+            name: getattr(hook, name) for name in ("last_votes", "tenth_votes", "full_tenth_votes")
+        }
         return {**super().state_dict(), **votes, "frozen_at": self.frozen_at}
 
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)
         self._alpha_hook.last_votes = state["last_votes"]
         self._alpha_hook.tenth_votes = state["tenth_votes"]
-        self.frozen_at = state.get("frozen_at")  # older versions froze nothing
+        # older versions froze nothing
+        self._alpha_hook.full_tenth_votes = state.get("full_tenth_votes", {})
+        self.frozen_at = state.get("frozen_at")
+
+    def _rescale_steps(self, factor: float) -> None:
+        super()._rescale_steps(factor)
         if self.frozen_at is not None:
-            self._settle()
+            self.frozen_at = round(self.frozen_at * factor)
 
 
 class _ResultHook(HookBase):

@@ -99,6 +99,12 @@ class Study:
         test = self._config().DATASETS.TEST
         if not settings.folds and len(test) != 1:
             raise NATSError(f"DATASETS.TEST {test}: expected one data set, or --folds")
+        search = self._config(search=True).SEARCH
+        if search.FREEZE_AT < 1 or search.FREEZE_WHEN_DECIDED:
+            raise NATSError(
+                f"{settings.search_config}: a study retrains what its searches find: set "
+                "SEARCH.FREEZE_AT 1.0 and FREEZE_WHEN_DECIDED False"
+            )
         annotations = self._checked_annotations() if settings.folds else self._check_data()
         self._check_same_study(annotations)
         self._check_architectures()
