@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.config import load_config
+from detectron2_nats.engine import resumable
 from detectron2_nats.method.layers import GroupedDilationConv2d
 from detectron2_nats.method.transform import frozen_state_dict
 
@@ -163,3 +164,13 @@ def test_needs_weights_that_suit(tiny_config, tmp_path, opts):
 def test_a_search_without_an_alpha_step_is_refused(tiny_config, tmp_path):
     with pytest.raises(NATSError, match="no α step: the search ends after 6 of 6 .* of it is 6"):
         make_trainer(tiny_config, tmp_path / "run", "SEARCH.ALPHA_START", 0.99)
+
+
+def test_checkpoints_of_older_versions_fit(trainer):
+    """They hold no choice, of searches that froze nothing."""
+    whole, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
+    older = {name: value for name, value in whole.items() if not name.endswith(".choice")}
+    assert len(older) == len(whole) - len(trainer.searched)
+    assert resumable._sizes(older, optimizer) == resumable._sizes(whole, optimizer)
+    trainer.model.load_state_dict(older)
+    assert all(conv.settled is None for conv in trainer.searched.values())
