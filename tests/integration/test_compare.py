@@ -155,4 +155,4 @@ def test_a_run_that_freezes_is_scored_at_that_moment(search, tmp_path):
     assert_same_run(tmp_path / "silent", tmp_path / "said")
     (tmp_path / "said/config.yaml").write_text(trainer.cfg.dump())
     with pytest.raises(NATSError, match="went on to train what it found"):
-        score.main(argparse.Namespace(search=str(tmp_path / "said")))
+        score.main(argparse.Namespace(search=str(tmp_path / "said"), images=2))
