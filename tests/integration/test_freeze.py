@@ -166,6 +166,20 @@ def test_a_search_without_an_alpha_step_is_refused(tiny_config, tmp_path):
         make_trainer(tiny_config, tmp_path / "run", "SEARCH.ALPHA_START", 0.99)
 
 
+def test_a_search_does_not_start_where_the_choice_is_frozen(trainer, tiny_config, tmp_path):
+    decide(trainer)
+    trainer.iter = 2
+    trainer.freeze()
+    trainer.write_result()
+    torch.save({"model": trainer.model.state_dict()}, tmp_path / "frozen_run.pth")
+    weights = str(tmp_path / "frozen_run.pth")
+    with pytest.raises(NATSError, match="nothing is left to search: start from the frozen.pth"):
+        make_trainer(tiny_config, tmp_path / "next", *FREEZES, "MODEL.WEIGHTS", weights)
+    weights = str(tmp_path / "run/frozen.pth")
+    started = make_trainer(tiny_config, tmp_path / "next", *FREEZES, "MODEL.WEIGHTS", weights)
+    assert not any(conv.settled for conv in started.searched.values())
+
+
 def test_checkpoints_of_older_versions_fit(trainer):
     """They hold no choice, of searches that froze nothing."""
     whole, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()

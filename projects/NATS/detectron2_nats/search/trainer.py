@@ -278,6 +278,16 @@ class SearchTrainer(ResumableTrainer):
             cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
         return cfg
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if self.frozen_at is None and any(
+            getattr(conv, "settled", None) for conv in self.searched.values()
+        ):
+            raise NATSError(
+                f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS} is of a run that froze its choice, and "
+                "nothing is left to search: start from the frozen.pth beside it"
+            )
+
     def check_same_run(self, saved: Dict[str, Any]) -> None:
         differences = config_differences(saved["config"], self.given_cfg)
         if differences:
