@@ -3,8 +3,10 @@
 import gc
 import itertools
 import logging
+import multiprocessing
 import os
 import random
+import time
 import weakref
 
 import numpy as np
@@ -97,6 +99,34 @@ def test_the_same_with_any_number_of_workers(dicts, grouping):
         assert_same(expected, take(build(dicts, *opts, workers=workers), 15))
     other = take(build(dicts, *opts, seed=6), 15)
     assert ids(other) != ids(expected)
+
+
+@pytest.fixture
+def first_fork_hangs(monkeypatch):
+    """As CPython 3.10.13 does now and then, when a thread of gloo enters the interpreter."""
+    monkeypatch.setattr(loader_module, "_PATIENCE_S", (2, 30))
+    forks = [0]
+
+    def after():
+        forks[0] += 1
+
+    def hang():
+        if forks[0] == 0:
+            time.sleep(1000)
+
+    os.register_at_fork(after_in_parent=after, after_in_child=hang)
+    yield forks
+    forks[0] += 1
+
+
+def test_a_loader_process_that_never_starts_is_started_anew(dicts, first_fork_hangs, warnings):
+    expected = take(build(dicts), 6)
+    others = set(multiprocessing.active_children())
+    assert_same(expected, take(build(dicts, workers=2), 6))
+    assert first_fork_hangs[0] >= 4
+    assert "1 of 2 loader processes have not started in 2 s" in lines(warnings)[0]
+    gc.collect()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_the_same_after_a_resume_at_any_position(dicts):

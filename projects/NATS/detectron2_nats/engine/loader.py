@@ -8,7 +8,11 @@ for any number of loader processes, and after any resume.
 import functools
 import itertools
 import logging
+import multiprocessing
+import os
+import select
 import sys
+import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -33,6 +37,7 @@ from .processes import (
     STOPPED_EXIT_CODE,
     hold_signals,
     ignore_signals,
+    kill,
     kill_children_at_exit,
     stop_requested,
 )
@@ -153,21 +158,19 @@ class ResumableLoader:
                 yield list(bucket)
                 bucket.clear()
 
-    def __iter__(self) -> Iterator[List[Any]]:
-        kill_children_at_exit()
-        loader = DataLoader(
+    def _loader(self) -> DataLoader:
+        return DataLoader(
             _Samples(self._records, self.mapper, self.seed),
             batch_sampler=itertools.islice(self._batch_items(), self.batches, None),
             num_workers=self.num_workers,
             collate_fn=list,
-            worker_init_fn=ignore_signals,
             # Its own generator: else the global random state depends on when loaders start
             generator=torch.Generator(),
             multiprocessing_context=_worker_context(self.num_workers),
         )
-        with hold_signals():
-            iterator = iter(loader)
-        for batch in iterator:
+
+    def __iter__(self) -> Iterator[List[Any]]:
+        for batch in _start(self._loader):
             self.batches += 1
             _note_bad(batch, self.bad_files, len(self.files), self.max_bad_share)
             yield [sample for sample, _ in batch]
@@ -213,7 +216,6 @@ class EvaluationLoader:
     def __init__(self, cfg: CfgNode, dataset_name: str):
         mapper = functools.partial(_mapped, ImageMapper(cfg, is_train=False))
         self.loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        self.loader.worker_init_fn = ignore_signals
         self.loader.multiprocessing_context = _worker_context(self.loader.num_workers)
         self.max_bad_share = cfg.RUN.MAX_BAD_DATA
 
@@ -221,11 +223,8 @@ class EvaluationLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[List[dict]]:
-        kill_children_at_exit()
         bad_files: Dict[str, str] = {}
-        with hold_signals():
-            iterator = iter(self.loader)
-        for batch in iterator:
+        for batch in _start(lambda: self.loader):
             _exit_if_requested()
             _note_bad(batch, bad_files, len(self.loader.dataset), self.max_bad_share)
             readable = [sample for sample, unreadable in batch if not unreadable]
@@ -239,6 +238,62 @@ def _exit_if_requested() -> None:
     if stop_requested():
         logger.info("stopped on request, in the middle of an evaluation")
         raise SystemExit(STOPPED_EXIT_CODE)
+
+
+_PATIENCE_S = (30, 60, 120)
+"""How long a try waits for its loader processes. They take well under a second."""
+
+
+def _start(make_loader: Callable[[], DataLoader]) -> Iterator[Any]:
+    """``iter(make_loader())``, after all its processes have said that they run.
+
+    A forked process may wait for ever before its first line: for a lock that another thread held at
+    the fork. In CPython up to 3.10.14 gloo's threads do it (python/cpython#112275). Unnoticed, the
+    run would wait as long. Such processes are killed, and all are started anew.
+    """
+    kill_children_at_exit()
+    for seconds in _PATIENCE_S:
+        loader = make_loader()
+        reader, writer = os.pipe()
+        loader.worker_init_fn = functools.partial(_begin_worker, reader, writer)
+        others = multiprocessing.active_children()
+        with hold_signals():
+            iterator = iter(loader)
+        os.close(writer)
+        # elsewhere the processes are spawned: they inherit neither the pipe nor any lock
+        forked = loader.num_workers if _CAN_FORK else 0
+        started = _count_started(reader, forked, seconds)
+        os.close(reader)
+        if started == forked:
+            return iterator
+        logger.warning(
+            f"{forked - started} of {forked} loader processes have not started in {seconds} s: "
+            "starting them anew"
+        )
+        kill([process for process in multiprocessing.active_children() if process not in others])
+        del iterator
+    raise RuntimeError("the loader processes do not start: set DATALOADER.NUM_WORKERS 0")
+
+
+def _begin_worker(reader: int, writer: int, worker_id: int) -> None:
+    """The first line of a loader process."""
+    ignore_signals()
+    if _CAN_FORK:
+        os.write(writer, b".")
+        os.close(reader)
+        os.close(writer)
+
+
+def _count_started(reader: int, processes: int, seconds: float) -> int:
+    """How many have begun: all of them, or fewer after so many seconds or if one has died."""
+    started, deadline = 0, time.monotonic() + seconds
+    while started < processes:
+        ready, _, _ = select.select([reader], [], [], max(0, deadline - time.monotonic()))
+        begun = os.read(reader, processes) if ready else b""
+        if not begun:
+            break
+        started += len(begun)
+    return started
 
 
 def _worker_context(num_workers: int) -> Optional[str]:

@@ -16,7 +16,7 @@ import time
 import traceback
 from datetime import timedelta
 from multiprocessing import util
-from typing import Callable, Iterator, NoReturn
+from typing import Callable, Iterator, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
@@ -214,7 +214,7 @@ def hold_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_signals(worker_id: int = 0) -> None:
+def ignore_signals() -> None:
     """For loader processes: a scheduler signals them too, but the run still needs their images.
 
     The process that starts them must call :func:`kill_children_at_exit`. Python itself would send
@@ -255,6 +255,16 @@ def exit_at_once(status: int) -> NoReturn:
             stream.flush()
     _kill_children()
     os._exit(status)
+
+
+def kill(processes: Sequence[multiprocessing.Process]) -> None:
+    """Kill child processes and wait for their end."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report a crash
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+    signal.signal(signal.SIGCHLD, before)
 
 
 def _kill_children() -> None:
