@@ -774,3 +774,13 @@ def test_convs_by_their_paths(tiny_config, tmp_path):
     assert one.search["at_most"] == 1
     with pytest.raises(NATSError, match="both STAGES .* and CONVS"):
         make_trainer(tiny_config, tmp_path / "x", *convs, "MODEL.NATS.STAGES", "['res5']")
+
+
+def test_a_conv_on_which_no_loss_depends(tiny_config, tmp_path):
+    """Nothing would train its α, and it would be called plain without a word."""
+    opts = ["MODEL.NATS.CONVS", "['fpn_output[23]']"]
+    opts += ["MODEL.RPN.IN_FEATURES", "['p3', 'p4', 'p5', 'p6']"]
+    opts += ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64], [96], [128]]"]
+    opts += ["MODEL.ROI_HEADS.IN_FEATURES", "['p3', 'p4', 'p5']"]
+    with pytest.raises(NATSError, match="the loss does not depend on fpn_output2: "):
+        make_trainer(tiny_config, tmp_path, *opts).train()

@@ -321,6 +321,13 @@ def test_alpha_training_changes_alpha_alone():
     assert torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
 
 
+def test_alpha_on_which_no_loss_depends_is_named():
+    model = to_supernet(resnet(BasicBlock), SPACE)
+    with pytest.warns(UserWarning, match="did not depend on res3.* res5.0.conv2: α"):
+        with alpha_training(model):
+            model.layer3(torch.rand(1, 128, 8, 8)).square().mean().backward()
+
+
 def test_nothing_to_train_or_decode():
     plain = resnet(BasicBlock)
     with pytest.raises(NATSError, match="no conv is searched: call to_supernet first"):

@@ -1,6 +1,7 @@
 """Training α in any loop: which parameters it is, and a step that changes nothing else."""
 
 import contextlib
+import warnings
 from typing import Iterator, List
 
 from torch import nn
@@ -32,7 +33,7 @@ def alpha_training(model: nn.Module) -> Iterator[None]:
     α takes gradients, and the weights do not, so that backward ends at the first α. What a forward
     pass changes is put back at the end (:class:`ForwardState`): batch norms are not to learn from
     the images that α is trained on. Afterwards the weights take gradients as before, and α
-    takes none until the next time.
+    takes none until the next time. A warning names convs on which no loss depended.
 
     Args:
         model: what :func:`to_supernet` gave, or a detector around it; not wrapped for data
@@ -50,6 +51,14 @@ def alpha_training(model: nn.Module) -> Iterator[None]:
         _take_gradients(alphas, False)
         _take_gradients(weights, True)
         state.restore()
+    idle = untrained_convs(model)
+    if 0 < len(idle) < len(alphas):  # all of them: no loss was computed
+        warnings.warn(f"the loss did not depend on {', '.join(idle)}: α stays at (1, 1) there")
+
+
+def untrained_convs(model: nn.Module) -> List[str]:
+    """Searched convs whose α has no gradient: nothing moves it, and they decode to (1, 1)."""
+    return [name for name, conv in searched_layers(model).items() if conv.alpha.grad is None]
 
 
 def _take_gradients(parameters: List[nn.Parameter], on: bool) -> None:

@@ -21,7 +21,7 @@ from ..engine.loader import ResumableLoader, build_resumable_loader, dataset_dic
 from ..engine.resumable import ResumableTrainer
 from ..engine.steps import Objective
 from ..errors import NATSError
-from ..method.alpha import alpha_parameters, alpha_training
+from ..method.alpha import alpha_parameters, alpha_training, untrained_convs
 from ..method.architecture import Architecture
 from ..method.convs import searched_layers
 from ..method.decidedness import Decidedness
@@ -189,6 +189,12 @@ class SearchTrainer(ResumableTrainer):
 
     def _average_alpha_gradients(self) -> None:
         """In one message over all ranks, because data parallelism does not include α."""
+        idle = untrained_convs(self._supernet)
+        if idle:
+            raise NATSError(
+                f"the loss does not depend on {', '.join(idle)}: use them in the heads, or leave "
+                "them out of the search (MODEL.NATS.STAGES, MODEL.NATS.CONVS)"
+            )
         if comm.get_world_size() == 1:
             return
         gradients = [conv.alpha.grad for conv in self.searched.values()]
