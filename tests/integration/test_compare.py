@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 import torch
-from runs import assert_same_run, make_trainer, run
+from ranks import on_two_ranks
+from runs import assert_same_run, make_trainer
 
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.bench.score import candidates, one_shot_score, scoring_batches, some_of
@@ -135,13 +136,26 @@ def test_a_search_does_not_fail_by_its_score(search, tmp_path, monkeypatch):
     assert (tmp_path / "search/retrain.yaml").is_file()
 
 
+def said_by_a_rank(config, folder, *opts):
+    """What one of two processes logs of its score."""
+    import detectron2_nats
+
+    detectron2_nats.SearchTrainer = search_command._ReportingTrainer
+    search_command._ReportingTrainer._draw = lambda trainer: None
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger(search_command.__name__)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    make_trainer(config, folder, *opts).train()
+    return said
+
+
 def test_the_first_of_two_processes_scores(tiny_config, tmp_path):
     """Alone: a norm that waited there for the other one would never end."""
-    printed = run(
-        *("search_net.py", "--num-gpus", "2", "--config-file", tiny_config),
-        *("MODEL.RESNETS.NORM", "SyncBN", "SEARCH.SCORE_IMAGES", "2", "OUTPUT_DIR", str(tmp_path)),
-    )
-    assert printed.count("Plain has a higher loss than") == 1
+    opts = ["MODEL.RESNETS.NORM", "SyncBN", "SEARCH.SCORE_IMAGES", 2]
+    first, second = on_two_ranks(said_by_a_rank, tiny_config, str(tmp_path), *opts)
+    assert len(first) == 1 and "Plain has a higher loss than" in first[0] and not second
 
 
 def test_a_run_that_freezes_is_scored_at_that_moment(search, tmp_path):

@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import os
 import re
-import warnings
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, GroupedDilationConv2d
 from detectron2_nats.config import load_config
 from detectron2_nats.method.stages import conv3x3_layers
-from detectron2_nats.search.export import export_config
+from detectron2_nats.search.export import export_config, write_config
 
 NARROW = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
 NARROW += ["MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16]
@@ -173,8 +172,8 @@ def test_networks_by_paths(tmp_path, capsys, monkeypatch, name, needed):
     plain.load_state_dict(torch.load(tmp_path / "detector.pth", weights_only=True))
 
 
-def tiny_detector(tmp_path, meta_architecture="GeneralizedRCNN"):
-    """A frozen detector with random weights, in eval mode."""
+def tiny_config(tmp_path, meta_architecture="GeneralizedRCNN"):
+    """Of a frozen detector."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     cfg = load_config(str(path), ["MODEL.META_ARCHITECTURE", meta_architecture])
@@ -184,14 +183,19 @@ def tiny_detector(tmp_path, meta_architecture="GeneralizedRCNN"):
         cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
         cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 50
+    return export_config(cfg, mixed_architecture(8))
+
+
+def randomized(cfg):
+    """The detector with random weights, in eval mode."""
     torch.manual_seed(0)
-    return build_model(export_config(cfg, mixed_architecture(8))).eval()
+    return build_model(cfg).eval()
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["GeneralizedRCNN", "RetinaNet"])
 def test_torchscript(tmp_path, kind):
-    module, model = example("export_detector"), tiny_detector(tmp_path, kind)
+    module, model = example("export_detector"), randomized(tiny_config(tmp_path, kind))
     image, other = torch.rand(3, 64, 96) * 255, torch.rand(3, 96, 128) * 255
     with torch.no_grad():
         adapter = module.traceable(model, other)
@@ -206,17 +210,19 @@ def test_torchscript(tmp_path, kind):
     assert torch.equal(scripted["pred_classes"], fields.pred_classes)
 
 
-def test_onnx(tmp_path):
+def test_onnx(tmp_path, capsys):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    module, model = example("export_detector"), tiny_detector(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        differences = module.export_all(model, str(tmp_path / "exported"), (64, 96))
-    names = [os.path.basename(path) for path in differences]
+    cfg, files = tiny_config(tmp_path), {"config_file": "a.yaml", "weights": "a.pth", "output": "x"}
+    files = {name: str(tmp_path / file) for name, file in files.items()}
+    write_config(cfg, files["config_file"])
+    torch.save({"model": randomized(cfg).state_dict()}, files["weights"])
+    example("export_detector").main(argparse.Namespace(**files))
+    found = re.findall(r"wrote (.+) \(largest .* (\S+)\)", capsys.readouterr().out)
+    names = [os.path.basename(path) for path, _ in found]
     assert names == ["traced.ts", "scripted.ts", "detector.onnx", "backbone.onnx"]
-    assert all(os.path.isfile(path) for path in differences)
-    assert max(differences.values()) < 1e-4, differences
+    assert all(os.path.isfile(path) for path, _ in found)
+    assert max(float(value) for _, value in found) < 1e-4, found
 
 
 def test_difference():

@@ -38,7 +38,7 @@ def extents(backbone):
 def test_the_search_finds_the_known_answer(tmp_path, bars, wanted, other, sample):
     opts = ["DATASETS.TRAIN", (f"nats_bars_{bars}_train",), "SEED", 0, "MODEL.DEVICE", "cpu"]
     opts += ["DATASETS.CALIBRATION", (f"nats_bars_{bars}_calibration",)]
-    opts += ["SOLVER.MAX_ITER", 140, "SOLVER.WARMUP_ITERS", 20, "SEARCH.ALPHA_LR", 0.06]
+    opts += ["SOLVER.MAX_ITER", 100, "SOLVER.WARMUP_ITERS", 20, "SEARCH.ALPHA_LR", 0.085]
     opts += ["MODEL.NATS.SAMPLE", sample, "SEARCH.RETRAIN_CONFIG", "configs/quickstart/bars.yaml"]
     make_trainer("configs/quickstart/bars_search.yaml", tmp_path, *opts).train()
     found = Architecture.load(str(tmp_path / "architecture.yaml"))

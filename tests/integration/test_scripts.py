@@ -112,7 +112,7 @@ def test_frozen_weights_from_the_supernetwork(undisturbed, tmp_path):
 
 
 def test_survives_sigkill(undisturbed, tiny_config, tmp_path):
-    """Two processes: test_ranks_die_with_their_launcher."""
+    """Two processes: test_two_processes_go_on_after_a_stop_and_after_a_kill."""
     arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
     arguments += ["DATALOADER.NUM_WORKERS", "2"]
     process = script("search_net.py", *arguments, start_new_session=True, fresh=True)
@@ -144,30 +144,43 @@ def gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
-def test_ranks_die_with_their_launcher(undisturbed_pair, tiny_config, tmp_path, torchrun):
-    arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
-    arguments += ["DATALOADER.NUM_WORKERS", "2"]
-    options = {"launcher": TORCHRUN} if torchrun else {}
-    arguments = ([] if torchrun else ["--num-gpus", "2"]) + arguments
-    process = script("search_net.py", *arguments, **options)
-    wait_for(tmp_path / "model_0000001.pth", process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+def killed_alone(launcher) -> None:
+    """Kill it, and see that its two ranks die."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     ranks = [
         int(pid)
         for pid in children
         if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     assert len(ranks) == 2
-    process.kill()  # the launcher alone
-    process.wait()
+    launcher.kill()
+    launcher.wait()
     deadline = time.monotonic() + 3
     while not all(map(gone, ranks)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    if not torchrun:  # how those go on: test_torchrun_restarts_after_a_rank_died
-        run("search_net.py", *arguments)
-        assert_same_run(undisturbed_pair, tmp_path)
+
+
+def test_two_processes_go_on_after_a_stop_and_after_a_kill(undisturbed_pair, tiny_config, tmp_path):
+    arguments = ["--num-gpus", "2", "--config-file", tiny_config, "--resume"]
+    arguments += ["OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "2"]
+    process = script("search_net.py", *arguments)
+    wait_for(tmp_path / "model_0000001.pth", process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, status=75)
+    process = script("search_net.py", *arguments)
+    wait_for_text("Starting training from iteration", process)
+    killed_alone(process)
+    finish(script("search_net.py", *arguments))
+    assert_same_run(undisturbed_pair, tmp_path)
+
+
+def test_ranks_die_with_torchrun(tiny_config, tmp_path):
+    """How they go on: test_torchrun_restarts_after_a_rank_died."""
+    arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
+    process = script("search_net.py", *arguments, launcher=TORCHRUN)
+    wait_for(tmp_path / "model_0000001.pth", process)
+    killed_alone(process)
 
 
 def test_a_second_run_in_the_folder_of_a_living_one_is_refused(tiny_config, tmp_path):
@@ -244,17 +257,6 @@ def test_evaluation_alone_stops_on_request(undisturbed, tiny_config, tmp_path):
     wait_for_text("Start inference on", process)
     process.send_signal(signal.SIGINT)
     assert "stopped on request" in finish(process, status=75)
-
-
-def test_two_processes_stop_on_request_and_go_on(undisturbed_pair, tiny_config, tmp_path):
-    arguments = ["--num-gpus", "2", "--config-file", tiny_config, "--resume"]
-    arguments += ["OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "2"]
-    process = script("search_net.py", *arguments)
-    wait_for(tmp_path / "model_0000001.pth", process)
-    process.send_signal(signal.SIGTERM)
-    finish(process, status=75)
-    finish(script("search_net.py", *arguments))
-    assert_same_run(undisturbed_pair, tmp_path)
 
 
 def test_two_machines(undisturbed_pair, tiny_config, tmp_path):
