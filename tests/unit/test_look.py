@@ -23,6 +23,7 @@ from detectron2_nats.bench.objects import (
 from detectron2_nats.bench.receptive_field import Extent
 from detectron2_nats.commands import draw as draw_command
 from detectron2_nats.commands import look as command
+from detectron2_nats.data.images import read_image
 
 
 def objects(*sizes):
@@ -108,6 +109,25 @@ def test_objects_are_as_large_as_on_the_input(tmp_path):
     assert bgr[:, 3, 3].tolist() == [25, 0, 25]
     with pytest.raises(NATSError, match="b.png: cannot be read: No such file"):
         image_on_input(Record(str(tmp_path / "b.png"), 200, 400), size)
+    with pytest.raises(NATSError, match="a.png: it has 400×200 px, the annotations say 200×400"):
+        image_on_input(Record(str(tmp_path / "a.png"), 400, 200), size)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_images_are_looked_at_as_they_are_trained_on(tmp_path, name, orientation):
+    """16 bits came out white."""
+    pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40), dtype=np.uint16)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    trained = read_image(str(tmp_path / name), "RGB")
+    shape = trained.shape[:2]
+    shown = image_on_input(Record(str(tmp_path / name), *shape), InputSize(min(shape), 99))
+    assert np.array_equal(shown, trained)
+    Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(NATSError, match="b.tif: cannot be read: .*mode F does not tell"):
+        image_on_input(Record(str(tmp_path / "b.tif"), 30, 40), InputSize(30, 99))
 
 
 def coco(folder, **changes):

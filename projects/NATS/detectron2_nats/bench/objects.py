@@ -2,13 +2,14 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..data.annotations import Needs, read_annotations
+from ..data.pixels import eight_bits
 from ..errors import NATSError, one_line
 
 
@@ -104,20 +105,23 @@ def image_on_input(record: Record, size: InputSize) -> np.ndarray:
     """(H, W, 3) uint8, RGB, as the network is given it.
 
     Raises:
-        NATSError: the file cannot be read.
+        NATSError: the file cannot be read, or has another size than annotated.
     """
-    scale = size.scale(record.height, record.width)
     try:
-        with Image.open(record.path) as image:
-            shape: Tuple[int, int] = (
-                max(1, round(scale * record.width)),
-                max(1, round(scale * record.height)),
-            )
-            return np.array(image.convert("RGB").resize(shape, Image.Resampling.BILINEAR))
-    except OSError as error:
+        with open(record.path, "rb") as file:  # given the name, Pillow 12.3 garbles turned TIFFs
+            shown = ImageOps.exif_transpose(eight_bits(Image.open(file))).convert("RGB")
+    except (OSError, ValueError) as error:
         raise NATSError(
             f"{record.path}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
         ) from None
+    if shown.size != (record.width, record.height):
+        raise NATSError(
+            f"{record.path}: it has {shown.width}×{shown.height} px, the annotations say "
+            f"{record.width}×{record.height}"
+        )
+    scale = size.scale(record.height, record.width)
+    width, height = (max(1, round(scale * side)) for side in shown.size)
+    return np.array(shown.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def normalised(

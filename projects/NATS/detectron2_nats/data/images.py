@@ -13,9 +13,9 @@ from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 
 from ..errors import NATSError, one_line
+from .pixels import ORIENTATION, eight_bits, unknown_range
 
 _MOST_LOOKED_AT = 5000  # of a larger data set so many images, spread evenly
-_ORIENTATION = 274  # EXIF's tag
 _QUARTER_TURNS = (5, 6, 7, 8)
 
 logger = logging.getLogger(__name__)
@@ -32,25 +32,8 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         ValueError: the range of its values is unknown (32 bits, or floating point).
     """
     with PathManager.open(file_name, "rb") as file:
-        image = Image.open(file)
-        fault = _unknown_range(image)
-        if fault:
-            raise ValueError(fault)
-        if image.format == "TIFF":
-            image.load()
-        if image.mode.startswith("I"):
-            pixels = np.asarray(image).astype(np.float32) / 257
-            eight_bits = Image.fromarray(pixels.round().astype(np.uint8))
-            eight_bits.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
-            image = eight_bits
+        image = eight_bits(Image.open(file))
         return utils.convert_PIL_to_numpy(utils._apply_exif_orientation(image), format)
-
-
-def _unknown_range(image: Image.Image) -> str:
-    # Older versions of Pillow open PNGs of 16 bits in mode I, which says 32
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-        return f"its mode {image.mode} does not tell what is white: convert it to 8 or 16 bits"
-    return ""
 
 
 @contextlib.contextmanager
@@ -106,10 +89,10 @@ def _look(record: dict) -> _Look:
             image = Image.open(file)
             # without this, Pillow would look for EXIF behind a PNG's pixels, and read them all
             has_exif = image.format != "PNG" or "exif" in image.info
-            orientation = image.getexif().get(_ORIENTATION, 1) if has_exif else 1
+            orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
             if image.format == "TIFF" and orientation in range(2, 9):
                 image.load()
-            stored, fault = image.size, _unknown_range(image)
+            stored, fault = image.size, unknown_range(image)
     except FileNotFoundError:
         return _Look("there is no such file")
     except Exception as error:  # Pillow raises all kinds of errors for a damaged file
