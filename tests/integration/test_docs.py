@@ -33,7 +33,7 @@ from detectron2_nats.bench import look
 from detectron2_nats.commands import cli
 from detectron2_nats.config import load_config
 from detectron2_nats.files import parse_yaml
-from detectron2_nats.search.export import export_config, write_config
+from detectron2_nats.search.export import export_config, searched_detector, write_config
 
 PAGES = [
     REPOSITORY / "README.md",
@@ -488,6 +488,13 @@ def check_parsed(command: str, here: Path) -> None:
             cfg.MODEL.NATS.ARCHITECTURE
         )
         assert is_search == ("search" in script), "the config is for the other script"
+        if is_search:  # its result has to fit the config that receives it
+            own = searched_detector(cfg)
+            base = load_config(cfg.SEARCH.RETRAIN_CONFIG) if cfg.SEARCH.RETRAIN_CONFIG else own
+            with torch.device("meta"):
+                network = build_backbone(own)
+            nats = cfg.MODEL.NATS
+            export_config(base, Architecture.uniform(network, (1, 1), nats.STAGES, nats.CONVS))
 
 
 def check_trained(command: str, here: Path) -> None:

@@ -52,7 +52,9 @@ def run() -> None:
         help="detector to export: a path or a zoo name (default: the one that was searched)",
     )
     parser.add_argument(
-        "--output", default="", help="config to write (default: SOURCE/retrain.yaml)"
+        "--output",
+        default="",
+        help="config to write (default: retrain.yaml in SOURCE, or beside it)",
     )
     parser.add_argument(
         "--order", choices=["paper", "voted"], help="decode the newest checkpoint in this order"

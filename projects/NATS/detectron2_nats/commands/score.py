@@ -4,7 +4,7 @@ The losses of architectures on calibration images are computed with the super-ne
 of the found one, the plain one, those with one dilation everywhere, and random ones of the same
 space. Where plain stands among the random ones tells whether your detector gains from seeing
 further. The found one looks better than it is: the weights suit it. So may one large dilation
-everywhere. docs/study.md has the measurements.
+everywhere. docs/results/scores.md has the measurements.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Is it worth it? Compare plain, random and searched architectures over seeds and folds.
 
-Each method is retrained with the same budget, once per seed. Runs that are already done are not
-repeated. The output folder then contains study.md (tables), study.png, and results.json (the
-numbers behind both, and the architectures).
+Each method is retrained for the same iterations, or a factor of yours, once per seed. Runs that are
+already done are not repeated. The output folder then contains study.md (tables), study.png, and
+results.json (the numbers behind both, and the architectures).
 """
 
 import argparse

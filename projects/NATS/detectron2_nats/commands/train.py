@@ -40,7 +40,7 @@ examples:
     $ %(prog)s --config-file ... --resume
     $ %(prog)s --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 
---config-file takes any Detectron2 config, or the name of one in Detectron2's model zoo. With
+--config-file takes any YAML config of Detectron2, or the name of one in its model zoo. With
 MODEL.DEVICE cpu, --num-gpus 2 starts two processes on the CPU.
 exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume), 1 failed.
 """
