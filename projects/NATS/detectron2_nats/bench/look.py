@@ -23,8 +23,8 @@ cells with a whole detector (less than 0.3)."""
 
 PAYS = 2.0
 """Above this median they gained, 4 to 41 AP: bars of both directions (2.4 times the field), car
-parts at 160 px (2.3) and 320 px (4.7), columns of registers (5.6). Between, on blood cells cut after
-res3 (1.7) and res2 (1.8), they gained nothing beyond chance; 11 on lines of text (1.2)."""
+parts at 160 px (2.3) and 320 px (4.7), columns of registers (5.6). Between, on blood cells cut
+after res3 (1.7) and res2 (1.8), they gained nothing beyond chance; 11 on lines of text (1.2)."""
 
 # The next three by the measured data sets (boxes of all splits):
 #                              longer / shorter side        long   of these, in the
