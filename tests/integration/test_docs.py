@@ -489,11 +489,11 @@ def check_parsed(command: str, here: Path) -> None:
         )
         assert is_search == ("search" in script), "the config is for the other script"
         if is_search:  # its result has to fit the config that receives it
-            own = searched_detector(cfg)
-            base = load_config(cfg.SEARCH.RETRAIN_CONFIG) if cfg.SEARCH.RETRAIN_CONFIG else own
+            nats, other = cfg.MODEL.NATS, cfg.SEARCH.RETRAIN_CONFIG
+            base = load_config(other) if other else searched_detector(cfg)
+            cfg.MODEL.BACKBONE.NAME = nats.BASE_BACKBONE
             with torch.device("meta"):
-                network = build_backbone(own)
-            nats = cfg.MODEL.NATS
+                network = build_backbone(cfg)
             export_config(base, Architecture.uniform(network, (1, 1), nats.STAGES, nats.CONVS))
 
 
