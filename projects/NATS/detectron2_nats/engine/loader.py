@@ -248,7 +248,7 @@ def _start(make_loader: Callable[[], DataLoader]) -> Iterator[Any]:
     """``iter(make_loader())``, after all its processes have said that they run.
 
     A forked process may wait for ever before its first line: for a lock that another thread held at
-    the fork. In CPython up to 3.10.14 gloo's threads do it (python/cpython#112275). Unnoticed, the
+    the fork. In CPython 3.10.13 gloo's threads do it (python/cpython#112275). Unnoticed, the
     run would wait as long. Such processes are killed, and all are started anew.
     """
     kill_children_at_exit()
