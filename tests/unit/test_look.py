@@ -115,7 +115,7 @@ def test_objects_are_as_large_as_on_the_input(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_images_are_looked_at_as_they_are_trained_on(tmp_path, name, orientation):
+def test_images_are_looked_at_as_they_are_trained_on(tmp_path, monkeypatch, name, orientation):
     """16 bits came out white."""
     pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40), dtype=np.uint16)
     exif = Image.Exif()
@@ -128,6 +128,9 @@ def test_images_are_looked_at_as_they_are_trained_on(tmp_path, name, orientation
     Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "b.tif")
     with pytest.raises(NATSError, match="b.tif: cannot be read: .*mode F does not tell"):
         image_on_input(Record(str(tmp_path / "b.tif"), 30, 40), InputSize(30, 99))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(NATSError, match=f"{name}: cannot be read: DecompressionBombError"):
+        image_on_input(Record(str(tmp_path / name), *shape), InputSize(30, 99))
 
 
 def coco(folder, **changes):

@@ -110,7 +110,7 @@ def image_on_input(record: Record, size: InputSize) -> np.ndarray:
     try:
         with open(record.path, "rb") as file:  # given the name, Pillow 12.3 garbles turned TIFFs
             shown = ImageOps.exif_transpose(eight_bits(Image.open(file))).convert("RGB")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Pillow raises all kinds of errors for a damaged file
         raise NATSError(
             f"{record.path}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
         ) from None

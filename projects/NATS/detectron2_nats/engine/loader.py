@@ -267,7 +267,7 @@ def _start(make_loader: Callable[[], DataLoader]) -> Iterator[Any]:
         if started == forked:
             return iterator
         logger.warning(
-            f"{forked - started} of {forked} loader processes have not started in {seconds} s: "
+            f"{forked - started} of {forked} loader processes have not started: "
             "starting them anew"
         )
         kill([process for process in multiprocessing.active_children() if process not in others])
