@@ -22,7 +22,8 @@ demo-bars: setup  ## the same on drawn bars, of which the search's right answer 
 	@$(PYTHON) -W ignore tools/demo.py bars --output output/demo_bars
 
 test: setup  ## run all tests, one process for each core, at most four
-	@$(PYTHON) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
+	@$(PYTHON) -m pytest tests --numprocesses auto --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder
 
 test-fast: setup  ## only the tests that start no process and train nothing (two minutes)
 	@$(PYTHON) -m pytest tests/unit --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -73,10 +73,8 @@ def script(name: str, *arguments: str, launcher=(), fresh=False, **popen):
 
     Args:
         launcher: the words before the script's name, if not Python alone.
-        fresh: start Python itself, which imports for seconds; else see warm.py. Runs of several
-            processes always do: forks of theirs may wait for each other for ever.
+        fresh: start Python itself, which imports for seconds; else see warm.py.
     """
-    fresh = fresh or bool({"--num-gpus", "--num-machines"} & {*arguments})
     if name.startswith("nats-"):
         name = str(Path(sys.executable).with_name(name))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -3,26 +3,62 @@
     python tests/warm.py SOCKET
 
 Each connection to the socket asks for one process and then hears its pid and its exit status. The
-fork ends like any other Python: what it runs is the last line of this file. One thing is not as
-when a user starts it: it draws no pictures for TensorBoard, which take longer than a test's search.
+fork ends like any other Python: what it runs is the last line of this file. Two things are not as
+when a user starts it: it draws no pictures for TensorBoard, which take longer than a test's search,
+and its ranks, and a study's runs, are forks, too.
 """
 
+import atexit
+import functools
 import json
 import os
 import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
+import traceback
+import types
 
 import matplotlib.pyplot  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 
 import detectron2_nats.bench.report  # noqa: F401
 import detectron2_nats.commands.study  # noqa: F401
+from detectron2_nats.bench.study import runs
 from detectron2_nats.commands import search
+from detectron2_nats.engine import processes
 
+
+class Fork:
+    """A study's run, in place of `subprocess.Popen`."""
+
+    def __init__(self, command, stdin, stdout, stderr, env, start_new_session, preexec_fn):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            preexec_fn()
+            request = {"words": command[2:], "folder": os.getcwd(), "environment": env}
+            become(request | {"files": [stdout.name], "new_session": start_new_session})
+            runpy.run_module(command[2], run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:  # what the study itself would do at its end is not the run's
+            atexit._run_exitfuncs()
+            processes.exit_at_once(status)
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+
+runs.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
 search._ReportingTrainer._draw = lambda trainer: None
+processes.start_processes = functools.partial(processes.start_processes, start_method="fork")
 
 
 def serve(path: str) -> dict:
@@ -77,7 +113,8 @@ def become(request: dict) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    written = [os.open(file, os.O_WRONLY) for file in request["files"]]  # one for both, or two
+    files = request["files"]  # one for both, or two
+    written = [os.open(file, os.O_WRONLY | os.O_APPEND) for file in files]
     os.dup2(written[0], 1)
     os.dup2(written[-1], 2)
     for stream in (sys.stdout, sys.stderr):

@@ -115,11 +115,11 @@ def test_survives_sigkill(undisturbed, tiny_config, tmp_path):
     """Two processes: test_two_processes_go_on_after_a_stop_and_after_a_kill."""
     arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
     arguments += ["DATALOADER.NUM_WORKERS", "2"]
-    process = script("search_net.py", *arguments, start_new_session=True, fresh=True)
+    process = script("search_net.py", *arguments, start_new_session=True)
     wait_for(tmp_path / "model_0000001.pth", process)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    output = run("search_net.py", *arguments, fresh=True)
+    output = run("search_net.py", *arguments)
     assert re.search(r"Starting training from iteration [24]", output)
     assert_same_run(undisturbed, tmp_path)
 
@@ -127,7 +127,7 @@ def test_survives_sigkill(undisturbed, tiny_config, tmp_path):
 def test_goes_on_with_as_many_threads(undisturbed, tiny_config, tmp_path):
     """Left to itself, the second start would take one for each core."""
     arguments = ["--config-file", tiny_config, "--resume", "OUTPUT_DIR", str(tmp_path)]
-    process = script("search_net.py", *arguments, fresh=True)
+    process = script("search_net.py", *arguments)
     wait_for(tmp_path / "model_0000001.pth", process)
     process.kill()
     process.wait()
@@ -189,10 +189,12 @@ def test_a_second_run_in_the_folder_of_a_living_one_is_refused(tiny_config, tmp_
     process = script("search_net.py", *arguments)
     wait_for(tmp_path / "model_0000001.pth", process)
     config = (tmp_path / "config.yaml").stat().st_mtime_ns
+    process.send_signal(signal.SIGSTOP)  # ten seconds' computing less
     output = run("search_net.py", *arguments, status=2)
     assert f"error: {tmp_path} is in use by another run, process {process.pid} on " in output
     assert (tmp_path / "config.yaml").stat().st_mtime_ns == config
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     finish(process, status=75)
 
 
@@ -287,11 +289,15 @@ def test_torchrun_restarts_after_a_rank_died(undisturbed_pair, tiny_config, tmp_
     assert_same_run(undisturbed_pair, tmp_path)
 
 
+# what torchrun says to a worker, which then starts as if torchrun had started it
+A_WORKER = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+
+
 def test_torchrun_restarts_only_what_may_resume(tiny_config, tmp_path):
     """A restart of what was refused in the folder of an earlier run must not take that run over."""
     arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
-    launcher = (*TORCHRUN, "--max-restarts", "1")
-    output = run("search_net.py", *arguments, launcher=launcher, status=1)
+    env = {**A_WORKER, "TORCHELASTIC_MAX_RESTARTS": "1"}
+    output = run("search_net.py", *arguments, env=env, status=2)
     assert "error: torchrun --max-restarts also needs --resume" in output
     assert not list(tmp_path.iterdir())
 
@@ -320,7 +326,7 @@ def test_stopped_while_its_ranks_wait_for_another_machine(tiny_config, tmp_path)
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     arguments = ["--num-gpus", "1", "--num-machines", "2", "--dist-url", address]
     arguments += ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
-    process = script("search_net.py", *arguments)
+    process = script("search_net.py", *arguments, fresh=True)  # forks inherit how it takes signals
     port = f":{int(address.rpartition(':')[2]):04X} "
     sockets = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     wait_until(lambda: any(port in s.read_text() for s in sockets), process)  # rank 0 listens
@@ -353,7 +359,7 @@ def test_errors_are_one_line_with_status_2(tiny_config, tmp_path):
 
 def test_errors_of_several_processes_are_the_last_lines(tiny_config, tmp_path):
     arguments = ["--num-gpus", "2", "--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path)]
-    output = run("search_net.py", *arguments, "MODEL.NATS.SPACE", "Z", status=2, fresh=True)
+    output = run("search_net.py", *arguments, "MODEL.NATS.SPACE", "Z", status=2)
     assert output.strip().splitlines()[-1].startswith("error: unknown SPACE 'Z'")
     assert "Traceback" not in output
 
@@ -361,10 +367,8 @@ def test_errors_of_several_processes_are_the_last_lines(tiny_config, tmp_path):
 def test_no_process_computes_on_the_cpu_unasked(tiny_config, tmp_path):
     arguments = ["--config-file", tiny_config, "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cuda"]
     env = {"CUDA_VISIBLE_DEVICES": ""}
-    for launcher, more in ((), ["--num-gpus", "2"]), (TORCHRUN, []):
-        status = 1 if launcher is TORCHRUN else 2
-        options = {"launcher": launcher, "env": env, "status": status}
-        output = run("search_net.py", *more, *arguments, **options)
+    for more, worker in (["--num-gpus", "2"], {}), ([], A_WORKER):
+        output = run("search_net.py", *more, *arguments, env={**env, **worker}, status=2)
         assert "error: processes on this machine: 2, GPUs that PyTorch can use here: 0 (" in output
     output = run("search_net.py", *arguments, "SOLVER.MAX_ITER", "1", env=env)
     words = "computing on the CPU, because PyTorch finds no GPU: (Runtime|Assertion)Error: "

@@ -130,7 +130,6 @@ def test_study_goes_on_after_a_kill(tmp_path, monkeypatch):
     assert (output / "study.png").stat().st_size > 1000
     measured = json.loads((output / "results.json").read_text())["methods"]
     assert measured["plain"]["detector"]["flops"] > measured["plain"]["flops"]
-    assert "3 of 3 runs are done" in finish(script("nats-study", *arguments))
 
     found = Architecture.from_config(measured["nats-voted"]["architectures"][0])
     found.save(str(tmp_path / "found.yaml"))
