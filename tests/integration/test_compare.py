@@ -90,6 +90,8 @@ def test_a_search_ends_with_commands_that_run(searched, tmp_path, monkeypatch, c
 def search(tiny_config, tmp_path, monkeypatch, caplog):
     """A function: runs what nats-search runs, and returns the trainer and what it said."""
     monkeypatch.setattr("detectron2_nats.SearchTrainer", search_command._ReportingTrainer)
+    # pictures take longer than these searches
+    monkeypatch.setattr(search_command._ReportingTrainer, "_draw", lambda trainer: None)
 
     def searched(name, *opts):
         caplog.clear()

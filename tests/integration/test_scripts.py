@@ -153,12 +153,19 @@ def killed_alone(launcher) -> None:
         if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     assert len(ranks) == 2
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)  # else they might have come to their end
     launcher.kill()
     launcher.wait()
     deadline = time.monotonic() + 3
-    while not all(map(gone, ranks)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    try:
+        while not all(map(gone, ranks)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            if not gone(rank):
+                os.kill(rank, signal.SIGKILL)
 
 
 def test_two_processes_go_on_after_a_stop_and_after_a_kill(undisturbed_pair, tiny_config, tmp_path):

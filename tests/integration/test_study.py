@@ -113,12 +113,15 @@ def test_study_goes_on_after_a_kill(tmp_path, monkeypatch):
     console = output / "seed_0" / "search-nats" / "console.txt"
     wait_until(lambda: console.exists() and "Starting training" in console.read_text(), process)
     (run_of_it,) = children_of(process)
+    os.kill(run_of_it, signal.SIGSTOP)  # else it might have come to its end
     process.kill()
     process.wait()
+    os.kill(run_of_it, signal.SIGCONT)
     deadline = time.monotonic() + 60
     while Path(f"/proc/{run_of_it}").exists():  # it was told to stop
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert "stopped on request" in console.read_text()
     printed = finish(script("nats-study", *arguments))
     assert "0 of 3 runs are done" in printed and "[3/3]" in printed
     table = (output / "study.md").read_text()
@@ -315,6 +318,15 @@ def test_which_search_a_method_needs():
     for method in ("nats-paper", "nats-warm@0.1-2x", "transposed", "5x5-warm-2x", "mine-warm"):
         assert Method.of(method).search == "nats"
     assert Method.of("path-warm").search == Method.of("path").search == "path"
+
+
+def test_all_starts_of_a_run_count(tmp_path):
+    ended(task := Task("retraining", str(tmp_path), lambda: ["-c", "pass"]), 0.0, 50)
+    task.start({})
+    while task.poll() is None:
+        time.sleep(0.01)
+    cost = task.cost()
+    assert cost["cpu_seconds"] > 50 and cost["seconds"] > 1 and cost["lost"] == 0
 
 
 def test_a_run_that_had_ended_when_it_was_told_to_stop(tmp_path):

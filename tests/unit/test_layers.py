@@ -372,6 +372,13 @@ def test_every_output_channel_has_its_own_dilation(kwargs, runs, processor):
         torch.testing.assert_close(found, right, **TIGHT)
 
 
+def test_as_few_conv_groups_as_can_be(processor):
+    conv = GroupedDilationConv2d(plain_conv(groups=2), [(8, 1, 1), (8, 1, 3)])
+    dilations = [(1, 1)] * 8 + [(1, 3)] * 8
+    expected = direct_frozen(input_(), conv.weight, dilations, **options({"groups": 2}))
+    torch.testing.assert_close(conv(input_()), expected, **TIGHT)
+
+
 def test_single_channels(processor):
     """Per-channel patterns of other methods fit too."""
     runs = [(1, 1 + o % 3, 1 + o // 3 % 4) for o in range(16)]
