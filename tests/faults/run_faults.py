@@ -88,7 +88,7 @@ class Bench:
         if faults:
             environment["FAULTS"] = json.dumps(faults)
             arguments, name = [name, *arguments], "tests/faults/faulty.py"
-        options = {"launcher": launcher} if launcher else {}
+        options = {"launcher": launcher} if launcher else {"fresh": ranks > 1}  # no forked ranks
         process = script(name, *arguments, env=environment, start_new_session=True, **options)
         self._children.append(process)
         return process
