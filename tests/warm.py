@@ -22,7 +22,8 @@ import traceback
 import types
 
 import matplotlib.pyplot  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
+import torch
+import torch.utils.tensorboard
 
 import detectron2_nats.bench.report  # noqa: F401
 import detectron2_nats.commands.study  # noqa: F401
@@ -56,7 +57,8 @@ class Fork:
         os.kill(self.pid, number)
 
 
-runs.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
+if torch.get_num_threads() == 1:  # a study computes, and OpenMP's threads do not survive a fork
+    runs.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
 search._ReportingTrainer._draw = lambda trainer: None
 processes.start_processes = functools.partial(processes.start_processes, start_method="fork")
 
