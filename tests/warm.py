@@ -46,7 +46,7 @@ class Fork:
             become(request | {"files": [stdout.name], "new_session": start_new_session})
             runpy.run_module(command[2], run_name="__main__")
         except SystemExit as end:
-            status = end.code or 0
+            status = end.code if isinstance(end.code, int) else int(bool(end.code))
         except BaseException:
             traceback.print_exc()
         finally:  # what the study itself would do at its end is not the run's
