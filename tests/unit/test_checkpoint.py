@@ -1,10 +1,13 @@
 """Checkpoints: whole or not there, plain, and known to fit."""
 
 import errno
+import functools
+import http.server
 import logging
 import os
 import pickle
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from torchvision.models import resnet50
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
+from detectron2.utils import file_io
 from detectron2_nats import NATSError, add_nats_config
 from detectron2_nats.engine.checkpoint import SafeCheckpointer, _damage
 from detectron2_nats.method.convs import searched_layers
@@ -283,6 +287,36 @@ def test_detectron2s_and_caffe2s_pkl(tmp_path):
 def test_missing_weights(checkpointer):
     with pytest.raises(NATSError, match="weights not found: nowhere.pth"):
         checkpointer.load("nowhere.pth")
+
+
+@pytest.fixture
+def hosted(tmp_path, monkeypatch):
+    """A folder whose files have names under detectron2://, and are fetched by HTTP."""
+    folder = tmp_path / "hosted"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(file_io.Detectron2Handler, "S3_DETECTRON2_PREFIX", address)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_weights_of_detectron2s_zoo_are_fetched(hosted):
+    content = {"model": {"weight": np.ones((2, 3), "float32")}, "__author__": "x"}
+    (hosted / "R-50.pkl").write_bytes(pickle.dumps(content))
+    model = nn.Linear(3, 2)
+    SafeCheckpointer(model).load("detectron2://R-50.pkl")
+    assert (model.weight == 1).all()
+
+
+def test_weights_that_cannot_be_fetched(hosted, checkpointer):
+    with pytest.raises(NATSError, match="detectron2://R-50.pkl: cannot be fetched .*404"):
+        checkpointer.load("detectron2://R-50.pkl")
 
 
 # -- torchvision's names --------------------------------------------------------------------------

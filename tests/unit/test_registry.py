@@ -125,6 +125,15 @@ def test_a_folder_for_a_file(tmp_path):
         check_datasets([NAME], "DATASETS.TRAIN")
 
 
+def test_remote_files_are_looked_for_when_they_are_fetched():
+    name = "far"
+    MetadataCatalog.get(name).set(json_file="https://a.test/a.json", image_root="https://a.test/b")
+    DatasetCatalog.register(name, list)
+    check_datasets([name], "DATASETS.TRAIN")
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
 def test_a_corrected_file_is_read_anew(tmp_path):
     cfg, path = register(tmp_path)
     DatasetCatalog.get(NAME)

@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 import os
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -124,7 +124,7 @@ def check_datasets(names: Sequence[str], key: str) -> None:
             )
         meta = MetadataCatalog.get(name)
         json_file, folder = meta.get("json_file"), meta.get("image_root")
-        if json_file and folder and PathManager.isdir(json_file) and PathManager.isfile(folder):
+        if json_file and folder and os.path.isdir(json_file) and os.path.isfile(folder):
             raise NATSError(
                 f"{key}: {name}: {json_file} is a folder and {folder} a file: in DATASETS.REGISTER "
                 "the annotation file comes before the image folder"
@@ -133,11 +133,18 @@ def check_datasets(names: Sequence[str], key: str) -> None:
             ("annotation file", json_file, PathManager.isfile),
             ("image folder", folder, PathManager.isdir),
         ):
-            if path is not None and not is_there(path):
+            if path is not None and not _told(is_there, path):
                 raise NATSError(
                     f"{key}: {name}: {what} not found, looked for {os.path.abspath(path)}. "
                     + _how_to_get(name)
                 )
+
+
+def _told(is_there: Callable[[str], bool], path: str) -> bool:
+    try:
+        return is_there(path)
+    except NotImplementedError:  # of https:// it is seen when the file is fetched
+        return True
 
 
 def _how_to_get(name: str) -> str:

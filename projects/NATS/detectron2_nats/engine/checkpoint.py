@@ -100,7 +100,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return self.load(usable) if usable else self.load(path, checkpointables=[])
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
-        if path and not PathManager.isfile(path.split("?")[0]):
+        if path and not os.path.isfile(_fetched(path.split("?")[0])):
             raise NATSError(f"weights not found: {path} (MODEL.WEIGHTS)")
         self._loaded, self._missing = path, {name for name, _ in self.model.named_parameters()}
         return super().load(path, *args, **kwargs)
@@ -163,6 +163,19 @@ class SafeCheckpointer(DetectionCheckpointer):
         except NATSError:  # not a residual network: nothing to check
             return []
         return [f"{name}.weight" for name, m in self.model.named_modules() if m in convs]
+
+
+def _fetched(path: str) -> str:
+    """The local path of a file; one of https:// or detectron2:// is downloaded, once."""
+    try:
+        return PathManager.get_local_path(path)
+    except NATSError:
+        raise
+    except Exception as error:  # no network, no such file, no room
+        raise NATSError(
+            f"weights {path}: cannot be fetched ({one_line(error)}). Fetch them elsewhere, and set "
+            "MODEL.WEIGHTS to the file"
+        ) from None
 
 
 def _damage(path: str) -> str:
