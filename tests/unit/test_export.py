@@ -78,6 +78,14 @@ def test_an_empty_data_set_is_named(tmp_path):
         dataset_dicts(cfg, ["nothing_at_all"])
 
 
+def test_missing_proposals_are_named():
+    cfg = load_config("")
+    cfg.MODEL.LOAD_PROPOSALS = True
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = ("nowhere.pkl",)
+    with pytest.raises(NATSError, match="nats_registers_val: .*nowhere.pkl"):
+        dataset_dicts(cfg, ["nats_registers_val"])
+
+
 def test_keys_of_other_projects_are_kept(tmp_path):
     """PointRend and the like add nodes that this project's defaults know nothing of."""
     cfg = load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")

@@ -311,7 +311,7 @@ def dataset_dicts(cfg: CfgNode, names: Sequence[str]) -> List[dict]:
             min_keypoints=keypoint_head.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-    except AssertionError as error:  # Detectron2 raises it for an empty data set
+    except (AssertionError, OSError) as error:  # an empty data set; proposals that are not there
         raise NATSError(f"data sets {', '.join(names)}: {error}") from None
 
 
