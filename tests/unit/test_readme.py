@@ -41,4 +41,4 @@ def test_the_papers_numbers_are_called_the_papers():
     rows = [line for line in CONFIGS.splitlines() if line.startswith("| `search/faster")]
     assert len(rows) == 6
     for page in (README, CONFIGS):
-        assert "have **not** been measured here" in page
+        assert "have **not** been measured here" in " ".join(page.split())
