@@ -1,6 +1,7 @@
 # `make` alone lists the targets. Each that needs Python makes .venv first, once.
 
 PYTHON := .venv/bin/python
+BATCH := 8
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-optional demo demo-bars test test-fast faults bench bench-smoke gpu lint format clean
@@ -37,8 +38,11 @@ bench: setup  ## time plain, frozen and super-networks on the CPU, into output/b
 bench-smoke: setup  ## a small part of it (two minutes)
 	@$(PYTHON) -W ignore tools/benchmark.py --smoke
 
-gpu: setup  ## tests and benchmark on a GPU, into output/gpu.md; without one it says what it skips
-	@$(PYTHON) -W ignore tools/gpu_report.py --output output/gpu.md
+gpu: setup  ## on a GPU: its own tests, then the benchmark, into output/gpu.md; BATCH=2 for a small one
+	@$(PYTHON) -m pytest tests/gpu -q -rs; tested=$$?; \
+	$(PYTHON) -W ignore tools/benchmark.py --device cuda --dtype bfloat16 float32 --batch $(BATCH) \
+		--what train inference memory convs --networks R50 --size 800 1200 --output output/gpu.md \
+		&& exit $$tested
 
 lint: setup  ## check the formatting and style
 	@$(PYTHON) -m black --quiet --check --diff .

@@ -90,7 +90,7 @@ RULES = [
     (rf"^{TRAINS} .*configs/(search|retrain|study)/", "parsed"),
     (rf"^{TRAINS} .*--num-(gpus|machines)", "parsed"),
     # minutes to hours
-    (r"^python tools/(benchmark|demo|gpu_report|pretrain_embedded)\.py", "parsed"),
+    (r"^python tools/(benchmark|demo|pretrain_embedded)\.py", "parsed"),
     (r"^nats-study ", "parsed"),
     # run by test_examples.py and test_score.py
     (

@@ -330,39 +330,3 @@ def test_error_is_one_line_on_stderr(folder, name):
 def test_bad_options(monkeypatch, capsys, folder, name, arguments, error):
     assert tool_here(monkeypatch, folder, name, *arguments.split()) == 2
     assert error in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_report_without_a_gpu_says_what_it_skipped(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = tool("tools/gpu_report.py", "--output", tmp_path / "gpu.md")
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = (tmp_path / "gpu.md").read_text()
-    assert done.stdout.endswith(f"{report}\nwrote {tmp_path}/gpu.md\n")
-    assert "GPUs: none" in report and "Skipped: no usable CUDA" in report
-    names = re.findall(r"^def (test_\w+)", (REPOSITORY / "tests/gpu/test_gpu.py").read_text(), re.M)
-    for name in names:
-        assert re.search(rf"^\| {name}\S* +\| skipped: no usable CUDA", report, re.M), name
-
-
-def test_the_report_keeps_the_tables_of_a_benchmark_that_fails(monkeypatch, tmp_path):
-    script = runpy.run_path(str(REPOSITORY / "tools/gpu_report.py"))
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "tools/benchmark.py").write_text(
-        "import sys\n"
-        "open(sys.argv[-1], 'w').write(f'tables of {sys.argv[-3]} images')\n"
-        "sys.exit(2)\n"
-    )
-    monkeypatch.setitem(script["run_benchmark"].__globals__, "ROOT", str(tmp_path))
-    good, text = script["run_benchmark"](str(tmp_path), 4)
-    assert not good and text == "tables of 4 images\nThe benchmark failed: see its output."
-
-
-def test_the_report_fails_where_a_test_does(monkeypatch, tmp_path):
-    script = runpy.run_path(str(REPOSITORY / "tools/gpu_report.py"))
-    (tmp_path / "tests/gpu").mkdir(parents=True)
-    (tmp_path / "tests/gpu/test_bad.py").write_text("def test_bad():\n    assert 'a' == 'b'\n")
-    monkeypatch.setitem(script["run_tests"].__globals__, "ROOT", str(tmp_path))
-    good, table = script["run_tests"](str(tmp_path))
-    assert not good and re.search(
-        r"\| test_bad +\| failure: AssertionError: assert 'a' == 'b'", table
-    )
