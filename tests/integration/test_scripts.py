@@ -77,6 +77,9 @@ def test_search_export_retrain_evaluate(undisturbed, tiny_config, tmp_path):
     arguments += ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
     out = run("train_net.py", "--eval-only", *arguments)
     assert "Evaluation results for nats_embedded_val" in out
+    arguments[1] = str(base)  # the weights fit the plain network, too
+    out = run("train_net.py", "--eval-only", *arguments, status=2)
+    assert f"{folder}/model_final.pth was trained with other dilations than the config has" in out
 
 
 def test_frozen_weights_from_the_supernetwork(undisturbed, tmp_path):

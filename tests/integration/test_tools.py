@@ -84,6 +84,8 @@ def folder(tmp_path_factory) -> Path:
     Architecture.decode(searched_layers(model), **search).save(f"{folder}/search/architecture.yaml")
     (folder / "search/config.yaml").write_text(cfg.dump())
     torch.save({"model": model.state_dict()}, folder / "search/model_final.pth")
+    backbone = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    torch.save({"model": backbone}, folder / "classifier.pth")
     (folder / "search/last_checkpoint").write_text("model_final.pth")
     values = {"alpha/entropy": 0.9, "alpha/votes_changed": 3, "intensity/res3.0.conv2/1x1": 1.0}
     (folder / "search/metrics.json").write_text(json.dumps({"iteration": 5, **values}) + "\n")
@@ -279,6 +281,11 @@ def test_analyze(folder):
         ("plot", "search --output a_file", "a_file: cannot be written"),
         ("plot", "search --searched tiny.yaml a_file", "is drawn beside --plain: give both"),
         ("plot", "search --plain tiny.yaml a_file", "is drawn beside --plain: give both"),
+        (
+            "plot",
+            "--plain tiny.yaml classifier.pth --searched tiny.yaml classifier.pth",
+            "weights are missing",
+        ),
         ("plot", "", "give a search's output folder, an architecture file, or two detectors"),
         ("analyze", "ic_conv.json", "not an architecture file"),
         ("analyze", "search --config-file none.yaml", "config none.yaml not found"),

@@ -1,5 +1,7 @@
 """The registered builder: any base backbone, then the super-network or the frozen choice."""
 
+from typing import Any, Mapping
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -35,6 +37,39 @@ def architecture_from_config(cfg: CfgNode) -> Architecture:
     """What ``MODEL.NATS.ARCHITECTURE`` says."""
     nats = cfg.MODEL.NATS
     return Architecture.from_config(nats.ARCHITECTURE, paths=bool(nats.CONVS))
+
+
+def check_same_dilations(cfg: CfgNode, loaded: Mapping[str, Any], weights: str) -> None:
+    """Check that a trained detector had the dilations that a config gives it.
+
+    Names and shapes of its weights fit any dilations, and under others it detects badly.
+
+    Args:
+        loaded: what its file holds besides the weights. Only files of this project's runs tell.
+        weights: the file, for the message.
+
+    Raises:
+        NATSError: it had others.
+    """
+    if not isinstance(loaded.get("config"), str):
+        return
+    trained = _dilations(CfgNode.load_cfg(loaded["config"]))
+    if trained is not None and trained != _dilations(cfg):
+        raise NATSError(
+            f"{weights} was trained with other dilations than the config has: give it the config "
+            "that it was trained with, such as config.yaml beside it"
+        )
+
+
+def _dilations(cfg: CfgNode) -> Any:
+    """Those of a network's convs; None of a search whose weights are for all dilations."""
+    nats = cfg.MODEL.NATS
+    if cfg.MODEL.BACKBONE.NAME != "build_nats_backbone":
+        return {}
+    if not nats.ARCHITECTURE:
+        return None if nats.SAMPLE or nats.SHARE_WEIGHTS else "a mixture"
+    layers = Architecture.from_config(nats.ARCHITECTURE, paths=None).layers
+    return {k: v for k, v in layers.items() if any(tuple(d) != (1, 1) for _, *d in v)}
 
 
 @BACKBONE_REGISTRY.register()

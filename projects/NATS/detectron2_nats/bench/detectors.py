@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 
+from ..backbone import check_same_dilations
 from ..config import falls_back_to_cpu, load_config
 from ..data.images import ImageMapper, read_image, readable
 from ..data.registry import check_datasets, check_same_classes, register_datasets
@@ -31,7 +32,10 @@ class _Network:
         self.cfg = load_config(config, opts)
         falls_back_to_cpu(self.cfg)
         self.model = build_model(self.cfg).eval()
-        loaded = SafeCheckpointer(self.model, "").load(weights, checkpointables=[])
+        checkpointer = SafeCheckpointer(self.model, "")
+        loaded = checkpointer.load(weights, checkpointables=[])
+        checkpointer.check_complete()
+        check_same_dilations(self.cfg, loaded, weights)
         self.classes: List[str] = loaded.get("classes") or []  # empty where nobody wrote them
 
     def detect(self, record: dict, threshold: float) -> List[tuple]:

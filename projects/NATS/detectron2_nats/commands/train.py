@@ -13,6 +13,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
+from ..backbone import check_same_dilations
 from ..config import check_config, falls_back_to_cpu, load_config
 from ..data.registry import (
     check_data,
@@ -104,6 +105,7 @@ def train_or_evaluate(
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
         loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         checkpointer.check_complete()
+        check_same_dilations(cfg, loaded, checkpointer.loaded_from)
         check_data(cfg, ["TEST"], loaded.get("classes") or None)
         check_registered_classes(cfg)
         return trainer_class.test(cfg, model)

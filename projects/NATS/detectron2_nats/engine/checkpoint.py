@@ -102,7 +102,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         if path and not os.path.isfile(_fetched(path.split("?")[0])):
             raise NATSError(f"weights not found: {path} (MODEL.WEIGHTS)")
-        self._loaded, self._missing = path, {name for name, _ in self.model.named_parameters()}
+        self.loaded_from, self._missing = path, {name for name, _ in self.model.named_parameters()}
         return super().load(path, *args, **kwargs)
 
     def check_complete(self) -> None:
@@ -115,9 +115,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         missing = [name for name in parameters if name in self._missing]
         if missing:
             raise NATSError(
-                f"{self._loaded or 'no file'}: {len(missing)} of the detector's {len(parameters)} "
-                f"weights are missing, the first {missing[0]}: set MODEL.WEIGHTS to those of a "
-                "trained detector"
+                f"{self.loaded_from or 'no file'}: {len(missing)} of the detector's "
+                f"{len(parameters)} weights are missing, the first {missing[0]}: set MODEL.WEIGHTS "
+                "to those of a trained detector"
             )
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
