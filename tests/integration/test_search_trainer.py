@@ -607,7 +607,7 @@ def test_goes_on_with_another_number_of_processes(
         (["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"], "nothing to search"),
         (["SOLVER.IMS_PER_BATCH", 0], "batch of 0 images"),
         (["DATALOADER.SAMPLER_TRAIN", "Magic"], "SAMPLER_TRAIN 'Magic'"),
-        (["SEARCH.RETRAIN_CONFIG", "nowhere.yaml"], "config nowhere.yaml not found"),
+        (["SEARCH.RETRAIN_CONFIG", "nowhere.yaml"], "SEARCH.RETRAIN_CONFIG: config nowhere.yaml"),
         (["RUN.KEEP_CHECKPOINTS", 0], "KEEP_CHECKPOINTS 0: expected at least 1"),
         (["RUN.LOG_PERIOD", 0], "LOG_PERIOD 0: expected at least 1"),
         (["RUN.RANK_CHECK_PERIOD", 0], "RANK_CHECK_PERIOD 0: expected at least 1"),

@@ -85,13 +85,12 @@ def _detector(path: str, opts: Sequence[str]) -> Tuple[Any, nn.Module, SearchSpa
 
     from ..backbone import search_space_from_config
     from ..config import genotype_set, load_config
-    from ..search.export import searched_detector
+    from ..search.export import retrain_config, searched_detector
 
     cfg = load_config(path, opts)
     is_search = cfg.MODEL.BACKBONE.NAME == "build_nats_backbone" and not cfg.MODEL.NATS.ARCHITECTURE
-    other = cfg.SEARCH.RETRAIN_CONFIG if is_search else ""
-    base = searched_detector(load_config(other, opts) if other else cfg)
-    if is_search and not other:
+    base = searched_detector(retrain_config(cfg, opts) if is_search else cfg)
+    if is_search and not cfg.SEARCH.RETRAIN_CONFIG:
         iterations = cfg.SOLVER.MAX_ITER
         print(f"SEARCH.RETRAIN_CONFIG is empty: the schedule is the search's ({iterations})")
     base.MODEL.NATS.ARCHITECTURE = []

@@ -1,7 +1,7 @@
 """Turn an architecture into a plain config, and a super-network's weights into frozen ones."""
 
 import os
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Sequence
 
 import torch
 
@@ -29,6 +29,24 @@ def detector_of(folder: SearchFolder, path: str) -> CfgNode:
         where = folder.path or "."
         raise NATSError(f"{where} has no config.yaml: name the detector with --config-file")
     return searched_detector(folder.cfg)
+
+
+def retrain_config(search: CfgNode, opts: Sequence[str] = ()) -> CfgNode:
+    """The plain config that is to receive what a search finds: ``SEARCH.RETRAIN_CONFIG``.
+
+    Args:
+        opts: KEY VALUE pairs that change it.
+
+    Raises:
+        NATSError: it cannot be read.
+    """
+    other = search.SEARCH.RETRAIN_CONFIG
+    if not other:
+        return searched_detector(search)
+    try:
+        return load_config(other, opts)
+    except NATSError as error:
+        raise NATSError(f"SEARCH.RETRAIN_CONFIG: {error}") from None
 
 
 def searched_detector(cfg: CfgNode) -> CfgNode:

@@ -14,7 +14,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from ..config import config_differences, genotype_set, load_config
+from ..config import config_differences, genotype_set
 from ..data.overlap import check_disjoint, warn_of_test_images
 from ..engine.hooks import AverageHook
 from ..engine.loader import ResumableLoader, build_resumable_loader, dataset_dicts
@@ -28,7 +28,7 @@ from ..method.decidedness import Decidedness
 from ..method.transform import frozen_state_dict
 from .alpha_log import AlphaHook
 from .compare import StepTimes, comparison_commands
-from .export import export_config, searched_detector, write_config, write_weights
+from .export import export_config, retrain_config, write_config, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,7 @@ class SearchTrainer(ResumableTrainer):
                 "cannot follow: set MODEL.LOAD_PROPOSALS False"
             )
         # Fail on a wrong path now, not days later
-        other = cfg.SEARCH.RETRAIN_CONFIG
-        self.retrain_base = load_config(other) if other else searched_detector(cfg)
+        self.retrain_base = retrain_config(cfg)
         super().__init__(cfg)
         cfg = self.cfg  # scaled to the number of processes
         self.search_end = max(1, round(cfg.SEARCH.FREEZE_AT * self.max_iter))
