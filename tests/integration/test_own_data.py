@@ -14,6 +14,7 @@ from detectron2_nats import NATSError
 from detectron2_nats.commands import train
 from detectron2_nats.config import load_config
 from detectron2_nats.data.registry import register_datasets
+from detectron2_nats.engine import evaluation
 from detectron2_nats.engine.checkpoint import SafeCheckpointer
 from detectron2_nats.engine.evaluation import build_evaluator
 
@@ -197,6 +198,28 @@ def test_an_evaluation_needs_all_weights(tiny_config, tmp_path):
     torch.save({"model": trainer.model.state_dict()}, tmp_path / "all.pth")
     checkpointer.load(str(tmp_path / "all.pth"), checkpointables=[])
     checkpointer.check_complete()
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        (
+            None,
+            f"no evaluator for data set '{NAME}_far' of type None: expected evaluator_type coco",
+        ),
+        ("lvis", f"the evaluation of '{NAME}_far' needs lvis, which is not installed here"),
+    ],
+)
+def test_a_test_set_that_cannot_be_evaluated_is_refused_at_the_start(
+    tiny_config, tmp_path, monkeypatch, kind, words
+):
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    DatasetCatalog.register(f"{NAME}_far", list)
+    if kind:
+        MetadataCatalog.get(f"{NAME}_far").evaluator_type = kind
+    opts = ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", repr((f"{NAME}_far",))]
+    with pytest.raises(NATSError, match=words):
+        train.setup(load_config(tiny_config, opts), argparse.Namespace(eval_only=False))
 
 
 def test_a_searchs_config_is_not_trained(tiny_config):

@@ -22,6 +22,7 @@ from ..data.registry import (
     register_datasets,
 )
 from ..engine.checkpoint import SafeCheckpointer
+from ..engine.evaluation import check_evaluator
 from ..engine.lock import lock_folder
 from ..engine.processes import Main, run_in_processes, why_no_cuda
 from ..engine.resumable import ResumableTrainer
@@ -59,6 +60,8 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     elif not cfg.DATASETS.TEST:
         raise NATSError("DATASETS.TEST is empty: name the data set to evaluate on")
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    for name in cfg.DATASETS.TEST:  # now, and not after days of training
+        check_evaluator(name)
     cfg.freeze()
     if comm.is_main_process() and not args.eval_only:
         lock_folder(cfg.OUTPUT_DIR)
