@@ -132,7 +132,7 @@ def test_study_goes_on_after_a_kill(tmp_path, monkeypatch):
     assert rows.count("nats-voted") in (2, 3) and "1 seeds" in table
     assert (output / "study.png").stat().st_size > 1000
     measured = json.loads((output / "results.json").read_text())["methods"]
-    assert measured["plain"]["detector"]["flops"] > measured["plain"]["flops"]
+    assert measured["plain"]["flops"] == measured["nats-voted"]["flops"] > 0
 
     found = Architecture.from_config(measured["nats-voted"]["architectures"][0])
     found.save(str(tmp_path / "found.yaml"))

@@ -20,7 +20,6 @@ from runs import REPOSITORY, TINY, Warm
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture
 from detectron2_nats.bench.baselines import dilation_shares
-from detectron2_nats.bench.study.merge import costs
 from detectron2_nats.bench.study.methods import seeds_argument
 from detectron2_nats.commands import cli
 from detectron2_nats.config import load_config
@@ -63,7 +62,6 @@ def results(dilation, methods=("plain", "random", "nats-voted", "nats-warm")) ->
     method = {"AP": [31.5], "AP50": [42.0], "AP75": [33.0], "cpu_seconds": [60.0], **numbers}
     method |= {"pooled": None, "architectures": [architecture]}
     method |= {"classes": {"red_blue": [30.0], "blue_red": [33.0]}}
-    method |= {"detector": {"flops": 90_000_000, "milliseconds": 4.0}}
     search = {"entropy": [0.4], "leading": [1.0], "cpu_seconds": [70.0]}
     searches = {"nats": {**search, "architectures": [architecture]}}
     return {"seeds": [0], "methods": {name: method for name in methods}, "searches": searches}
@@ -155,16 +153,6 @@ def test_a_studys_tables_from_its_results_alone(monkeypatch, capsys, folder):
     assert (folder / "again/study.md").read_text() in shown
     assert (folder / "again/study.png").stat().st_size > 1000
     assert json.loads((folder / "again/results.json").read_text()) == results((1, 3))
-    arguments = ["--cost", "results.json", "again/results.json", "--output", "again"]
-    arguments += ["--methods", "plain", "nats-warm", "path"]
-    assert tool_here(monkeypatch, folder, "nats-study", *arguments) is None
-    assert capsys.readouterr().out == "wrote again/cost.png\n"
-    assert (folder / "again/cost.png").stat().st_size > 1000
-    assert list(costs(["results.json", "again/results.json"], ["plain"])) == [
-        "results.json: plain",
-        "again/results.json: plain",
-    ]
-    assert list(costs(["results.json"], ["plain"])) == ["results: plain"]
     (folder / "odd.json").write_text('{"methods": 3}')
     left = tool_here(monkeypatch, folder, "nats-study", "--again", "odd.json")
     assert left == 2 and "odd.json: not the results of a study" in capsys.readouterr().err

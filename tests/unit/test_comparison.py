@@ -10,7 +10,7 @@ from oracles import FPN_RESNET, tiny_cfg
 
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.bench import baselines
-from detectron2_nats.bench.pictures import plot_cost, plot_study
+from detectron2_nats.bench.pictures import plot_study
 from detectron2_nats.bench.study import folds, intervals
 
 CATEGORIES = [{"id": 3, "name": "cell"}]
@@ -155,18 +155,3 @@ def test_the_picture_has_a_line_per_seed_and_a_mean_per_method():
     (axes,) = figure.axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[40, 39, 41], [42, 40, 44]]
     assert [text.get_text() for text in axes.texts] == ["41.0", "39.5", "42.5"]
-
-
-def test_the_picture_of_costs_has_a_point_and_a_bar_per_detector():
-    points = {
-        "full: plain": {"AP": [40.0, 42.0], "flops": 3e9, "milliseconds": 20.0},
-        "cut: searched": {"AP": [41.0], "flops": 1e9, "milliseconds": 8.0},
-    }
-    for axes, costs in zip(plot_cost(points).axes, ([3, 1], [20, 8])):
-        full, cut = axes.containers
-        assert [list(full[0].get_xydata()[0]), list(cut[0].get_xydata()[0])] == [
-            [costs[0], 41],
-            [costs[1], 41],
-        ]
-        ((low, high),) = (s[:, 1] for s in full[2][0].get_segments())
-        assert high - low == pytest.approx(2 * 2**0.5) and not cut.has_yerr

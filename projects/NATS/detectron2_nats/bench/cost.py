@@ -10,7 +10,6 @@ from tabulate import tabulate
 from torch import nn
 
 from detectron2.export import TracingAdapter
-from detectron2.utils import analysis
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,6 @@ def backbone_cost(backbone: nn.Module, height: int, width: int) -> Cost:
             counts.append(int(counter.total()))
     backbone.train(was_training)
     return Cost(sum(p.numel() for p in backbone.parameters()), *counts)
-
-
-def detector_flops(model: nn.Module, inputs: List[dict]) -> int:
-    """Multiply-adds of a detector in eval mode for one batch in Detectron2's format.
-
-    Heads that look at proposals cost what the proposals of these images need.
-    """
-    counter = analysis.FlopCountAnalysis(model, [{"image": image["image"]} for image in inputs])
-    return int(counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
 
 
 def cost_table(plain: Cost, searched: Cost) -> str:

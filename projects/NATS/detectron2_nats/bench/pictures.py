@@ -237,33 +237,6 @@ def plot_study(ap: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     return figure
 
 
-def plot_cost(points: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """AP of detectors against what they cost: multiply-adds on the left, time on the right.
-
-    Args:
-        points: detector → {"AP": of each seed, "flops": multiply-adds of an image,
-            "milliseconds": of an image}. A point is the mean, its bar the standard deviation.
-    """
-    figure = _figure(10, 4.2, "")
-    scales = (
-        ("flops", 1e9, "10⁹ multiply-adds of an image"),
-        ("milliseconds", 1, "ms of an image"),
-    )
-    for axes, (name, unit, label) in zip(figure.subplots(1, 2, sharey=True), scales):
-        for point, values in points.items():
-            ap = np.asarray(values["AP"])
-            deviation = ap.std(ddof=1) if len(ap) > 1 else None
-            cost = values[name] / unit
-            axes.errorbar(cost, ap.mean(), deviation, fmt="o", capsize=3, label=point)
-        axes.set_xlim(left=0)
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("AP (mean ± standard deviation of the seeds)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-    return figure
-
-
 # -- output ------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,8 @@ import os
 import signal
 import sys
 
-from ..bench import pictures
 from ..bench.study.collect import collect
-from ..bench.study.merge import costs, together
+from ..bench.study.merge import together
 from ..bench.study.methods import (
     DEFAULTS,
     HELP,
@@ -49,8 +48,6 @@ examples:
   seeds 2 and 3 on another machine, and the tables of all four:
     $ %(prog)s ... --seeds 2-3
     $ %(prog)s --again here/results.json there/results.json --output output/all
-  AP against multiply-adds and time of several studies' detectors, as one picture:
-    $ %(prog)s --cost full.json cut.json --methods plain nats-warm
 
 After a kill, the same command continues. KEY VALUE pairs change both configs.
 exit status: 0 done, 2 bad input, 75 stopped on request, 1 a run failed (its output file is named).
@@ -61,9 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser, count = tool_parser(__doc__, EPILOG, "nats-study"), whole_number(1000)
     parser.add_argument("--config-file", help="config of the detector: a path or a zoo name")
     parser.add_argument("--search-config", help="config of its search")
-    parser.add_argument(
-        "--output", help="folder (output/study; of --again and --cost: output/again)"
-    )
+    parser.add_argument("--output", help="folder (output/study; of --again: output/again)")
     parser.add_argument(
         "--seeds",
         type=seeds_argument,
@@ -99,19 +94,12 @@ def parse_args() -> argparse.Namespace:
         help="run nothing, write the tables of a results.json, or of a study's several ones",
     )
     parser.add_argument(
-        "--cost",
-        nargs="+",
-        metavar="JSON",
-        help="draw AP against cost of several studies' --methods",
-    )
-    parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for both configs"
     )
     args = parser.parse_args()
-    without_runs = args.again or args.cost
     # not where a study may be, whose tables would be lost
-    args.output = args.output or ("output/again" if without_runs else "output/study")
-    if not without_runs and not (args.config_file and args.search_config):
+    args.output = args.output or ("output/again" if args.again else "output/study")
+    if not args.again and not (args.config_file and args.search_config):
         parser.error("--config-file and --search-config are needed")
     if args.folds and (args.folds < 2 or not args.annotations or not args.images):
         parser.error("--folds needs at least 2 folds, --annotations and --images")
@@ -140,11 +128,6 @@ def study_of(args: argparse.Namespace) -> Study:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.cost:
-        picture = pictures.plot_cost(costs(args.cost, args.methods))
-        pictures.save(picture, args.output, "cost", ["png"])
-        print(f"wrote {os.path.join(args.output, 'cost.png')}")
-        return
     if args.again:
         results = together(args.again)
     else:

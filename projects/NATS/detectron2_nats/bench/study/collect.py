@@ -8,7 +8,6 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
 
@@ -16,7 +15,7 @@ from ...config import falls_back_to_cpu, load_config
 from ...data.registry import register_datasets
 from ...errors import NATSError
 from ...search.folder import SearchFolder
-from ..cost import Cost, backbone_cost, detector_flops, interleaved_seconds
+from ..cost import Cost, backbone_cost, interleaved_seconds
 from .folds import pooled_ap
 from .methods import Method
 from .metrics import last_metric, per_class
@@ -35,7 +34,7 @@ def collect(study: Study) -> Dict[str, Any]:
     if not seeds:
         raise NATSError(f"{study.settings.output}: no seed has results of all methods yet")
     costs = _network_costs(study, seeds[0])
-    reference = costs[study.methods[0].name].backbone_seconds
+    reference = costs[study.methods[0].name].seconds
     methods = {}
     for method in study.methods:
         cost = costs[method.name]
@@ -49,14 +48,10 @@ def collect(study: Study) -> Dict[str, Any]:
             "pooled": _pooled(study, method, seeds),
             "parameters": cost.backbone.parameters,
             "flops": cost.backbone.flops,
-            "milliseconds": 1e3 * statistics.median(cost.backbone_seconds),
+            "milliseconds": 1e3 * statistics.median(cost.seconds),
             "time_ratio": statistics.median(
-                own / plain for own, plain in zip(cost.backbone_seconds, reference)
+                own / plain for own, plain in zip(cost.seconds, reference)
             ),
-            "detector": {
-                "flops": cost.flops,
-                "milliseconds": 1e3 * statistics.median(cost.seconds),
-            },
             **_spent([study.task(method.name, seed) for seed in seeds]),
             "architectures": [a.to_config() if a else None for a in architectures],
         }
@@ -101,45 +96,34 @@ def _pooled(study: Study, method: Method, seeds: List[int]) -> Optional[float]:
 
 
 class _Costs(NamedTuple):
-    """What a method's networks cost for an image: counts, and seconds in each round."""
+    """What a method's backbone costs for an image: counts, and seconds in each round."""
 
     backbone: Cost
-    flops: float
-    backbone_seconds: List[float]
     seconds: List[float]
 
 
 def _network_costs(study: Study, seed: int) -> Dict[str, _Costs]:
-    """Of each method's networks of one seed; they are timed in turn."""
+    """Of each method's backbone of one seed; they are timed in turn."""
     counts, functions, images = {}, [], None
     for name in (method.name for method in study.methods):
-        folder = study.folder(name, seed)
-        cfg = load_config(os.path.join(folder, "config.yaml"))
+        cfg = load_config(os.path.join(study.folder(name, seed), "config.yaml"))
         falls_back_to_cpu(cfg)
         register_datasets(cfg)
         if images is None:
             loader = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])
             images = list(itertools.islice(loader, 4))
         model = build_model(cfg).eval()
-        # Trained: what it finds goes through the suppression of overlaps, which takes time.
-        DetectionCheckpointer(model).load(os.path.join(folder, "model_final.pth"))
         height, width = (-(-side // 32) * 32 for side in images[0][0]["image"].shape[-2:])
-        flops = statistics.mean(detector_flops(model, batch) for batch in images)
-        counts[name] = backbone_cost(model.backbone, height, width), flops
-        functions += [functools.partial(_backbones, model, images)]
-        functions += [functools.partial(_detections, model, images)]
-    rounds = [[v / len(images) for v in s] for s in interleaved_seconds(functions, rounds=9)]
-    pairs = zip(rounds[::2], rounds[1::2])
-    return {name: _Costs(*count, *pair) for (name, count), pair in zip(counts.items(), pairs)}
+        counts[name] = backbone_cost(model.backbone, height, width)
+        functions.append(functools.partial(_backbones, model, images))
+    seconds = interleaved_seconds(functions, rounds=9)
+    return {
+        name: _Costs(counts[name], [value / len(images) for value in values])
+        for name, values in zip(counts, seconds)
+    }
 
 
 @torch.no_grad()
 def _backbones(model: torch.nn.Module, images: list) -> None:
     for batch in images:
         model.backbone(model.preprocess_image(batch).tensor)
-
-
-@torch.no_grad()
-def _detections(model: torch.nn.Module, images: list) -> None:
-    for batch in images:
-        model(batch)

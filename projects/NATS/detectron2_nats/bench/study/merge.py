@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from typing import Any, Dict, List
 
 from ...errors import NATSError, one_line
@@ -73,22 +72,3 @@ def _joined(parts: List[Any]) -> Any:
     if isinstance(parts[0], list):
         return sum(parts, [])
     return next((part for part in parts if part is not None), None)
-
-
-def costs(paths: List[str], methods: List[str]) -> Dict[str, Dict[str, Any]]:
-    """`FILE: METHOD` → {"AP", "flops", "milliseconds"} of the detectors of several studies."""
-    points = {}
-    names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
-    for path, name in zip(paths, names):
-        name = path if names.count(name) > 1 else name  # every study writes a results.json
-        results = read_results(path)["methods"]
-        for method in (m for m in methods if m in results):
-            if "detector" not in results[method]:
-                raise NATSError(f"{path}: an older version wrote no cost of the detector into it")
-            points[f"{name}: {method}"] = {
-                "AP": results[method]["AP"],
-                **results[method]["detector"],
-            }
-    if not points:
-        raise NATSError(f"{', '.join(paths)}: no results of {', '.join(methods)}")
-    return points
