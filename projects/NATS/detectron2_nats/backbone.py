@@ -51,7 +51,7 @@ def check_same_dilations(cfg: CfgNode, loaded: Mapping[str, Any], weights: str) 
     Raises:
         NATSError: it had others.
     """
-    if not isinstance(loaded.get("config"), str):
+    if "batch_scale" not in loaded:  # not of a run
         return
     trained = _dilations(CfgNode.load_cfg(loaded["config"]))
     if trained is not None and trained != _dilations(cfg):
@@ -67,7 +67,7 @@ def _dilations(cfg: CfgNode) -> Any:
     if cfg.MODEL.BACKBONE.NAME != "build_nats_backbone":
         return {}
     if not nats.ARCHITECTURE:
-        return None if nats.SAMPLE or nats.SHARE_WEIGHTS else "a mixture"
+        return None if nats.get("SAMPLE") or nats.SHARE_WEIGHTS else "a mixture"
     layers = Architecture.from_config(nats.ARCHITECTURE, paths=None).layers
     return {k: v for k, v in layers.items() if any(tuple(d) != (1, 1) for _, *d in v)}
 
