@@ -6,6 +6,7 @@ import logging
 import math
 import multiprocessing
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
+from detectron2_nats.commands import export
 from detectron2_nats.config import load_config, scaled_to_processes
 from detectron2_nats.engine import resumable
 from detectron2_nats.engine.resumable import ResumableTrainer
@@ -178,7 +180,11 @@ def test_the_result_is_what_alpha_says(tiny_config, tmp_path):
 
 @mixed_or_sampled
 def test_retraining_may_start_from_the_supernetworks_weights(tiny_config, tmp_path, opts):
+    plain = tmp_path / "plain.yaml"
+    backbone = "MODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone}}"
+    plain.write_text(f"_BASE_: {tiny_config}\n{backbone}\nSOLVER: {{MAX_ITER: 77}}\n")
     opts = [*opts, "SEARCH.RETRAIN_WEIGHTS", "supernet", "SEARCH.ALPHA_LR", 0.5]
+    opts += ["SEARCH.RETRAIN_CONFIG", str(plain)]
     trainer = make_trainer(tiny_config, tmp_path / "run", *opts)
     trainer.train()
     found = Architecture.load(str(tmp_path / "run/architecture.yaml"))
@@ -186,6 +192,13 @@ def test_retraining_may_start_from_the_supernetworks_weights(tiny_config, tmp_pa
     assert len({run[1:] for runs in found.layers.values() for run in runs}) > 1
     retrain = load_config(str(tmp_path / "run/retrain.yaml"))
     assert retrain.MODEL.WEIGHTS == str(tmp_path / "run/frozen.pth")
+    assert retrain.SOLVER.MAX_ITER == 77
+    # nats-export with the folder alone writes the same once more
+    (tmp_path / "run/config.yaml").write_text(trainer.given_cfg.dump())
+    options = dict.fromkeys(("order", "margin", "at_most", "config_file", "weights"))
+    export.main(Namespace(**options, source=f"{tmp_path}/run", output=f"{tmp_path}/again.yaml"))
+    written = (tmp_path / "run/retrain.yaml").read_text()
+    assert (tmp_path / "again.yaml").read_text() == written
     model = build_model(retrain)
     DetectionCheckpointer(model).load(retrain.MODEL.WEIGHTS)
 

@@ -137,7 +137,7 @@ def test_drawn_architectures_fit_every_config(path, monkeypatch):
     _, backbone, space, known = command._detector(str(path), [])
     stages = command._kept(None, space.stages, backbone)
     for architecture in (
-        Architecture.random(backbone, command._restricted(space, known, stages), 1, 0.5),
+        Architecture.random(backbone, command._drawn_from(space, known, stages, (), ()), 1, 0.5),
         Architecture.uniform(backbone, (1, 5), stages),
         Architecture.cycle(backbone, stages=stages),
         Architecture.sawtooth(backbone, stages=stages),
@@ -147,6 +147,9 @@ def test_drawn_architectures_fit_every_config(path, monkeypatch):
 
 
 # -- the command --------------------------------------------------------------------------------
+
+
+CONVS = ["--network", "torchvision:mobilenet_v3_small", "--convs", "features.*"]
 
 
 def nats_draw(monkeypatch, capsys, *arguments, status=0):
@@ -190,6 +193,14 @@ def test_the_command_writes_what_trains_at_full_length(tmp_path, monkeypatch, ca
     assert found["ARCHITECTURE"][1] == ["res3.1.conv2", [[32, 1, 3]]]
 
 
+def test_named_dilations_are_drawn(tmp_path, monkeypatch, capsys):
+    arguments = ["--random", "--dilations", "1x1,1x5,7x7", "--output", tmp_path]
+    for where in (["--config-file", "configs/quickstart/bars.yaml"], CONVS):
+        nats_draw(monkeypatch, capsys, *where, *arguments)
+        layers = Architecture.load(f"{tmp_path}/architecture.yaml").layers.values()
+        assert {tuple(d) for segments in layers for _, *d in segments} == {(1, 1), (1, 5), (7, 7)}
+
+
 def test_stages_that_cannot_be_changed_are_left_out(tmp_path, monkeypatch, capsys):
     arguments = ["--config-file", "configs/quickstart/bars.yaml", "--uniform", "1x5"]
     printed = nats_draw(monkeypatch, capsys, *arguments, "--output", tmp_path)
@@ -212,7 +223,9 @@ def test_stages_that_cannot_be_changed_are_left_out(tmp_path, monkeypatch, capsy
         ([], "one of the arguments --random --uniform --cycle --sawtooth is required"),
         (["--uniform", "1x0"], "'1x0': expected height x width, each 1 to 64"),
         (["--cycle", "1x1,2"], "'2': expected height x width"),
-        (["--uniform", "1x2", "--plain", "0.5"], "error: --plain is a share of --random's groups"),
+        (["--uniform", "1x2", "--plain", "0.5"], "error: --plain is for --random: give both"),
+        (["--uniform", "1x2", "--dilations", "1x1"], "error: --dilations is for --random"),
+        (["--random", "--dilations", "5x5"], "must begin with (1, 1)"),
         (["--random", "--plain", "2"], "'2': expected a share"),
         (["--random", "MODEL.NATS.SPACE", "A"], "error: MODEL.NATS.SPACE: KEY VALUE pairs need"),
     ],

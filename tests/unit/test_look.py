@@ -9,7 +9,7 @@ import torchvision
 from PIL import Image
 
 from detectron2_nats import NATSError
-from detectron2_nats.bench.look import Objects, look, verdict
+from detectron2_nats.bench.look import DRAWN, Objects, look, verdict
 from detectron2_nats.bench.look_picture import plot_look
 from detectron2_nats.bench.objects import (
     InputSize,
@@ -35,9 +35,9 @@ def objects(*sizes):
     "sizes, extent, case, draw",
     [
         # the seven measured cases: half the objects up to, and what the detector sees
-        ([(97, 60)], (41, 41), "larger", "--random"),
-        ([(202, 100)], (43, 43), "larger", "--random"),
-        ([(50, 101)], (43, 43), "larger", "--random"),
+        ([(97, 60)], (41, 41), "larger", f"--random --dilations {DRAWN}"),
+        ([(202, 100)], (43, 43), "larger", f"--random --dilations {DRAWN}"),
+        ([(50, 101)], (43, 43), "larger", f"--random --dilations {DRAWN}"),
         ([(37, 30)], (21, 21), "between", ""),
         ([(73, 60)], (43, 43), "between", ""),
         ([(30, 18)], (41, 41), "whole", ""),
@@ -48,14 +48,14 @@ def objects(*sizes):
         ([(9, 26)] * 6 + [(9, 9)] * 4, (21, 19), "between", ""),  # 2.9 times
         ([(9, 27)] * 6 + [(9, 9)] * 4, (21, 19), "elongated", "--uniform 1x5"),
         # long ones are too few, lie in both directions, or are seen whole
-        ([(9, 90)] * 4 + [(90, 80)] * 6, (43, 43), "larger", "--random"),
-        ([(9, 90)] * 7 + [(90, 9)] * 3, (43, 43), "larger", "--random"),
+        ([(9, 90)] * 4 + [(90, 80)] * 6, (43, 43), "larger", f"--random --dilations {DRAWN}"),
+        ([(9, 90)] * 7 + [(90, 9)] * 3, (43, 43), "larger", f"--random --dilations {DRAWN}"),
         ([(9, 90)] * 8 + [(90, 9)] * 2, (43, 43), "elongated", "--uniform 1x5"),
         ([(9, 40)], (43, 43), "whole", ""),
         # of a field that is long itself, the direction that lacks counts
         ([(9, 90)], (43, 95), "whole", ""),
         ([(90, 9)], (43, 95), "elongated", "--uniform 5x1"),
-        ([(90, 90)], (43, 95), "larger", "--random"),
+        ([(90, 90)], (43, 95), "larger", f"--random --dilations {DRAWN}"),
         ([(43, 43)], (43, 43), "whole", ""),
         ([(86, 43)], (43, 43), "between", ""),
     ],

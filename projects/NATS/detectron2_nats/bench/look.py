@@ -52,6 +52,12 @@ on registers; across it they lost 12 and gained 2 (docs/results/registers.md). N
 tried there."""
 
 
+DRAWN = "1x1,3x3,5x5,1x5,5x1"
+"""From which random dilations were drawn on car parts and columns of registers. From the paper's
+set C, up to (3, 3) in res3, they gained no more on car parts than longer training did
+(docs/results/tried.md)."""
+
+
 @dataclass(frozen=True)
 class Objects:
     """Sizes of objects on the network's input.
@@ -231,7 +237,7 @@ def verdict(objects: Objects, extent: Extent) -> Verdict:
             f"Larger: half of the objects are more than {times:.2g} times as large as what the "
             f"detector sees ({extent} px): in all five such cases that were measured, random "
             "dilations gained AP, 4 to 41.",
-            ("--random",),
+            ("--random", "--dilations", DRAWN),
         )
     return Verdict(
         "between",

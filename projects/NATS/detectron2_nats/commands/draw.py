@@ -22,8 +22,9 @@ from .cli import run_tool, tool_parser, write
 
 EPILOG = """
 examples:
-  each channel group draws its dilation, among those of MODEL.NATS.SPACE; train the result:
-    $ %(prog)s --config-file configs/quickstart/bars.yaml --random --output output/drawn
+  each channel group draws its dilation, here among those that were measured; train the result:
+    $ %(prog)s --config-file configs/quickstart/registers.yaml --random \
+        --dilations 1x1,3x3,5x5,1x5,5x1 --output output/drawn
     $ nats-train --config-file output/drawn/retrain.yaml
   half of the groups stay as they are; another draw:
     $ %(prog)s --config-file configs/quickstart/bars.yaml --random --plain 0.5 --seed 1 \\
@@ -48,8 +49,9 @@ KEY VALUE pairs change it. Stages that the detector does not build, or does not 
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.plain and not args.random:
-        raise NATSError("--plain is a share of --random's groups: give both, or neither")
+    if (args.plain or args.dilations) and not args.random:
+        option = "--plain" if args.plain else "--dilations"
+        raise NATSError(f"{option} is for --random: give both, or neither")
     if args.opts and args.network:
         raise NATSError(f"{args.opts[0]}: KEY VALUE pairs need --config-file")
     if args.network:
@@ -60,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     convs = args.convs or space.convs
     stages = () if convs else _kept(args.stages, space.stages, network)
     if args.random:
-        chosen = _restricted(space, known, stages, convs)
+        chosen = _drawn_from(space, known, stages, convs, args.dilations)
         architecture = Architecture.random(network, chosen, args.seed, args.plain)
     elif args.uniform:
         architecture = Architecture.uniform(network, args.uniform, stages, convs)
@@ -129,28 +131,36 @@ def _kept(
     return kept
 
 
-def _restricted(
-    space: SearchSpace, known: Any, stages: Sequence[str], convs: Sequence[str] = ()
+def _drawn_from(
+    space: SearchSpace,
+    known: Any,
+    stages: Sequence[str],
+    convs: Sequence[str],
+    dilations: Sequence[Dilation],
 ) -> SearchSpace:
-    """The search space of `stages` or `convs` alone; `known` is its set's name, or its list."""
-    if convs:
-        own = known if isinstance(known, str) else list(space.genotypes.values())
-        return SearchSpace(
-            own,
-            convs=convs,
-            num_groups=space.num_groups,
-            channels_per_group=space.channels_per_group,
-        )
-    genotypes = PAPER_SETS[known] if isinstance(known, str) else space.genotypes
-    unknown = [stage for stage in stages if stage not in genotypes]
-    if unknown:
-        raise NATSError(
-            f"MODEL.NATS.SPACE lists dilations of {', '.join(genotypes)}, none of {unknown[0]}: "
-            "set it and MODEL.NATS.STAGES, or choose other --stages"
-        )
+    """The search space of `stages` or `convs` alone.
+
+    Args:
+        known: the name of the set of `space`, or its list.
+        dilations: in all of them, instead of those of `space`.
+    """
+    if dilations:
+        genotypes = [dilations] * len(convs or stages)
+    elif convs:
+        genotypes = known if isinstance(known, str) else list(space.genotypes.values())
+    else:
+        of_stage = PAPER_SETS[known] if isinstance(known, str) else space.genotypes
+        unknown = [stage for stage in stages if stage not in of_stage]
+        if unknown:
+            raise NATSError(
+                f"MODEL.NATS.SPACE lists dilations of {', '.join(of_stage)}, none of {unknown[0]}: "
+                "name some by --dilations, or choose other --stages"
+            )
+        genotypes = [of_stage[stage] for stage in stages]
+    where = {"convs": convs} if convs else {"stages": stages}
     return SearchSpace(
-        [genotypes[stage] for stage in stages],
-        stages=stages,
+        genotypes,
+        **where,
         num_groups=space.num_groups,
         channels_per_group=space.channels_per_group,
     )
@@ -218,6 +228,13 @@ def run(prog: Optional[str] = None) -> None:
         "--sawtooth", type=_dilations, metavar="HxW,HxW,…", help="one per conv, in turns over depth"
     )
     parser.add_argument("--seed", type=_seed, default=0, help="of --random (%(default)s)")
+    parser.add_argument(
+        "--dilations",
+        type=_dilations,
+        default=[],
+        metavar="HxW,HxW,…",
+        help="from which --random draws, 1x1 first (default: those of MODEL.NATS.SPACE)",
+    )
     parser.add_argument(
         "--plain", type=_share, default=0.0, metavar="SHARE", help="of --random's groups stay 1x1"
     )

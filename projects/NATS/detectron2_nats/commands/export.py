@@ -1,6 +1,7 @@
 """Write the plain config of a searched detector, and if asked for, its weights."""
 
 import argparse
+import os
 
 from ..search.export import (
     detector_of,
@@ -14,7 +15,7 @@ from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """
 examples:
-  the detector that was searched, from the search's output folder:
+  retrain.yaml once more, from the search's output folder:
     $ %(prog)s output/search
   another detector with the searched backbone; --config-file takes a path or a zoo name:
     $ %(prog)s output/search --output mask.yaml \\
@@ -39,6 +40,9 @@ def main(args: argparse.Namespace) -> None:
         frozen = frozen_weights(*folder.supernet, architecture)
         cfg.MODEL.WEIGHTS = args.weights
         write(args.weights, lambda: write_weights(frozen, args.weights))
+    elif os.path.isdir(args.source) and not given and not args.config_file:
+        if folder.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":  # as the search has written it
+            cfg.MODEL.WEIGHTS = folder.file("frozen.pth")
     path = args.output or folder.file("retrain.yaml")
     write(path, lambda: write_config(cfg, path))
 
@@ -49,7 +53,8 @@ def run() -> None:
     parser.add_argument(
         "--config-file",
         default="",
-        help="detector to export: a path or a zoo name (default: the one that was searched)",
+        help="detector to export: a path or a zoo name (default: SEARCH.RETRAIN_CONFIG, or the one "
+        "that was searched)",
     )
     parser.add_argument(
         "--output",

@@ -18,7 +18,10 @@ from .folder import SearchFolder
 
 
 def detector_of(folder: SearchFolder, path: str) -> CfgNode:
-    """The config of the detector to export: a file, a zoo name, or "" for what `folder` searched.
+    """The config of the detector to export.
+
+    Args:
+        path: a file, a zoo name, or "" for that to which the search in `folder` gave its result.
 
     Raises:
         NATSError: it cannot be read, or `folder` is not a search's output folder.
@@ -28,7 +31,7 @@ def detector_of(folder: SearchFolder, path: str) -> CfgNode:
     if not folder.has("config.yaml"):
         where = folder.path or "."
         raise NATSError(f"{where} has no config.yaml: name the detector with --config-file")
-    return searched_detector(folder.cfg)
+    return retrain_config(folder.cfg)
 
 
 def retrain_config(search: CfgNode, opts: Sequence[str] = ()) -> CfgNode:
@@ -41,12 +44,12 @@ def retrain_config(search: CfgNode, opts: Sequence[str] = ()) -> CfgNode:
         NATSError: it cannot be read.
     """
     other = search.SEARCH.RETRAIN_CONFIG
-    if not other:
-        return searched_detector(search)
     try:
-        return load_config(other, opts)
+        cfg = load_config(other, opts) if other else searched_detector(search)
     except NATSError as error:
         raise NATSError(f"SEARCH.RETRAIN_CONFIG: {error}") from None
+    cfg.OUTPUT_DIR = os.path.join(search.OUTPUT_DIR, "retrain")
+    return cfg
 
 
 def searched_detector(cfg: CfgNode) -> CfgNode:
@@ -65,7 +68,6 @@ def searched_detector(cfg: CfgNode) -> CfgNode:
         "SAMPLE",
     ):
         cfg.MODEL.NATS[key] = defaults.MODEL.NATS[key]
-    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "retrain")
     return cfg
 
 

@@ -278,7 +278,6 @@ class SearchTrainer(ResumableTrainer):
 
     def _retrain_config(self, architecture: Architecture) -> CfgNode:
         cfg = export_config(self.retrain_base, architecture)
-        cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "retrain")
         if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
             cfg.MODEL.WEIGHTS = os.path.join(self.cfg.OUTPUT_DIR, "frozen.pth")
         return cfg
