@@ -18,6 +18,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
+from detectron2_nats.backbone import check_same_dilations
 from detectron2_nats.commands import export
 from detectron2_nats.config import load_config, scaled_to_processes
 from detectron2_nats.engine import resumable
@@ -200,7 +201,10 @@ def test_retraining_may_start_from_the_supernetworks_weights(tiny_config, tmp_pa
     written = (tmp_path / "run/retrain.yaml").read_text()
     assert (tmp_path / "again.yaml").read_text() == written
     model = build_model(retrain)
-    DetectionCheckpointer(model).load(retrain.MODEL.WEIGHTS)
+    loaded = DetectionCheckpointer(model).load(retrain.MODEL.WEIGHTS)
+    check_same_dilations(retrain, loaded, "frozen.pth")
+    with pytest.raises(NATSError, match="frozen.pth was trained with other dilations"):
+        check_same_dilations(load_config(str(plain)), loaded, "frozen.pth")
 
     # a super-network whose α is one-hot in what was chosen computes the same
     for conv in trainer.searched.values():

@@ -1,6 +1,6 @@
 """The registered builder: any base backbone, then the super-network or the frozen choice."""
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -45,15 +45,17 @@ def check_same_dilations(cfg: CfgNode, loaded: Mapping[str, Any], weights: str) 
     Names and shapes of its weights fit any dilations, and under others it detects badly.
 
     Args:
-        loaded: what its file holds besides the weights. Only files of this project's runs tell.
+        loaded: what its file holds besides the weights. Only this project's files tell.
         weights: the file, for the message.
 
     Raises:
         NATSError: it had others.
     """
-    if "batch_scale" not in loaded:  # not of a run
-        return
-    trained = _dilations(CfgNode.load_cfg(loaded["config"]))
+    trained = None
+    if "batch_scale" in loaded:  # a run's checkpoint
+        trained = _dilations(CfgNode.load_cfg(loaded["config"]))
+    elif loaded.get("__author__") == "detectron2-nats" and "architecture" in loaded:
+        trained = _changed(loaded["architecture"])
     if trained is not None and trained != _dilations(cfg):
         raise NATSError(
             f"{weights} was trained with other dilations than the config has: give it the config "
@@ -68,7 +70,12 @@ def _dilations(cfg: CfgNode) -> Any:
         return {}
     if not nats.ARCHITECTURE:
         return None if nats.get("SAMPLE") or nats.SHARE_WEIGHTS else "a mixture"
-    layers = Architecture.from_config(nats.ARCHITECTURE, paths=None).layers
+    return _changed(nats.ARCHITECTURE)
+
+
+def _changed(architecture: Sequence[Any]) -> Mapping[str, Any]:
+    """The layers that are not plain."""
+    layers = Architecture.from_config(architecture, paths=None).layers
     return {k: v for k, v in layers.items() if any(tuple(d) != (1, 1) for _, *d in v)}
 
 

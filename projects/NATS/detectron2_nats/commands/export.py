@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     if args.weights:
         frozen = frozen_weights(*folder.supernet, architecture)
         cfg.MODEL.WEIGHTS = args.weights
-        write(args.weights, lambda: write_weights(frozen, args.weights))
+        write(args.weights, lambda: write_weights(frozen, architecture, args.weights))
     elif os.path.isdir(args.source) and not given and not args.config_file:
         if folder.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":  # as the search has written it
             cfg.MODEL.WEIGHTS = folder.file("frozen.pth")

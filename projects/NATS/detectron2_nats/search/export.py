@@ -114,9 +114,12 @@ def write_config(cfg: CfgNode, path: str) -> None:
     write_yaml(path, {"VERSION": 2, **difference}, comment)
 
 
-def write_weights(weights: Mapping[str, torch.Tensor], path: str) -> None:
-    """Write a detector's weights as a file for ``MODEL.WEIGHTS``."""
+def write_weights(
+    weights: Mapping[str, torch.Tensor], architecture: Architecture, path: str
+) -> None:
+    """Write a frozen detector's weights as a file for ``MODEL.WEIGHTS``."""
     content = {"model": weights, "__author__": "detectron2-nats"}
+    content["architecture"] = architecture.to_config()
     write_atomically(path, lambda file: torch.save(content, file))
 
 

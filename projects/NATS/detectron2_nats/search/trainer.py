@@ -273,7 +273,8 @@ class SearchTrainer(ResumableTrainer):
         architecture.save(os.path.join(self.cfg.OUTPUT_DIR, "architecture.yaml"))
         cfg = self._retrain_config(architecture)
         if self.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":
-            write_weights(frozen_state_dict(self.model, architecture), cfg.MODEL.WEIGHTS)
+            frozen = frozen_state_dict(self.model, architecture)
+            write_weights(frozen, architecture, cfg.MODEL.WEIGHTS)
         write_config(cfg, os.path.join(self.cfg.OUTPUT_DIR, "retrain.yaml"))
 
     def _retrain_config(self, architecture: Architecture) -> CfgNode:

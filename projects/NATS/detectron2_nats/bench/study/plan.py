@@ -280,7 +280,7 @@ class Study:
             if method.warm:
                 weights = os.path.join(folder, "frozen.pth")
                 supernet = SearchFolder(after[0].folder).supernet
-                write_weights(frozen_weights(*supernet, architecture), weights)
+                write_weights(frozen_weights(*supernet, architecture), architecture, weights)
                 opts += ["MODEL.WEIGHTS", weights]
             opts += self._schedule(method)
             return self._command("train", config, opts)
