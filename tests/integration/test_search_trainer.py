@@ -200,6 +200,10 @@ def test_retraining_may_start_from_the_supernetworks_weights(tiny_config, tmp_pa
     export.main(Namespace(**options, source=f"{tmp_path}/run", output=f"{tmp_path}/again.yaml"))
     written = (tmp_path / "run/retrain.yaml").read_text()
     assert (tmp_path / "again.yaml").read_text() == written
+    (tmp_path / "run/frozen.pth").rename(tmp_path / "frozen.pth")
+    with pytest.raises(NATSError, match="run has no frozen.pth, .* not ended: add --weights"):
+        export.main(Namespace(**options, source=f"{tmp_path}/run", output=""))
+    (tmp_path / "frozen.pth").rename(tmp_path / "run/frozen.pth")
     model = build_model(retrain)
     loaded = DetectionCheckpointer(model).load(retrain.MODEL.WEIGHTS)
     check_same_dilations(retrain, loaded, "frozen.pth")

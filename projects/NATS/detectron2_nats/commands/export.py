@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from ..errors import NATSError
 from ..search.export import (
     detector_of,
     export_config,
@@ -41,8 +42,13 @@ def main(args: argparse.Namespace) -> None:
         cfg.MODEL.WEIGHTS = args.weights
         write(args.weights, lambda: write_weights(frozen, architecture, args.weights))
     elif os.path.isdir(args.source) and not given and not args.config_file:
-        if folder.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":  # as the search has written it
+        if folder.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":  # as the search writes it at its end
             cfg.MODEL.WEIGHTS = folder.file("frozen.pth")
+            if not folder.has("frozen.pth"):
+                raise NATSError(
+                    f"{args.source} has no frozen.pth, because the search has not ended: add "
+                    f"--weights {cfg.MODEL.WEIGHTS} to write the newest checkpoint's"
+                )
     path = args.output or folder.file("retrain.yaml")
     write(path, lambda: write_config(cfg, path))
 

@@ -1,8 +1,8 @@
 """Choose the evaluator of a data set, as Detectron2's own training script does."""
 
-import functools
 import os
 from importlib.util import find_spec
+from typing import Callable, Dict, List, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -21,14 +21,33 @@ from detectron2.evaluation import (
 from ..data.registry import evaluated_name
 from ..errors import NATSError
 
-_PACKAGES = {  # kind of data set → what Detectron2 imports when it evaluates it
-    "coco": "",
-    "sem_seg": "",
-    "coco_panoptic_seg": "panopticapi",
-    "lvis": "lvis",
-    "pascal_voc": "",
-    "cityscapes_instance": "cityscapesscripts",
-    "cityscapes_sem_seg": "cityscapesscripts",
+
+def _coco_evaluator(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
+    name = evaluated_name(cfg, name, folder)
+    # not what it converted for an earlier run, which may have had other data under this name
+    return COCOEvaluator(name, output_dir=folder, allow_cached_coco=False)
+
+
+def _panoptic_evaluators(cfg: CfgNode, name: str, folder: str) -> List[DatasetEvaluator]:
+    semantic = SemSegEvaluator(name, output_dir=folder)
+    return [semantic, _coco_evaluator(cfg, name, folder), COCOPanopticEvaluator(name, folder)]
+
+
+# Kind of data set → the package that Detectron2 imports when it evaluates it, and the evaluators.
+_KINDS: Dict[str, Tuple[str, Callable[[CfgNode, str, str], List[DatasetEvaluator]]]] = {
+    "coco": ("", lambda *place: [_coco_evaluator(*place)]),
+    "sem_seg": ("", lambda _, name, folder: [SemSegEvaluator(name, output_dir=folder)]),
+    "coco_panoptic_seg": ("panopticapi", _panoptic_evaluators),
+    "lvis": ("lvis", lambda _, name, folder: [LVISEvaluator(name, output_dir=folder)]),
+    "pascal_voc": ("", lambda _, name, __: [PascalVOCDetectionEvaluator(name)]),
+    "cityscapes_instance": (
+        "cityscapesscripts",
+        lambda _, name, __: [CityscapesInstanceEvaluator(name)],
+    ),
+    "cityscapes_sem_seg": (
+        "cityscapesscripts",
+        lambda _, name, __: [CityscapesSemSegEvaluator(name)],
+    ),
 }
 
 
@@ -39,15 +58,16 @@ def check_evaluator(dataset_name: str) -> None:
         NATSError: nothing evaluates its kind, or a package is missing.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind not in _PACKAGES:
+    if kind not in _KINDS:
         raise NATSError(
             f"no evaluator for data set {dataset_name!r} of type {kind!r}: expected evaluator_type "
-            f"{', '.join(_PACKAGES)} in its metadata"
+            f"{', '.join(_KINDS)} in its metadata"
         )
-    if _PACKAGES[kind] and not find_spec(_PACKAGES[kind]):
+    package, _ = _KINDS[kind]
+    if package and not find_spec(package):
         raise NATSError(
-            f"the evaluation of {dataset_name!r} needs {_PACKAGES[kind]}, which is not installed "
-            "here: install it, or leave the data set out of DATASETS.TEST"
+            f"the evaluation of {dataset_name!r} needs {package}, which is not installed here: "
+            "install it, or leave the data set out of DATASETS.TEST"
         )
 
 
@@ -58,23 +78,5 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         NATSError: see :func:`check_evaluator`.
     """
     check_evaluator(dataset_name)
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    coco = functools.partial(_coco_evaluator, cfg, dataset_name, folder)
-    sem_seg = functools.partial(SemSegEvaluator, dataset_name, output_dir=folder)
-    builders = {
-        "coco": [coco],
-        "sem_seg": [sem_seg],
-        "coco_panoptic_seg": [sem_seg, coco, lambda: COCOPanopticEvaluator(dataset_name, folder)],
-        "lvis": [lambda: LVISEvaluator(dataset_name, output_dir=folder)],
-        "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
-        "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name)],
-        "cityscapes_sem_seg": [lambda: CityscapesSemSegEvaluator(dataset_name)],
-    }
-    kind = MetadataCatalog.get(dataset_name).evaluator_type
-    return DatasetEvaluators([build() for build in builders[kind]])
-
-
-def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> COCOEvaluator:
-    name = evaluated_name(cfg, dataset_name, folder)
-    # not what it converted for an earlier run, which may have had other data under this name
-    return COCOEvaluator(name, output_dir=folder, allow_cached_coco=False)
+    _, build = _KINDS[MetadataCatalog.get(dataset_name).evaluator_type]
+    return DatasetEvaluators(build(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference")))
