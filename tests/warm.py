@@ -16,49 +16,16 @@ import runpy
 import select
 import signal
 import socket
-import subprocess
 import sys
-import traceback
-import types
 
 import matplotlib.pyplot  # noqa: F401
 import torch
 import torch.utils.tensorboard
 
-import detectron2_nats.bench.report  # noqa: F401
-import detectron2_nats.commands.study  # noqa: F401
-from detectron2_nats.bench.study import runs
 from detectron2_nats.commands import search
 from detectron2_nats.engine import processes
 
 
-class Fork:
-    """A study's run, in place of `subprocess.Popen`."""
-
-    def __init__(self, command, stdin, stdout, stderr, env, start_new_session, preexec_fn):
-        self.returncode, self.pid = None, os.fork()
-        if self.pid:
-            return
-        status = 1
-        try:
-            preexec_fn()
-            request = {"words": command[2:], "folder": os.getcwd(), "environment": env}
-            become(request | {"files": [stdout.name], "new_session": start_new_session})
-            runpy.run_module(command[2], run_name="__main__")
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(bool(end.code))
-        except BaseException:
-            traceback.print_exc()
-        finally:  # what the study itself would do at its end is not the run's
-            atexit._run_exitfuncs()
-            processes.exit_at_once(status)
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-
-if torch.get_num_threads() == 1:  # a study computes, and OpenMP's threads do not survive a fork
-    runs.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
 search._ReportingTrainer._draw = lambda trainer: None
 processes.start_processes = functools.partial(processes.start_processes, start_method="fork")
 

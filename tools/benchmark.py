@@ -33,7 +33,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from detectron2_nats.bench.cost import interleaved_seconds
+from detectron2_nats.show.cost import interleaved_seconds
 from detectron2_nats.bench.importers import from_ic_conv, read_json
 from detectron2_nats.commands.cli import run_tool, tool_parser, whole_number
 from detectron2_nats.config import load_config

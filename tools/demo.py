@@ -19,10 +19,9 @@ from typing import Callable, Dict, Mapping, NamedTuple
 
 from tabulate import tabulate
 
-from detectron2_nats.bench.baselines import dilation_shares
-from detectron2_nats.bench.look import furthest, look
-from detectron2_nats.bench.look_detector import Detector
-from detectron2_nats.bench.objects import evenly, image_on_input, normalised
+from detectron2_nats.look.rule import furthest, look
+from detectron2_nats.look.detector import Detector
+from detectron2_nats.look.objects import evenly, image_on_input, normalised
 from detectron2_nats.commands.cli import tool_parser
 from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.method.search_space import Dilation
@@ -54,8 +53,7 @@ class Example(NamedTuple):
 
 def shares(results: dict) -> Dict[Dilation, float]:
     """Each dilation's share of the channels in what the search found, largest first."""
-    return dilation_shares(
-        [Architecture.from_config(results["searches"]["nats"]["architectures"][0])]
+    return Architecture.from_config(results["searches"]["nats"]["architectures"][0.shares()]
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from runs import TINY, run
 from torch import nn
 
-from detectron2_nats.bench.cost import interleaved_seconds
+from detectron2_nats.show.cost import interleaved_seconds
 from detectron2_nats.config import load_config
 from detectron2_nats.data.registry import check_number_of_classes
 

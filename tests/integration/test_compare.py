@@ -11,7 +11,7 @@ from ranks import on_two_ranks
 from runs import assert_same_run, make_trainer
 
 from detectron2_nats import Architecture, NATSError
-from detectron2_nats.bench.score import candidates, one_shot_score, scoring_batches, some_of
+from detectron2_nats.search.score import candidates, one_shot_score, scoring_batches, some_of
 from detectron2_nats.commands import draw, score
 from detectron2_nats.commands import search as search_command
 from detectron2_nats.config import load_config

@@ -12,8 +12,7 @@ from runs import make_trainer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from detectron2_nats import Architecture, add_nats_config
-from detectron2_nats.bench.baselines import dilation_shares
-from detectron2_nats.bench.receptive_field import effective_receptive_fields
+from detectron2_nats.look.receptive_field import effective_receptive_fields
 
 
 def extents(backbone):
@@ -42,7 +41,7 @@ def test_the_search_finds_the_known_answer(tmp_path, bars, wanted, other, sample
     opts += ["MODEL.NATS.SAMPLE", sample, "SEARCH.RETRAIN_CONFIG", "configs/quickstart/bars.yaml"]
     make_trainer("configs/quickstart/bars_search.yaml", tmp_path, *opts).train()
     found = Architecture.load(str(tmp_path / "architecture.yaml"))
-    shares = dilation_shares([found])
+    shares = found.shares()
     assert next(iter(shares)) == wanted and shares[wanted] > 0.6, shares
     assert shares.get(other, 0.0) <= 0.1, shares
 

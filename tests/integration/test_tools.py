@@ -19,7 +19,6 @@ from runs import REPOSITORY, TINY, Warm
 
 from detectron2.modeling import build_model
 from detectron2_nats import Architecture
-from detectron2_nats.bench.baselines import dilation_shares
 from detectron2_nats.bench.study.methods import seeds_argument
 from detectron2_nats.commands import cli
 from detectron2_nats.config import load_config
@@ -140,7 +139,7 @@ def test_a_margin_keeps_more_channels_plain(monkeypatch, folder):
         arguments = ["search", "--margin", margin, "--output", "margin.yaml"]
         assert tool_here(monkeypatch, folder, "nats-export", *arguments) is None
         found = Architecture.from_config(load_config("margin.yaml").MODEL.NATS.ARCHITECTURE)
-        plain.append(dilation_shares([found])[1, 1])
+        plain.append(found.shares()[1, 1])
     assert plain[0] < plain[1] < plain[2] == 1
 
 

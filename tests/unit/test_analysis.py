@@ -6,7 +6,7 @@ from oracles import build_plain, random_architecture
 from torch import nn
 
 from detectron2_nats import Architecture, apply_architecture
-from detectron2_nats.bench.cost import (
+from detectron2_nats.show.cost import (
     Cost,
     backbone_cost,
     cost_table,

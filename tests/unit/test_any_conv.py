@@ -24,7 +24,7 @@ from detectron2_nats import (
     fuse_for_inference,
     to_supernet,
 )
-from detectron2_nats.bench.receptive_field import field_extents
+from detectron2_nats.look.receptive_field import field_extents
 from detectron2_nats.method.convs import convs_by_path, searched_layers
 
 SPACE = [[[1, 1], [1, 3], [3, 1], [2, 2]]]

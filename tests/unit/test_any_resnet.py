@@ -22,7 +22,7 @@ from detectron2_nats import (
     frozen_state_dict,
     to_supernet,
 )
-from detectron2_nats.bench.receptive_field import effective_receptive_fields
+from detectron2_nats.look.receptive_field import effective_receptive_fields
 from detectron2_nats.method.convs import searched_layers
 from detectron2_nats.method.stages import conv3x3_layers, residual_stages
 

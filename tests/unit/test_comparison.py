@@ -10,7 +10,7 @@ from oracles import FPN_RESNET, tiny_cfg
 
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.bench import baselines
-from detectron2_nats.bench.pictures import plot_study
+from detectron2_nats.show.pictures import plot_study
 from detectron2_nats.bench.study import folds, intervals
 
 CATEGORIES = [{"id": 3, "name": "cell"}]

@@ -9,9 +9,9 @@ import torchvision
 from PIL import Image
 
 from detectron2_nats import NATSError
-from detectron2_nats.bench.look import DRAWN, Objects, look, verdict
-from detectron2_nats.bench.look_picture import plot_look
-from detectron2_nats.bench.objects import (
+from detectron2_nats.look.rule import DRAWN, Objects, look, verdict
+from detectron2_nats.look.picture import plot_look
+from detectron2_nats.look.objects import (
     InputSize,
     Record,
     boxes_on_input,
@@ -20,7 +20,7 @@ from detectron2_nats.bench.objects import (
     read_coco,
     typical,
 )
-from detectron2_nats.bench.receptive_field import Extent
+from detectron2_nats.look.receptive_field import Extent
 from detectron2_nats.commands import draw as draw_command
 from detectron2_nats.commands import look as command
 from detectron2_nats.data.images import read_image

@@ -10,7 +10,7 @@ from oracles import build_plain
 from torch import nn
 
 from detectron2_nats import NATSError
-from detectron2_nats.bench.receptive_field import (
+from detectron2_nats.look.receptive_field import (
     central_rectangle,
     effective_receptive_fields,
     field_extents,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
-from detectron2_nats.bench.look_detector import Detector
+from detectron2_nats.look.detector import Detector
 from detectron2_nats.toy.catalog import REGISTERS, register_embedded_datasets
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ embedded data sets. Without, all but what is made for its configs and trainer is
 
 ``method`` is the paper's: search space, convs, decoding, for any training loop. ``search`` trains α
 with Detectron2, ``engine`` is a training that survives kills, ``data`` and ``toy`` are its data.
-``bench`` measures, compares and draws what came out; ``commands`` are the ways in.
+``look`` measures what a network sees, ``show`` draws what came out; ``commands`` are the ways in.
 """
 
 from importlib.util import find_spec

@@ -13,7 +13,7 @@ from ..errors import NATSError
 def main() -> None:
     """Run the command under whose name this process was started: nats-search is :mod:`.search`."""
     name = Path(sys.argv[0]).stem
-    module = name.removeprefix("nats-").replace("import", "import_architecture")
+    module = name.removeprefix("nats-")
     try:
         importlib.import_module(f".{module}", __package__).run()
     except ModuleNotFoundError as error:

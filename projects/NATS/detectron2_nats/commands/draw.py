@@ -13,7 +13,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
-from ..bench.networks import build_network
+from ..look.networks import build_network
 from ..errors import NATSError
 from ..method.architecture import Architecture
 from ..method.search_space import PAPER_SETS, STAGES, Dilation, SearchSpace, check_dilation

@@ -12,9 +12,9 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
-from ..bench.look import Look, look
-from ..bench.networks import build_network, load_weights
-from ..bench.objects import (
+from ..look.rule import Look, look
+from ..look.networks import build_network, load_weights
+from ..look.objects import (
     InputSize,
     Record,
     boxes_on_input,
@@ -24,7 +24,7 @@ from ..bench.objects import (
     read_coco,
     typical,
 )
-from ..bench.receptive_field import SIDES
+from ..look.receptive_field import SIDES
 from ..errors import NATSError
 from ..method.stages import residual_stages
 from .cli import run_tool, tool_parser, whole_number, write
@@ -103,7 +103,7 @@ def _network(args: argparse.Namespace):
 
 def _detector(args: argparse.Namespace, given: Sequence[Record]):
     """Likewise; and the images and objects."""
-    from ..bench.look_detector import Detector  # needs Detectron2
+    from ..look.detector import Detector  # needs Detectron2
 
     detector = Detector(args.config, args.weights, args.rest)
     if detector.untrained:
@@ -114,8 +114,8 @@ def _detector(args: argparse.Namespace, given: Sequence[Record]):
 
 
 def _draw(folder: str, found: Look, records: Sequence[Record], size: InputSize) -> None:
-    from ..bench import pictures  # matplotlib is slow to import
-    from ..bench.look_picture import plot_look
+    from ..show import pictures  # matplotlib is slow to import
+    from ..look.picture import plot_look
 
     record = typical(records, size) if found.objects else records[0]
     figure = plot_look(found, image_on_input(record, size), boxes_on_input([record], size))

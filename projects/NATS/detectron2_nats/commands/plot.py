@@ -3,8 +3,8 @@
 import argparse
 import os
 
-from ..bench import pictures
-from ..bench.history import read_history
+from ..show import pictures
+from ..show.history import read_history
 from ..errors import NATSError
 from ..search.folder import SearchFolder
 from .cli import run_tool, tool_parser, whole_number
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
             read_history(folder.file("metrics.json")), args.title or verdict
         )
     if args.plain:
-        from ..bench.detectors import detections_figure  # the rest needs no Detectron2
+        from ..show.detectors import detections_figure  # the rest needs no Detectron2
 
         figures["detections"] = detections_figure(args)
     output = args.output or folder.file("pictures")

@@ -13,7 +13,7 @@ import os
 
 from tabulate import tabulate
 
-from ..bench.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
+from ..search.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
 from ..data.registry import check_data, register_datasets
 from ..engine.loader import dataset_dicts
 from ..errors import NATSError

@@ -12,8 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from ..bench.history import read_history
-from ..bench.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
+from ..show.history import read_history
+from ..search.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
 from ..data.registry import check_datasets
 from ..engine.determinism import preserved_random_states
 from ..engine.loader import dataset_dicts
@@ -113,7 +113,7 @@ class _ReportingTrainer(SearchTrainer):
                 logger.warning(f"no pictures for TensorBoard: {error}")
 
     def _draw(self) -> None:
-        from ..bench import pictures  # matplotlib is slow to import
+        from ..show import pictures  # matplotlib is slow to import
 
         done = f"after iteration {self.iter + 1} of {self.max_iter}"
         figures = {"architecture": pictures.plot_architecture(self.architecture(), done)}

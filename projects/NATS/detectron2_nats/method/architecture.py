@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -272,6 +273,13 @@ class Architecture:
         for channels, d_h, d_w in self.layers[layer]:
             counts[d_h, d_w] = counts.get((d_h, d_w), 0) + channels
         return dict(sorted(counts.items()))
+
+    def shares(self) -> Dict[Dilation, float]:
+        """The share of all output channels that has each dilation, most frequent first."""
+        counts: Counter = Counter()
+        for name in self.layers:
+            counts.update(self.channels_per_dilation(name))
+        return {dilation: n / counts.total() for dilation, n in counts.most_common()}
 
     def summary(self) -> str:
         """A table: each layer's channels per dilation, and the reach of its 3×3 conv.

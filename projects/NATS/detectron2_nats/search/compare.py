@@ -3,7 +3,6 @@
 import os
 import shlex
 import statistics
-from collections import Counter
 from typing import List, Optional
 
 from detectron2.config import CfgNode
@@ -99,8 +98,4 @@ def comparison_commands(
 
 def most_frequent(architecture: Architecture) -> Dilation:
     """The dilation of most channels that left (1, 1); that where none did."""
-    counts: Counter = Counter()
-    for layer in architecture.layers:
-        counts.update(architecture.channels_per_dilation(layer))
-    plain = counts.pop((1, 1), 0)
-    return (counts or Counter({(1, 1): plain})).most_common(1)[0][0]
+    return next((d for d in architecture.shares() if d != (1, 1)), (1, 1))

@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .look import Look
+from .rule import Look
 
 
 def plot_look(found: Look, image: np.ndarray, boxes: np.ndarray, title: str = "") -> Figure:

@@ -19,12 +19,12 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.utils.events import EventStorage
 
+from ..backbone import search_space_from_config
 from ..data.images import ImageMapper, readable
 from ..errors import NATSError
 from ..method.architecture import Architecture
 from ..method.convs import searched_layers
 from ..method.layers import MixedDilationConv2d
-from .baselines import random_architecture, uniform_architecture
 
 
 def candidates(
@@ -41,14 +41,15 @@ def candidates(
         draws: number of random ones.
         uneven: whether some dilations are rare in these.
     """
-    searched = searched_layers(model)
+    searched, space = searched_layers(model), search_space_from_config(cfg)
+    backbone = getattr(model, "backbone", model)
     architectures = {"found": Architecture.decode(searched, "voted")}
     spaces = [set(conv.genotypes) for conv in searched.values()]
     for h, w in sorted(set.intersection(*spaces)):
         name = "plain" if h == w == 1 else f"all {h}x{w}"
-        architectures[name] = uniform_architecture(cfg, (h, w))
+        architectures[name] = Architecture.uniform(backbone, (h, w), space.stages, space.convs)
     for seed in range(draws):
-        architectures[f"random {seed}"] = random_architecture(cfg, seed, uneven)
+        architectures[f"random {seed}"] = Architecture.random(backbone, space, seed, uneven=uneven)
     return architectures
 
 

@@ -17,7 +17,7 @@ from ..data.registry import check_datasets, check_same_classes, register_dataset
 from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError
 from . import pictures
-from .objects import evenly
+from ..look.objects import evenly
 
 
 class _Network:
