@@ -25,7 +25,6 @@ import torch.utils.tensorboard
 from detectron2_nats.commands import search
 from detectron2_nats.engine import processes
 
-
 search._ReportingTrainer._draw = lambda trainer: None
 processes.start_processes = functools.partial(processes.start_processes, start_method="fork")
 

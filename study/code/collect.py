@@ -11,7 +11,8 @@ import torch
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
 
-from ...config import falls_back_to_cpu, load_config
+from ...config import load_config
+from ...config.comparing import falls_back_to_cpu
 from ...data.registry import register_datasets
 from ...errors import NATSError
 from ...search.folder import SearchFolder

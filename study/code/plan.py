@@ -14,7 +14,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_backbone
 
 from ...backbone import architecture_from_config
-from ...config import config_differences, load_config
+from ...config import load_config
+from ...config.comparing import config_differences
 from ...data.annotations import Needs
 from ...data.registry import check_data, check_number_of_classes, register_datasets
 from ...errors import NATSError

@@ -11,9 +11,9 @@ import torch
 from runs import TINY, run
 from torch import nn
 
-from detectron2_nats.show.cost import interleaved_seconds
 from detectron2_nats.config import load_config
 from detectron2_nats.data.registry import check_number_of_classes
+from detectron2_nats.show.cost import interleaved_seconds
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 _spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)

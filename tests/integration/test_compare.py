@@ -11,7 +11,6 @@ from ranks import on_two_ranks
 from runs import assert_same_run, make_trainer
 
 from detectron2_nats import Architecture, NATSError
-from detectron2_nats.search.score import candidates, one_shot_score, scoring_batches, some_of
 from detectron2_nats.commands import draw, score
 from detectron2_nats.commands import search as search_command
 from detectron2_nats.config import load_config
@@ -22,6 +21,7 @@ from detectron2_nats.search.compare import (
     equal_time_iterations,
     most_frequent,
 )
+from detectron2_nats.search.score import candidates, one_shot_score, scoring_batches, some_of
 
 
 def test_equal_time_by_hand():

@@ -29,10 +29,10 @@ from runs import REPOSITORY, TINY, Warm, finish
 
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import Architecture, apply_architecture
-from detectron2_nats.look import rule as look
 from detectron2_nats.commands import cli
 from detectron2_nats.config import load_config
 from detectron2_nats.files import parse_yaml
+from detectron2_nats.look import rule as look
 from detectron2_nats.search.export import export_config, searched_detector, write_config
 
 PAGES = [

@@ -11,12 +11,12 @@ from runs import TINY, make_trainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats.bench.baselines import random_architecture
-from detectron2_nats.search.score import field_verdict, one_shot_score, scoring_batches
 from detectron2_nats.commands import export, score
 from detectron2_nats.config import load_config
 from detectron2_nats.errors import NATSError
 from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.search.export import export_config, frozen_weights, searched_detector
+from detectron2_nats.search.score import field_verdict, one_shot_score, scoring_batches
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mixed", "sampled"])

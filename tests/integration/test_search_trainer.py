@@ -20,7 +20,8 @@ from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.backbone import check_same_dilations
 from detectron2_nats.commands import export
-from detectron2_nats.config import load_config, scaled_to_processes
+from detectron2_nats.config import load_config
+from detectron2_nats.config.comparing import scaled_to_processes
 from detectron2_nats.engine import resumable
 from detectron2_nats.engine.resumable import ResumableTrainer
 from detectron2_nats.method.convs import searched_layers

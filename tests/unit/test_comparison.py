@@ -10,8 +10,8 @@ from oracles import FPN_RESNET, tiny_cfg
 
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.bench import baselines
-from detectron2_nats.show.pictures import plot_study
 from detectron2_nats.bench.study import folds, intervals
+from detectron2_nats.show.pictures import plot_study
 
 CATEGORIES = [{"id": 3, "name": "cell"}]
 

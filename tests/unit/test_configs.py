@@ -10,7 +10,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.engine import DefaultTrainer
 from detectron2_nats import NATSError, add_nats_config
-from detectron2_nats.config import check_config, config_differences, load_config, with_norms_for
+from detectron2_nats.config import load_config
+from detectron2_nats.config.comparing import config_differences, with_norms_for
+from detectron2_nats.config.keys import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -9,8 +9,9 @@ import torchvision
 from PIL import Image
 
 from detectron2_nats import NATSError
-from detectron2_nats.look.rule import DRAWN, Objects, look, verdict
-from detectron2_nats.look.picture import plot_look
+from detectron2_nats.commands import draw as draw_command
+from detectron2_nats.commands import look as command
+from detectron2_nats.data.images import read_image
 from detectron2_nats.look.objects import (
     InputSize,
     Record,
@@ -20,10 +21,9 @@ from detectron2_nats.look.objects import (
     read_coco,
     typical,
 )
+from detectron2_nats.look.picture import plot_look
 from detectron2_nats.look.receptive_field import Extent
-from detectron2_nats.commands import draw as draw_command
-from detectron2_nats.commands import look as command
-from detectron2_nats.data.images import read_image
+from detectron2_nats.look.rule import DRAWN, Objects, look, verdict
 
 
 def objects(*sizes):

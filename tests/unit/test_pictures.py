@@ -9,9 +9,9 @@ import torch
 from oracles import build_plain, image, random_architecture
 
 from detectron2_nats import Architecture, NATSError, apply_architecture
+from detectron2_nats.look.receptive_field import effective_receptive_fields
 from detectron2_nats.show import pictures
 from detectron2_nats.show.history import read_history
-from detectron2_nats.look.receptive_field import effective_receptive_fields
 
 
 def line(iteration, entropy, votes):

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from .config import DEFAULT_NUM_GROUPS, genotype_set
+from .config.keys import DEFAULT_NUM_GROUPS, genotype_set
 from .errors import NATSError
 from .method.architecture import Architecture
 from .method.search_space import STAGES, SearchSpace

@@ -5,9 +5,9 @@ import argparse
 from detectron2.modeling import build_backbone
 
 from ..backbone import architecture_from_config
-from ..show.cost import backbone_cost, cost_table
 from ..search.export import detector_of, export_config
 from ..search.folder import SearchFolder
+from ..show.cost import backbone_cost, cost_table
 from .cli import run_tool, tool_parser
 
 EPILOG = """

@@ -13,8 +13,8 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
-from ..look.networks import build_network
 from ..errors import NATSError
+from ..look.networks import build_network
 from ..method.architecture import Architecture
 from ..method.search_space import PAPER_SETS, STAGES, Dilation, SearchSpace, check_dilation
 from ..method.stages import conv3x3_layers
@@ -86,7 +86,8 @@ def _detector(path: str, opts: Sequence[str]) -> Tuple[Any, nn.Module, SearchSpa
     from detectron2.modeling import build_backbone
 
     from ..backbone import search_space_from_config
-    from ..config import genotype_set, load_config
+    from ..config import load_config
+    from ..config.keys import genotype_set
     from ..search.export import retrain_config, searched_detector
 
     cfg = load_config(path, opts)

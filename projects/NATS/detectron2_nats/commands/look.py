@@ -12,7 +12,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
-from ..look.rule import Look, look
+from ..errors import NATSError
 from ..look.networks import build_network, load_weights
 from ..look.objects import (
     InputSize,
@@ -25,7 +25,7 @@ from ..look.objects import (
     typical,
 )
 from ..look.receptive_field import SIDES
-from ..errors import NATSError
+from ..look.rule import Look, look
 from ..method.stages import residual_stages
 from .cli import run_tool, tool_parser, whole_number, write
 
@@ -114,8 +114,8 @@ def _detector(args: argparse.Namespace, given: Sequence[Record]):
 
 
 def _draw(folder: str, found: Look, records: Sequence[Record], size: InputSize) -> None:
-    from ..show import pictures  # matplotlib is slow to import
     from ..look.picture import plot_look
+    from ..show import pictures  # matplotlib is slow to import
 
     record = typical(records, size) if found.objects else records[0]
     figure = plot_look(found, image_on_input(record, size), boxes_on_input([record], size))

@@ -3,10 +3,10 @@
 import argparse
 import os
 
-from ..show import pictures
-from ..show.history import read_history
 from ..errors import NATSError
 from ..search.folder import SearchFolder
+from ..show import pictures
+from ..show.history import read_history
 from .cli import run_tool, tool_parser, whole_number
 
 EPILOG = """

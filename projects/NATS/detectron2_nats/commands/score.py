@@ -13,7 +13,6 @@ import os
 
 from tabulate import tabulate
 
-from ..search.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
 from ..data.registry import check_data, register_datasets
 from ..engine.loader import dataset_dicts
 from ..errors import NATSError
@@ -21,6 +20,7 @@ from ..files import write_atomically
 from ..method.architecture import Architecture
 from ..method.convs import searched_layers
 from ..search.folder import SearchFolder
+from ..search.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
 from .cli import run_tool, tool_parser, whole_number, write
 
 EPILOG = """

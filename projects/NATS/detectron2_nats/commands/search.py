@@ -12,14 +12,14 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from ..show.history import read_history
-from ..search.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
 from ..data.registry import check_datasets
 from ..engine.determinism import preserved_random_states
 from ..engine.loader import dataset_dicts
 from ..errors import NATSError, one_line
 from ..search.folder import SearchFolder
+from ..search.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
 from ..search.trainer import SearchTrainer
+from ..show.history import read_history
 from .train import run_script, setup, train_or_evaluate
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,9 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from ..backbone import check_same_dilations
-from ..config import check_config, falls_back_to_cpu, load_config
+from ..config import load_config
+from ..config.comparing import falls_back_to_cpu
+from ..config.keys import check_config
 from ..data.registry import (
     check_data,
     check_datasets,

@@ -21,7 +21,8 @@ from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 
-from ..config import check_config, config_differences, scaled_to_processes, with_norms_for
+from ..config.comparing import config_differences, scaled_to_processes, with_norms_for
+from ..config.keys import check_config
 from ..data.overlap import warn_of_test_images
 from ..data.registry import check_data
 from ..errors import NATSError

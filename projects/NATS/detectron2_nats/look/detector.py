@@ -11,7 +11,8 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
-from ..config import falls_back_to_cpu, load_config
+from ..config import load_config
+from ..config.comparing import falls_back_to_cpu
 from ..data.registry import check_datasets, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError

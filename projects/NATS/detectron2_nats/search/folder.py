@@ -105,7 +105,7 @@ class SearchFolder:
         """The searched detector, with the checkpoint's weights, on a device that there is here."""
         from detectron2.modeling import build_model
 
-        from ..config import falls_back_to_cpu
+        from ..config.comparing import falls_back_to_cpu
         from ..engine.checkpoint import SafeCheckpointer
 
         cfg = self.cfg

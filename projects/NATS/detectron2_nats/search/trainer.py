@@ -14,7 +14,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from ..config import config_differences, genotype_set
+from ..config.comparing import config_differences
+from ..config.keys import genotype_set
 from ..data.overlap import check_disjoint, warn_of_test_images
 from ..engine.hooks import AverageHook
 from ..engine.loader import ResumableLoader, build_resumable_loader, dataset_dicts

@@ -11,13 +11,14 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 
 from ..backbone import check_same_dilations
-from ..config import falls_back_to_cpu, load_config
+from ..config import load_config
+from ..config.comparing import falls_back_to_cpu
 from ..data.images import ImageMapper, read_image, readable
 from ..data.registry import check_datasets, check_same_classes, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError
-from . import pictures
 from ..look.objects import evenly
+from . import pictures
 
 
 class _Network:

@@ -1,0 +1,112 @@
+"""Read a config: from a file and KEY VALUE pairs, as plain YAML of bounded size."""
+
+import difflib
+import os
+import re
+from typing import List
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from ..errors import NATSError, shown
+from ..files import read_yaml
+from .keys import add_nats_config, flat
+
+
+def load_config(path: str, opts=()) -> CfgNode:
+    """Detectron2's config with this project's keys, merged from a file and KEY VALUE pairs.
+
+    Args:
+        path: a config file, or the name of a Detectron2 zoo config; "" for none.
+
+    Raises:
+        NATSError: missing file, not plain YAML, unknown key or wrong type; names the file or key.
+    """
+    cfg = get_cfg()
+    add_nats_config(cfg)
+    if path.endswith(".py"):
+        raise NATSError(
+            f"{path} is a LazyConfig: this command takes YAML. For models of LazyConfigs see "
+            "examples/lazyconfig_search.py"
+        )
+    if os.path.isfile(path):
+        _check_bases(path)
+        _merge(path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
+    elif path:
+        # Detectron2's own configs are trusted like its code, and RetinaNet's needs an unsafe tag.
+        zoo_path = _zoo_config(path)
+        _merge(path, lambda: cfg.merge_from_file(zoo_path, allow_unsafe=True))
+    _check_pairs(list(opts))
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key == "MODEL.NATS.SPACE":
+            cfg.MODEL.NATS.SPACE = None  # a list takes the place of a name, and the reverse
+        _merge("command line", lambda: cfg.merge_from_list([key, value]))
+    return cfg
+
+
+def _check_pairs(opts: List[str]) -> None:
+    """Refuse what cannot be KEY VALUE pairs, with the cure."""
+    options = [w for w in opts if isinstance(w, str) and re.fullmatch(r"--[a-z-]{1,40}", w)]
+    if options:
+        raise NATSError(f"{options[0]} comes after KEY VALUE pairs, which are the last: move it")
+    if len(opts) % 2:
+        raise NATSError(f"command line: KEY VALUE pairs: {shown(opts[-1])} has no value")
+    known = flat(load_config("")) if opts else {}
+    for key, value in zip(opts[::2], opts[1::2]):
+        if not isinstance(known.get(key) if isinstance(key, str) else None, (list, tuple)):
+            continue
+        try:
+            given = CfgNode._decode_cfg_value(value)
+        except Exception:  # Python's parser raises many kinds; merging says which
+            continue
+        if isinstance(given, str) or (isinstance(given, (int, float)) and abs(given) < 1e9):
+            one = given.strip("()[]{}, '\"") if isinstance(given, str) else given
+            example = repr((one,))
+            if key == "DATASETS.REGISTER" or len(example) > 60:
+                example = "[['my_train', 'train.json', 'images']]"
+            raise NATSError(
+                f"command line: {key} is a list, with quotes around its names and a comma in a "
+                f'list of one: {key} "{example}", not {shown(given)}'
+            )
+
+
+def _zoo_config(path: str) -> str:
+    folder = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
+    found = os.path.realpath(os.path.join(folder, path))
+    # A "../" must not lead out of the zoo: the file found is read with unsafe tags
+    if not found.startswith(folder + os.sep) or not os.path.isfile(found):
+        raise NATSError(
+            f"config {path} not found: neither a file nor the name of a config in Detectron2's "
+            "zoo, such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+        )
+    return found
+
+
+def _check_bases(path: str, depth: int = 0) -> None:
+    """Check a config and its bases against our limits, before Detectron2 reads them."""
+    if depth > 20:
+        raise NATSError(f"{path}: more than 20 levels of _BASE_: is there a cycle?")
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise NATSError(f"{path}: not a config: expected KEY: VALUE lines")
+    base = content.get("_BASE_")
+    if base is None:
+        return
+    if not isinstance(base, str):
+        raise NATSError(f"{path}: _BASE_ must be the path of one config")
+    base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+    if os.path.exists(base) and not os.path.isfile(base):
+        raise NATSError(f"{path}: _BASE_ {base} is not a file")  # a pipe would block the reader
+    _check_bases(base, depth + 1)
+
+
+def _merge(name: str, merge) -> None:
+    try:
+        merge()
+    except Exception as error:  # Python's parser raises MemoryError for a value like "------…1"
+        reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())[:300]
+        unknown = reason.removeprefix("Non-existent key: ")
+        if unknown != reason:
+            near = difflib.get_close_matches(unknown, flat(load_config("")), 3, 0.75)
+            reason += f", did you mean {' or '.join(near)}?" if near else ""
+        raise NATSError(f"{name}: {reason}") from None
