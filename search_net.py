@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Search which dilation each channel group of a detector's backbone should use."""
 
-from detectron2_nats.commands.search import run
+from nats_commands import main
 
 if __name__ == "__main__":
-    run()
+    main("search")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train or evaluate a detector: a plain one, or one with a searched backbone."""
 
-from detectron2_nats.commands.train import run
+from nats_commands import main
 
 if __name__ == "__main__":
-    run()
+    main("train")

@@ -1,8 +1,4 @@
-"""Make an architecture without a search: dilations at random, one everywhere, or in turns.
-
-A wider field alone may be what a detector lacks: try this before a search, and compare a search
-with it. The drawn network has the plain one's parameters, and takes the same weights.
-"""
+"""Write an architecture that needs no search, and its plain config."""
 
 import argparse
 import os
@@ -18,34 +14,7 @@ from ..look.networks import build_network
 from ..method.architecture import Architecture
 from ..method.search_space import PAPER_SETS, STAGES, Dilation, SearchSpace, check_dilation
 from ..method.stages import conv3x3_layers
-from .cli import run_tool, tool_parser, write
-
-EPILOG = """
-examples:
-  each channel group draws its dilation, here among those that were measured; train the result:
-    $ %(prog)s --config-file configs/quickstart/registers.yaml --random \
-        --dilations 1x1,3x3,5x5,1x5,5x1 --output output/drawn
-    $ nats-train --config-file output/drawn/retrain.yaml
-  half of the groups stay as they are; another draw:
-    $ %(prog)s --config-file configs/quickstart/bars.yaml --random --plain 0.5 --seed 1 \\
-        --output output/drawn
-  long objects: one dilation in every conv, height x width, here along the width:
-    $ %(prog)s --config-file configs/quickstart/bars.yaml --uniform 1x5 --output output/wide
-  neighbouring channels take turns (as in PSConv); convs take turns over the depth (as in HDC):
-    $ %(prog)s --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
-        --cycle 1x1,2x2,1x1,4x4 --output output/cycle
-    $ %(prog)s --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
-        --sawtooth 1x1,2x2,3x3 --stages res4 res5 --output output/sawtooth
-  for a network of torchvision or timm; Detectron2 is not needed:
-    $ %(prog)s --network torchvision:resnet50 --uniform 2x2 --output output/resnet50
-  any convs of any network, by patterns of their paths in it:
-    $ %(prog)s --network torchvision:mobilenet_v3_large --convs 'features.1?.*' \\
-        --uniform 1x3 --output output/mobilenet
-
-Writes architecture.yaml, and with --config-file retrain.yaml, a plain config of full length.
-The config may be a detector's or its search's; of a search, SEARCH.RETRAIN_CONFIG is written.
-KEY VALUE pairs change it. Stages that the detector does not build, or does not train, are left out.
-"""
+from .cli import write
 
 
 def main(args: argparse.Namespace) -> None:
@@ -176,84 +145,3 @@ def _write_config(base: Any, architecture: Architecture, args: argparse.Namespac
     path = os.path.join(args.output, "retrain.yaml")
     write(path, lambda: write_config(cfg, path))
     return path
-
-
-# -- arguments ------------------------------------------------------------------------------------
-
-
-def _dilation(text: str) -> Dilation:
-    match = re.fullmatch(r"(\d{1,3})x(\d{1,3})", text)
-    try:
-        return check_dilation([int(match[1]), int(match[2])])
-    except (NATSError, TypeError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected height x width, each 1 to 64, like 1x5"
-        ) from None
-
-
-def _dilations(text: str) -> List[Dilation]:
-    return [_dilation(part) for part in text.split(",")]
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 0")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a share, 0 to 1")
-    return share
-
-
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
-    of = parser.add_mutually_exclusive_group(required=True)
-    of.add_argument("--config-file", default="", help="a detector's config: a path or a zoo name")
-    of.add_argument(
-        "--network", default="", metavar="LIBRARY:NAME", help="of torchvision or timm, instead"
-    )
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--random", action="store_true", help="each channel group draws its dilation")
-    how.add_argument("--uniform", type=_dilation, metavar="HxW", help="one dilation in every conv")
-    how.add_argument(
-        "--cycle", type=_dilations, metavar="HxW,HxW,…", help="neighbouring channels take turns"
-    )
-    how.add_argument(
-        "--sawtooth", type=_dilations, metavar="HxW,HxW,…", help="one per conv, in turns over depth"
-    )
-    parser.add_argument("--seed", type=_seed, default=0, help="of --random (%(default)s)")
-    parser.add_argument(
-        "--dilations",
-        type=_dilations,
-        default=[],
-        metavar="HxW,HxW,…",
-        help="from which --random draws, 1x1 first (default: those of MODEL.NATS.SPACE)",
-    )
-    parser.add_argument(
-        "--plain", type=_share, default=0.0, metavar="SHARE", help="of --random's groups stay 1x1"
-    )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--stages",
-        nargs="+",
-        choices=["res2", "res3", "res4", "res5"],
-        help="to change (default: MODEL.NATS.STAGES; of a --network res3 res4 res5)",
-    )
-    where.add_argument(
-        "--convs",
-        nargs="+",
-        metavar="PATTERN",
-        help="instead, any convs: patterns of their paths in the network or the config's backbone",
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="change the config; last"
-    )
-    run_tool(main, parser.parse_args())

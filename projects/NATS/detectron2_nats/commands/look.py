@@ -1,13 +1,9 @@
-"""How far does a detector see, how large are its objects, and what should be tried first?
-
-Prints both, a verdict by the rule of the measured cases, and the next command. Minutes at most, and
-nothing is trained. Height and width are apart, because objects may be long in one direction.
-"""
+"""Measure how far a detector sees and how large its objects are; say what to try first."""
 
 import argparse
 import os
 import shlex
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -27,32 +23,14 @@ from ..look.objects import (
 from ..look.receptive_field import SIDES
 from ..look.rule import Look, look
 from ..method.stages import residual_stages
-from .cli import run_tool, tool_parser, whole_number, write
-
-EPILOG = """
-examples:
-  a detector: config and weights, with the objects of its DATASETS.TEST:
-    $ %(prog)s configs/quickstart/bars.yaml nats://embedded_r50.pth --output output/look
-  your own data, on images as large as the network will get them:
-    $ %(prog)s configs/examples/own_data_retrain.yaml path/to/R-50-half.pkl \\
-        --annotations val.json --images images --output output/look INPUT.MIN_SIZE_TEST 240
-  a network of torchvision or timm; Detectron2 is not needed:
-    $ %(prog)s --network torchvision:resnet50 --weights resnet50.pth \\
-        --annotations val.json --images images --size 800
-  how far parts of it see, on noise:
-    $ %(prog)s --network torchvision:resnet50 --levels layer2 layer3.5
-
-A level's field is the central rectangle that holds 90 percent of what its output depends on. It is
-that of the given weights: networks with weights drawn at random may see more or less. Without
-WEIGHTS, the config's MODEL.WEIGHTS are taken. KEY VALUE pairs change the config. The verdict is on
-the level that sees furthest. With --output, look.png shows fields and objects to scale.
-"""
+from .cli import write
 
 _NOISE = 256
 """Side of the noise that is looked at where no images are given."""
 
 
 def main(args: argparse.Namespace) -> None:
+    args.config, args.weights, args.rest = _words(args)
     if bool(args.annotations) != bool(args.images):
         raise NATSError("--annotations and --images go together: give both")
     if bool(args.network) == bool(args.config):
@@ -83,10 +61,21 @@ def main(args: argparse.Namespace) -> None:
         print(f"\nnext: {next_step(args, draw)}")
 
 
+def _words(args: argparse.Namespace) -> Tuple[str, str, List[str]]:
+    """CONFIG [WEIGHTS] [KEY VALUE ...] → the three. Pairs are even, so the count tells."""
+    words = args.words
+    if args.network or not words:
+        return "", args.file, words
+    if args.file:
+        raise NATSError("--weights is for --network; a detector's come after CONFIG")
+    weights = words[1] if len(words) % 2 == 0 else ""
+    return words[0], weights, words[2 if weights else 1 :]
+
+
 def _network(args: argparse.Namespace):
     """The network, the size of its input, and how images are normalised."""
-    if args.rest or args.dataset:
-        raise NATSError(f"{(args.rest or ['--dataset'])[0]}: needs CONFIG, not --network")
+    if args.rest:
+        raise NATSError(f"{args.rest[0]}: needs CONFIG, not --network")
     network = build_network(args.network)
     if args.weights:
         share = load_weights(network, args.weights)
@@ -109,7 +98,7 @@ def _detector(args: argparse.Namespace, given: Sequence[Record]):
     if detector.untrained:
         names = ", ".join(dict.fromkeys(n.split(".")[1] for n in detector.untrained))
         print(f"The weights hold nothing for the backbone's {names}: drawn at random.\n")
-    records = given or detector.records(args.dataset)
+    records = given or detector.records()
     return detector.backbone, detector.size, detector.normalisation, records
 
 
@@ -121,7 +110,7 @@ def _draw(folder: str, found: Look, records: Sequence[Record], size: InputSize) 
     figure = plot_look(found, image_on_input(record, size), boxes_on_input([record], size))
     path = os.path.join(folder, "look.png")
     print()
-    write(path, lambda: pictures.save(figure, folder, "look", ["png"]))
+    write(path, lambda: pictures.save(figure, folder, "look"))
 
 
 def _where(network: nn.Module) -> List[str]:
@@ -146,49 +135,3 @@ def next_step(args: argparse.Namespace, draw: Sequence[str]) -> str:
     if draw:
         return shlex.join(["nats-draw", *config, *draw, "--output", "output/drawn", *args.rest])
     return f"train the plain detector, {shlex.join(['nats-train', *config, *args.rest])}"
-
-
-def _split(words: List[str]) -> Tuple[str, str, List[str]]:
-    """CONFIG [WEIGHTS] [KEY VALUE ...] → the three. Pairs are even, so the count tells."""
-    if not words:
-        return "", "", []
-    weights = words[1] if len(words) % 2 == 0 else ""
-    return words[0], weights, words[2 if weights else 1 :]
-
-
-def run(prog: Optional[str] = None) -> None:
-    """The command; `prog` is its name in the help."""
-    parser = tool_parser(__doc__, EPILOG, prog)
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="CONFIG [WEIGHTS] [KEY VALUE ...]",
-        help="of a detector: config (a path or a zoo name), weights, changes of the config",
-    )
-    parser.add_argument("--dataset", default="", help="a registered one (DATASETS.TEST)")
-    parser.add_argument("--annotations", metavar="JSON", help="the objects, in COCO's format")
-    parser.add_argument("--images", metavar="FOLDER", help="of the annotations' images")
-    parser.add_argument(
-        "--network", default="", metavar="LIBRARY:NAME", help="of torchvision or timm, instead"
-    )
-    parser.add_argument(
-        "--weights", dest="file", default="", metavar="FILE", help="of --network: a state dict"
-    )
-    parser.add_argument(
-        "--size",
-        type=whole_number(4096),
-        default=800,
-        help="of --network: shorter side of its input, px (%(default)s); the longer one is at most "
-        "1333 / 800 of it",
-    )
-    parser.add_argument(
-        "--levels", nargs="+", default=[], metavar="PART", help="parts of the network to look at"
-    )
-    parser.add_argument("--output", metavar="FOLDER", help="also draw look.png there")
-    args = parser.parse_intermixed_args()
-    args.config, args.weights, args.rest = ("", args.file, args.words)
-    if not args.network:
-        if args.file:
-            parser.error("--weights is for --network; a detector's come after CONFIG")
-        args.config, args.weights, args.rest = _split(args.words)
-    run_tool(main, args)

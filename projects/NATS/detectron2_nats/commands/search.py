@@ -8,40 +8,24 @@ from typing import Optional
 
 from tabulate import tabulate
 
+import nats_commands
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
+from ..config import load_config
 from ..data.registry import check_datasets
 from ..engine.determinism import preserved_random_states
 from ..engine.loader import dataset_dicts
+from ..engine.processes import run_in_processes
 from ..errors import NATSError, one_line
 from ..search.folder import SearchFolder
 from ..search.score import candidates, field_verdict, one_shot_score, scoring_batches, some_of
 from ..search.trainer import SearchTrainer
 from ..show.history import read_history
-from .train import run_script, setup, train_or_evaluate
+from .train import setup, train_or_evaluate
 
 logger = logging.getLogger(__name__)
-
-EPILOG = """
-examples:
-  search on the embedded data set, on one CPU or GPU:
-    $ %(prog)s --config-file configs/quickstart/search.yaml
-  the paper's search, eight GPUs of one machine:
-    $ %(prog)s --num-gpus 8 --config-file configs/search/faster_rcnn_R_50_FPN.yaml
-  resume after a kill:
-    $ %(prog)s --num-gpus 8 --config-file ... --resume
-  the same with torchrun:
-    $ torchrun --nproc-per-node 8 -m detectron2_nats.commands.search --config-file ...
-  change settings:
-    $ %(prog)s --config-file ... MODEL.NATS.NUM_GROUPS 8 SEARCH.ALPHA_LR 0.02
-
-The search writes checkpoints, architecture.yaml (the result) and retrain.yaml (a plain config for
-nats-train) to OUTPUT_DIR. With MODEL.DEVICE cpu, --num-gpus 2 starts two processes on the CPU.
-exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume), 1 failed.
-"""
-
 
 _DRAWS = 6
 """Random architectures that a search's end scores. In the measured cases the verdict on six was
@@ -125,7 +109,8 @@ class _ReportingTrainer(SearchTrainer):
             get_event_storage().put_image(f"alpha/{name}", pictures.as_image(figure))
 
 
-def main(cfg: CfgNode, args: argparse.Namespace) -> None:
+def search(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """In each process: search, resume or evaluate."""
     setup(cfg, args)
     if not args.eval_only:
         if not cfg.DATASETS.CALIBRATION:
@@ -134,9 +119,10 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> None:
     train_or_evaluate(_ReportingTrainer, cfg, args)
 
 
+def main(args: argparse.Namespace) -> None:
+    run_in_processes(search, load_config(args.config_file, args.opts), args)
+
+
 def run() -> None:
-    run_script(main, "nats-search", __doc__, EPILOG)
-
-
-if __name__ == "__main__":  # for torchrun
-    run()
+    """The command, with its words in `sys.argv`."""
+    nats_commands.main("search")

@@ -8,8 +8,9 @@ from typing import Iterator, Type
 
 import torch
 
+import nats_commands
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
@@ -26,28 +27,12 @@ from ..data.registry import (
 from ..engine.checkpoint import SafeCheckpointer
 from ..engine.evaluation import check_evaluator
 from ..engine.lock import lock_folder
-from ..engine.processes import Main, run_in_processes, why_no_cuda
+from ..engine.processes import run_in_processes, why_no_cuda
 from ..engine.resumable import ResumableTrainer
 from ..errors import NATSError
 from ..files import read_bounded, write_atomically
-from .cli import exit_on_bad_input
 
 logger = logging.getLogger(__name__)
-
-EPILOG = """
-examples:
-  retrain the result of a search:
-    $ %(prog)s --num-gpus 8 --config-file output/search/retrain.yaml
-  train the plain detector, to compare:
-    $ %(prog)s --num-gpus 8 --config-file configs/retrain/faster_rcnn_R_50_FPN.yaml
-  resume after a kill; evaluate only:
-    $ %(prog)s --config-file ... --resume
-    $ %(prog)s --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
-
---config-file takes any YAML config of Detectron2, or the name of one in its model zoo. With
-MODEL.DEVICE cpu, --num-gpus 2 starts two processes on the CPU.
-exit status: 0 done, 2 bad input, 75 stopped on request (continue with --resume), 1 failed.
-"""
 
 
 def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -121,7 +106,8 @@ def train_or_evaluate(
     return trainer.train()
 
 
-def main(cfg: CfgNode, args: argparse.Namespace) -> None:
+def train(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """In each process: train, resume or evaluate."""
     if cfg.MODEL.BACKBONE.NAME == "build_nats_backbone" and not cfg.MODEL.NATS.ARCHITECTURE:
         raise NATSError(
             f"{args.config_file or 'the config'} describes a search, whose α would be trained like "
@@ -131,21 +117,10 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> None:
     train_or_evaluate(ResumableTrainer, cfg, args)
 
 
-def run_script(main: Main, name: str, description: str, epilog: str) -> None:
-    """Parse the command line, read the config, and call ``main(cfg, args)`` in each process."""
-    parser = default_argument_parser(epilog=epilog)
-    parser.description, parser.prog = description, name
-    args = parser.parse_args()
-    if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
-        args.dist_url = "auto"
-    with exit_on_bad_input():
-        cfg = load_config(args.config_file, args.opts)
-    run_in_processes(main, cfg, args)
+def main(args: argparse.Namespace) -> None:
+    run_in_processes(train, load_config(args.config_file, args.opts), args)
 
 
 def run() -> None:
-    run_script(main, "nats-train", __doc__, EPILOG)
-
-
-if __name__ == "__main__":  # for torchrun
-    run()
+    """The command, with its words in `sys.argv`."""
+    nats_commands.main("train")

@@ -40,8 +40,14 @@ class Extent:
     width: int
     cut: bool = False
 
+    @property
+    def sides(self) -> Tuple[str, str]:
+        """Height and width as text."""
+        bound = "over " if self.cut else ""
+        return f"{bound}{self.height}", f"{bound}{self.width}"
+
     def __str__(self) -> str:
-        return f"{'over ' if self.cut else ''}{self.height} × {self.width}"
+        return f"{self.sides[0]} × {self.width}"
 
 
 def effective_receptive_fields(

@@ -1,11 +1,10 @@
 """Does a detector see as far as its objects are large? What to do is read off both, by a rule.
 
-The rule is that of the measured cases: bars, blood cells, car parts, lines of text on receipts, and
-columns of registers. It needs no training, and no Detectron2.
+The rule is that of the measured cases (study/README.md). It needs no training, and no Detectron2.
 """
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -18,44 +17,27 @@ from .receptive_field import Extent, field_extents
 # An object's size is compared with the field in the direction in which it exceeds it most. For a
 # square field this is its longer side.
 SEEN_WHOLE = 1.0
-"""Up to this median, random dilations lost AP: 3 on short bars (0.7 times the field), 5 on blood
-cells with a whole detector (less than 0.3)."""
+"""Up to this median, random dilations lost AP."""
 
 PAYS = 2.0
-"""Above this median they gained, 4 to 41 AP: bars of both directions (2.4 times the field), car
-parts at 160 px (2.3) and 320 px (4.7), columns of registers (5.6). Between, on blood cells cut
-after res3 (1.7) and res2 (1.8), they gained nothing beyond chance; 11 on lines of text (1.2)."""
+"""Above this median they gained. Between, they gained nothing beyond chance."""
 
-# The next three by the measured data sets (boxes of all splits):
-#                              longer / shorter side        long   of these, in the
-#                              10 %   half   90 %                  same direction
-#   a direction pays:
-#     bars                     4.1    5.5    7.3            100 %  100 %
-#     columns of registers     3      12     27              88 %  100 %
-#     lines of text, receipts  1.4    3.2    10              53 %  100 %
-#   it does not:
-#     car parts                1.2    1.7    3.6             20 %   98 %
-#     blood cells              1.0    1.1    1.4              0 %
-# So the share's bound may lie anywhere from 20 to 53 %. Nothing of both directions was measured.
 LONG = 3.0
 """An object this many times as long as wide is long."""
 
 MOSTLY_LONG = 0.5
-"""Share of the objects that are long where a direction is recommended."""
+"""Share of the objects that are long where a direction is recommended. Of the sets on which one
+paid, half and more are long; of the others, a fifth at most."""
 
 SAME_DIRECTION = 0.8
 """Share of the long ones that lie in one direction; chosen, not measured."""
 
 REACH = 5
-"""The dilation that is recommended along the long side: (1, 5) gained 13 AP on receipts, (5, 1) 42
-on registers; across it they lost 12 and gained 2 (docs/results/registers.md). No other reach was
-tried there."""
-
+"""The dilation that is recommended along the long side. No other was tried."""
 
 DRAWN = "1x1,3x3,5x5,1x5,5x1"
-"""From which random dilations were drawn on car parts and columns of registers. From the paper's
-set C, up to (3, 3) in res3, they gained no more on car parts than longer training did
-(docs/results/tried.md)."""
+"""From which random dilations were drawn. The paper's set C does not reach as far, and gained less
+where it was tried."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +46,24 @@ class Objects:
 
     Args:
         boxes: (N, 4), x0 y0 x1 y1.
+
+    Raises:
+        NATSError: of another shape, none, or one without a size.
     """
 
     boxes: np.ndarray
+
+    def __post_init__(self):
+        boxes = np.asarray(self.boxes, dtype=float)
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or not len(boxes):
+            raise NATSError(
+                f"boxes of shape {boxes.shape}: expected (N, 4), x0 y0 x1 y1, at least one"
+            )
+        if not np.isfinite(boxes).all() or (boxes[:, 2:] <= boxes[:, :2]).any():
+            raise NATSError(
+                "boxes: expected x0 y0 x1 y1 with x0 < x1 and y0 < y1: some have no size"
+            )
+        object.__setattr__(self, "boxes", boxes)
 
     @property
     def heights(self) -> np.ndarray:
@@ -85,16 +82,6 @@ class Objects:
     def aspects(self) -> np.ndarray:
         """How many times as long as wide: the longer side over the shorter."""
         return self.longer / np.minimum(self.heights, self.widths)
-
-    @property
-    def wider(self) -> float:
-        """Share of those wider than tall."""
-        return float((self.widths > self.heights).mean())
-
-    @property
-    def taller(self) -> float:
-        """Share of those taller than wide."""
-        return float((self.heights > self.widths).mean())
 
     def times(self, extent: Extent) -> np.ndarray:
         """(N,): each object's size over the field's, where it exceeds it most."""
@@ -130,18 +117,10 @@ class Look:
     objects: Optional[Objects] = None
     verdict: Optional[Verdict] = field(default=None)
 
-    @property
-    def largest(self) -> str:
-        """The level that sees furthest."""
-        return furthest(self.levels)
-
     def report(self) -> str:
         """The tables, and the verdict in one sentence."""
-        rows = [
-            (n, f"{'over ' if e.cut else ''}{e.height}", f"{'over ' if e.cut else ''}{e.width}")
-            for n, e in self.levels.items()
-        ]
-        text = _table(rows, ["level sees, px", "height", "width"])
+        rows = [(name, *extent.sides) for name, extent in self.levels.items()]
+        text = _table(rows, "level sees, px", "height", "width")
         if self.objects is None:
             return text
         objects = self.objects
@@ -154,12 +133,12 @@ class Look:
                 ("longer / shorter side", objects.aspects, 1),
             )
         ]
-        text += "\n\n" + _table(rows, ["objects on the input, px", "10 %", "half", "90 %"])
-        text += (
-            f"\n\n{len(objects.boxes)} objects; {objects.wider:.0%} are wider than tall, "
-            f"{objects.taller:.0%} taller than wide."
+        wider, taller = objects.widths > objects.heights, objects.heights > objects.widths
+        return (
+            f"{text}\n\n{_table(rows, 'objects on the input, px', '10 %', 'half', '90 %')}\n\n"
+            f"{len(objects.boxes)} objects; {wider.mean():.0%} are wider than tall, "
+            f"{taller.mean():.0%} taller than wide.\n\n{self.verdict.sentence}"
         )
-        return f"{text}\n\n{self.verdict.sentence}"
 
 
 def furthest(levels: Mapping[str, Extent]) -> str:
@@ -185,22 +164,13 @@ def look(
             it returns, or of a classifier the residual stages.
 
     Raises:
-        NATSError: see :func:`.receptive_field.field_extents`; or the boxes are malformed.
+        NATSError: see :func:`.receptive_field.field_extents` and :class:`Objects`.
     """
+    objects = None if boxes is None else Objects(boxes)
     extents = field_extents(network, images, levels)
-    if boxes is None:
+    if objects is None:
         return Look(extents)
-    objects = Objects(_checked(boxes))
     return Look(extents, objects, verdict(objects, extents[furthest(extents)]))
-
-
-def _checked(boxes: np.ndarray) -> np.ndarray:
-    boxes = np.asarray(boxes, dtype=float)
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or not len(boxes):
-        raise NATSError(f"boxes of shape {boxes.shape}: expected (N, 4), x0 y0 x1 y1, at least one")
-    if not np.isfinite(boxes).all() or (boxes[:, 2:] <= boxes[:, :2]).any():
-        raise NATSError("boxes: expected x0 y0 x1 y1 with x0 < x1 and y0 < y1: some have no size")
-    return boxes
 
 
 def verdict(objects: Objects, extent: Extent) -> Verdict:
@@ -209,60 +179,55 @@ def verdict(objects: Objects, extent: Extent) -> Verdict:
     Args:
         extent: of the level that sees furthest.
     """
-    times = float(np.median(objects.times(extent)))
     direction = _direction(objects, extent)
     if direction:
-        is_wide = direction == "width"
-        dilation = f"1x{REACH}" if is_wide else f"{REACH}x1"
-        size = np.median(objects.widths if is_wide else objects.heights)
+        side, dilation, sizes = direction
         return Verdict(
             "elongated",
-            f"Elongated: half of the objects are {size:.0f} px {'wide' if is_wide else 'tall'} or "
-            f"more, {np.median(objects.aspects):.1f} times as long as wide, and the detector sees "
-            f"{extent} px: take dilations in that direction, {dilation}; in both such cases that "
-            "were measured on real images, they gained AP, 13 on lines of text and 42 on "
-            "columns of tables.",
+            f"Elongated: half of the objects are {np.median(sizes):.0f} px {side} or more, "
+            f"{np.median(objects.aspects):.1f} times as long as wide, and the detector sees "
+            f"{extent} px: take dilations in that direction, {dilation}. Where this was so, they "
+            "gained AP.",
             ("--uniform", dilation),
         )
+    times = float(np.median(objects.times(extent)))
+    than = f"times as large as what the detector sees ({extent} px)"
     if times <= SEEN_WHOLE:
         return Verdict(
             "whole",
-            f"Seen whole: half of the objects are at most {times:.2g} times as large as what the "
-            f"detector sees ({extent} px): in both such cases that were measured, random dilations "
-            "lost AP, 3 and 5.",
+            f"Seen whole: half of the objects are at most {times:.2g} {than}. Where this was so, "
+            "random dilations lost AP.",
         )
     if times > PAYS:
         return Verdict(
             "larger",
-            f"Larger: half of the objects are more than {times:.2g} times as large as what the "
-            f"detector sees ({extent} px): in all five such cases that were measured, random "
-            "dilations gained AP, 4 to 41.",
+            f"Larger: half of the objects are more than {times:.2g} {than}. Where this was so, "
+            "random dilations gained AP.",
             ("--random", "--dilations", DRAWN),
         )
     return Verdict(
         "between",
-        f"Between: half of the objects are more than {times:.2g} times as large as what the "
-        f"detector sees ({extent} px): in both such cases that were measured, of objects "
-        "that are not elongated, random dilations gained nothing beyond chance.",
+        f"Between: half of the objects are more than {times:.2g} {than}. Where this was so, random "
+        "dilations gained nothing beyond chance.",
     )
 
 
-def _direction(objects: Objects, extent: Extent) -> str:
-    """ "width" or "height", along which most objects are long and exceed the field; else ""."""
+def _direction(objects: Objects, extent: Extent) -> Optional[Tuple[str, str, np.ndarray]]:
+    """Along which side most objects are long and exceed the field: the word for it, the dilation,
+    and the objects' lengths; None if along neither."""
     long = objects.aspects >= LONG
     if long.mean() < MOSTLY_LONG:
-        return ""
-    lying = objects.widths[long] > objects.heights[long]
-    sides: Dict[str, List] = {
-        "width": [lying.mean(), objects.widths[long], extent.width],
-        "height": [1 - lying.mean(), objects.heights[long], extent.height],
-    }
-    for name, (share, lengths, seen) in sides.items():
-        if share >= SAME_DIRECTION and np.median(lengths) > seen:
-            return name
-    return ""
+        return None
+    is_wide = objects.widths[long] > objects.heights[long]
+    for share, word, dilation, sizes, seen in (
+        (is_wide.mean(), "wide", f"1x{REACH}", objects.widths, extent.width),
+        (1 - is_wide.mean(), "tall", f"{REACH}x1", objects.heights, extent.height),
+    ):
+        if share >= SAME_DIRECTION and np.median(sizes[long]) > seen:
+            return word, dilation, sizes
+    return None
 
 
-def _table(rows: List, headers: List[str]) -> str:
+def _table(rows: Sequence[Sequence[str]], *headers: str) -> str:
     align = ["left", *["right"] * (len(headers) - 1)]
     return tabulate(rows, headers, disable_numparse=True, colalign=align)

@@ -1,7 +1,9 @@
-"""The history of α, as a search logs it."""
+"""What a run has logged: the history of α, and its last evaluation."""
 
 import json
 import math
+import os
+import re
 from typing import Any, Dict, Mapping
 
 from ..errors import NATSError
@@ -55,3 +57,15 @@ def _overall_intensity(values: Mapping[str, float]) -> Dict[Dilation, float]:
             dilation = tuple(int(d) for d in name.split("x"))
             sums[dilation] = sums.get(dilation, 0.0) + share
     return {dilation: total / len(layers) for dilation, total in sums.items()}
+
+
+def last_metrics(path: str) -> str:
+    """The last evaluation in a run's ``metrics.json``, as text; nothing if there is none."""
+    last: Dict[str, float] = {}
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if "/AP" in line:
+                    last = json.loads(line)
+    found = [f"{key} {value:.1f}" for key, value in last.items() if re.search(r"/AP\d*$", key)]
+    return ", ".join(found)

@@ -1,10 +1,10 @@
-"""Pictures: an architecture, α's history, effective receptive fields, detections, a study.
+"""Pictures: an architecture, α's history, detections.
 
 Each function draws a matplotlib figure and returns it. Nothing is shown on a screen.
 """
 
 import os
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Mapping, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -204,55 +204,12 @@ def plot_detections(
     return figure
 
 
-# -- studies -------------------------------------------------------------------------------------
-
-
-def plot_study(ap: Mapping[str, Sequence[float]], title: str = "") -> Figure:
-    """AP of each method: a point per seed, a line per seed, and the mean as a bar.
-
-    Args:
-        ap: method → AP of each seed; the same seeds for all methods.
-    """
-    figure = _figure(1.6 + 1.1 * len(ap), 4.2, title)
-    axes = figure.subplots()
-    values = np.asarray(list(ap.values()))  # (methods, seeds)
-    places = np.arange(len(ap))
-    axes.plot(places, values, color="#9e9e9e", linewidth=0.8, marker="o", markersize=4, zorder=1)
-    means = values.mean(axis=1)
-    axes.hlines(means, places - 0.3, places + 0.3, color="#08519c", linewidth=2.5, zorder=2)
-    for place, mean in zip(places, means):
-        axes.annotate(
-            f"{mean:.1f}",
-            (place + 0.32, mean),
-            va="center",
-            fontsize=9,
-            color="#08519c",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
-        )
-    axes.set_xticks(places, list(ap))
-    axes.set_xlim(-0.5, len(ap) - 0.2)
-    axes.set_ylabel("AP (a line joins the runs of one seed)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
 # -- output ------------------------------------------------------------------------------------
 
 
-def as_image(figure: Figure) -> np.ndarray:
-    """A figure as (3, H, W) uint8, for TensorBoard."""
-    figure.set_dpi(100)
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].transpose(2, 0, 1).copy()
-
-
-def save(figure: Figure, folder: str, name: str, formats: Sequence[str]) -> List[str]:
-    """Write FOLDER/NAME.FORMAT for each format, such as "png"; returns the paths."""
+def save(figure: Figure, folder: str, name: str) -> str:
+    """Write FOLDER/NAME.png; returns its path."""
     os.makedirs(folder, exist_ok=True)
-    paths = []
-    for suffix in formats:
-        path = os.path.join(folder, f"{name}.{suffix}")
-        figure.savefig(path, dpi=150)
-        paths.append(path)
-    return paths
+    path = os.path.join(folder, f"{name}.png")
+    figure.savefig(path, dpi=150)
+    return path
