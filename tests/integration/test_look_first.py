@@ -1,4 +1,4 @@
-"""nats-look on drawn bars, whose right answer is known; and without Detectron2."""
+"""nats-look on drawn bars and real photographs; and without Detectron2."""
 
 import json
 import os
@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from calls import call
 from test_wheel import RUN, WITHOUT_DETECTRON2
-
-from detectron2_nats.commands import look
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,14 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
         ("short", "Seen whole: ", "train the plain detector, nats-train %s"),
     ],
 )
-def test_bars(tmp_path, monkeypatch, capsys, bars, verdict, following):
+def test_bars(tmp_path, monkeypatch, bars, verdict, following):
     monkeypatch.chdir(ROOT)
     config = "configs/quickstart/bars.yaml"
-    words = ["nats-look", config, "nats://embedded_r50.pth", "--dataset", f"nats_bars_{bars}_val"]
-    words += ["--output", str(tmp_path), "MODEL.DEVICE", "cpu"]
-    monkeypatch.setattr("sys.argv", words)
-    look.run()
-    printed = capsys.readouterr().out
+    data = ["DATASETS.TEST", f"('nats_bars_{bars}_val',)", "MODEL.DEVICE", "cpu"]
+    printed = call("nats-look", config, "nats://embedded_r50.pth", "--output", tmp_path, *data)
     height, width = re.search(r"\nres3 +(\d+) +(\d+)\n", printed).groups()
     assert 37 <= int(height) <= 45 and 37 <= int(width) <= 45  # a few images decide on the rest
     assert re.search(rf"\n{verdict}", printed)
@@ -48,31 +44,29 @@ def test_bars(tmp_path, monkeypatch, capsys, bars, verdict, following):
 
 @pytest.mark.parametrize(
     "config, verdict",
-    [("examples/own_data_retrain", "Seen whole: "), ("study/cut_res2", "Between: ")],
+    [
+        ("configs/examples/own_data_retrain.yaml", "Seen whole: "),
+        ("study/configs/cut_res2.yaml", "Between: "),
+    ],
 )
-def test_blood_cells(monkeypatch, capsys, config, verdict):
+def test_blood_cells(monkeypatch, config, verdict):
     data, weights = ROOT.parent / "shared/data/bccd", ROOT.parent / "shared/weights/R-50-half.pkl"
     if not data.is_dir() or not weights.is_file():
         pytest.skip("needs photographs that are not in the repository")
     monkeypatch.chdir(ROOT)
-    words = ["nats-look", f"configs/{config}.yaml", str(weights), "MODEL.DEVICE", "cpu"]
-    words += ["--annotations", str(data / "annotations/instances_val.json")]
-    monkeypatch.setattr("sys.argv", [*words, "--images", str(data / "images")])
-    look.run()
-    assert f"\n{verdict}" in capsys.readouterr().out
+    words = ["nats-look", config, weights, "--images", data / "images", "MODEL.DEVICE", "cpu"]
+    annotations = data / "annotations/instances_val.json"
+    assert f"\n{verdict}" in call(*words, "--annotations", annotations)
 
 
-def test_boxes_in_other_units_are_refused(tmp_path, monkeypatch, capsys):
+def test_boxes_in_other_units_are_refused(tmp_path):
     """They would give another verdict."""
     image = {"id": 1, "file_name": "1.png", "width": 40, "height": 30}
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [25, 12, 39, 29]}
     content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "cat"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    words = ["nats-look", "--network", "torchvision:resnet18", "--images", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [*words, "--annotations", str(tmp_path / "a.json")])
-    with pytest.raises(SystemExit, match="2"):
-        look.run()
-    assert "It looks like x1 y1 x2 y2" in capsys.readouterr().err
+    words = ["nats-look", "--network", "torchvision:resnet18", "--images", tmp_path]
+    assert "x1 y1 x2 y2" in call(*words, "--annotations", tmp_path / "a.json", status=2)
 
 
 def test_without_detectron2(tmp_path):

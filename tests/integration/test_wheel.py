@@ -13,19 +13,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = [
-    "analyze",
-    "draw",
-    "export",
-    "import",
-    "look",
-    "plot",
-    "report",
-    "score",
-    "search",
-    "study",
-    "train",
-]
+COMMANDS = ["draw", "export", "look", "search", "show", "train"]
 
 WITHOUT_DETECTRON2 = """
 import sys
@@ -62,7 +50,7 @@ with pytest.raises(AttributeError, match="no attribute 'nothing'"):
 
 RUN = """
 import json, sys
-from detectron2_nats.commands.cli import main
+from nats_commands import main
 for name, *arguments in json.loads(sys.argv[1]):
     sys.argv = [f"/somewhere/bin/nats-{name}", *arguments]
     try:
@@ -103,22 +91,22 @@ def test_metadata(site):
     metadata = Parser().parsestr((info / "METADATA").read_text())
     assert metadata["Name"] == "detectron2-nats" and metadata["Requires-Python"] == ">=3.10"
     needed = {line.split(">")[0].split("=")[0] for line in metadata.get_all("Requires-Dist")}
-    drawing = {"matplotlib", "pillow", "tabulate", "Jinja2", "Markdown"}
-    assert needed == {"torch", "numpy", "scipy", "PyYAML", *drawing}
+    assert needed == {"torch", "numpy", "PyYAML", "matplotlib", "pillow", "tabulate"}
     assert metadata.get_payload().startswith("# detectron2-nats")
     scripts = configparser.ConfigParser()
     scripts.read(info / "entry_points.txt")
     names = [f"nats-{name}" for name in COMMANDS]
-    assert dict(scripts["console_scripts"]) == dict.fromkeys(
-        names, "detectron2_nats.commands.cli:main"
-    )
+    assert dict(scripts["console_scripts"]) == dict.fromkeys(names, "nats_commands:main")
     files = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     mine = {
         str(path.relative_to(REPOSITORY / "projects/NATS"))
-        for kind in ("*.py", "*.pth", "*.html", "*.yaml", "*.jpg", "*.json", "*LICENSE")
-        for path in (REPOSITORY / "projects/NATS/detectron2_nats").rglob(kind)
+        for kind in ("*.py", "*.pth", "*.yaml", "*.jpg", "*.json", "*LICENSE")
+        for package in ("detectron2_nats", "nats_commands")
+        for path in (REPOSITORY / "projects/NATS" / package).rglob(kind)
     }
-    assert mine == {name for name in files if name.startswith("detectron2_nats/")}
+    assert mine == {
+        name for name in files if name.startswith(("detectron2_nats/", "nats_commands/"))
+    }
 
 
 def test_the_method_without_detectron2(site, tmp_path):
@@ -126,20 +114,14 @@ def test_the_method_without_detectron2(site, tmp_path):
 
 
 def test_commands_without_detectron2(site, tmp_path):
-    """Files of other methods become architectures, and pictures; the others say what is missing."""
-    pattern = ", ".join(
-        '{"(0, 2)": %d}' % (64 * 2**stage)
-        for stage, blocks in enumerate((3, 4, 6, 3))
-        for _ in range(blocks)
-    )
-    (tmp_path / "pattern.json").write_text(f"[{pattern}]")
-    missing = ("search", "analyze", "export")
-    words = [["import", "pattern.json", "--output", "found.yaml"], ["plot", "found.yaml"]]
+    """Drawn networks, and pictures of architectures; the others say what is missing."""
+    missing = ("search", "train", "export")
+    network = ["--network", "torchvision:resnet18", "--uniform", "1x5", "--output", "drawn"]
+    words = [["draw", *network], ["show", "drawn/architecture.yaml"]]
     words += [[name, "found.yaml"] for name in missing]
     printed = python(site, tmp_path, WITHOUT_DETECTRON2 + RUN, json.dumps(words))
     wrote = [line for line in printed.splitlines() if line.startswith("wrote ")]
-    assert wrote == ["wrote found.yaml", "wrote pictures/architecture.png"]
-    assert len(printed.splitlines()) == 2 + 2 * len(missing)
+    assert wrote == ["wrote drawn/architecture.yaml", "wrote drawn/pictures/architecture.png"]
     for name in missing:
         message = f"error: nats-{name} needs detectron2, which is not installed here"
         assert f"{message}\n" in printed and f"{name}: 2\n" in printed

@@ -1,4 +1,4 @@
-"""What the pictures show; how they look is for eyes."""
+"""What nats-show counts, reads and draws; how pictures look is for eyes."""
 
 import json
 import math
@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import build_plain, image, random_architecture
+from oracles import build_plain, random_architecture
+from PIL import Image
+from torch import nn
 
-from detectron2_nats import Architecture, NATSError, apply_architecture
-from detectron2_nats.look.receptive_field import effective_receptive_fields
+from detectron2_nats import NATSError, apply_architecture
 from detectron2_nats.show import pictures
-from detectron2_nats.show.history import read_history
+from detectron2_nats.show.cost import backbone_cost, interleaved_seconds
+from detectron2_nats.show.history import last_metrics, read_history
 
 
 def line(iteration, entropy, votes):
@@ -21,6 +23,10 @@ def line(iteration, entropy, votes):
 def write(path, *lines, tail=""):
     path.write_text("".join(json.dumps(content) + "\n" for content in lines) + tail)
     return str(path)
+
+
+def read_picture(figure, folder):
+    return np.asarray(Image.open(pictures.save(figure, str(folder), "picture")).convert("RGB"))
 
 
 def test_history_the_last_of_an_iteration_wins(tmp_path):
@@ -39,13 +45,12 @@ def test_history_the_last_of_an_iteration_wins(tmp_path):
     assert history["entropy"] == [1.0, 0.8] and history["votes_changed"] == [0.0, 7.0]
     # mean over the layers; one that lacks a genotype gives it nothing
     assert history["intensity"] == {(1, 1): [0.75, 0.75], (5, 1): [0.25, 0.25]}
-    picture = pictures.as_image(pictures.plot_history(history))
-    assert picture.dtype == np.uint8 and picture.shape[0] == 3 and picture.std() > 10
+    assert read_picture(pictures.plot_history(history), tmp_path).std() > 10
 
 
 def test_history_of_one_line(tmp_path):
     path = write(tmp_path / "metrics.json", line(0, 1.0, 0.0) | {"intensity/res3.0.conv2/1x1": 1.0})
-    pictures.as_image(pictures.plot_history(read_history(path)))
+    assert read_picture(pictures.plot_history(read_history(path)), tmp_path).std() > 10
 
 
 def test_history_refuses(tmp_path):
@@ -83,28 +88,6 @@ def test_architecture_bars_add_up(name):
     assert all(math.isclose(height, 100) for height in heights.values())
 
 
-def test_receptive_fields_grow_with_dilation():
-    plain, dilated = build_plain("FPN").train(), build_plain("FPN")
-    convs = random_architecture("FPN", dilated).layers
-    wide = Architecture({n: [[sum(r[0] for r in runs), 1, 3]] for n, runs in convs.items()})
-    apply_architecture(dilated, wide)
-    modes = [module.training for module in plain.modules()]
-    state = {k: v.clone() for k, v in plain.state_dict().items()}
-    images = image(128, batch=2)
-    fields = [effective_receptive_fields(model, images) for model in (plain, dilated)]
-    assert list(fields[0]) == ["res2", "res3", "res4", "res5"]
-    assert all(math.isclose(f.sum(), 1, rel_tol=1e-4) for f in fields[0].values())
-    # what is not dilated sees the same; what is sees further, and only along the width
-    np.testing.assert_array_equal(fields[0]["res2"], fields[1]["res2"])
-    rows, columns = ([(f["res3"].sum(axis) > 0).sum() for f in fields] for axis in (1, 0))
-    assert rows[0] == rows[1] and columns[0] < columns[1]
-    # a look leaves no trace
-    assert [module.training for module in plain.modules()] == modes
-    assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
-    assert all(p.grad is None for p in plain.parameters())
-    assert not any(m._forward_hooks for m in plain.modules())
-
-
 def test_detections():
     images = [np.zeros((20, 30, 3), np.uint8), np.zeros((30, 20, 3), np.uint8)]
     found = [[([1, 2, 10, 12], 0, 0.9), ([5, 5, 9, 9], 7, 0.5)], []]
@@ -112,3 +95,50 @@ def test_detections():
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     some, none = ["disc 0.90", "7 0.50"], ["nothing detected"]
     assert texts == [some, none, none, some]
+
+
+def test_the_last_evaluation(tmp_path):
+    lines = [{"iteration": 9, "bbox/AP": 1.0}, {"iteration": 19, "bbox/AP": 12.34, "bbox/AP50": 30}]
+    path = write(tmp_path / "metrics.json", *lines, {"iteration": 29, "total_loss": 1.0})
+    assert last_metrics(path) == "bbox/AP 12.3, bbox/AP50 30.0"
+    assert last_metrics(str(tmp_path / "none.json")) == ""
+
+
+# -- cost -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["R18", "FPN", "ResNeXt", "DC5", "Lazy"])
+def test_a_searched_backbone_costs_what_the_plain_one_does(name):
+    plain, searched = build_plain(name), build_plain(name)
+    apply_architecture(searched, random_architecture(name, searched))
+    assert backbone_cost(plain, 64, 96) == backbone_cost(searched, 64, 96)
+
+
+class _TwoConvs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=True)
+
+    def forward(self, x):
+        return {"y": self.second(self.first(x))}
+
+
+def test_cost_by_hand_and_without_a_trace():
+    network = _TwoConvs()
+    network.first.eval()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    cost = backbone_cost(network, 8, 16)
+    assert cost["parameters"] == 3 * 4 * 9 + 4 * 8 * 9 + 8
+    assert cost["FLOPs"] == 8 * 16 * 3 * 4 * 9 + 4 * 8 * 4 * 8 * 9
+    assert cost["activations"] == 4 * 8 * 16 + 8 * 4 * 8
+    assert [m.training for m in network.modules()] == [True, False, True]
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_interleaved_seconds():
+    calls = []
+    functions = [lambda: calls.append("a"), lambda: calls.append("b")]
+    seconds = interleaved_seconds(functions, rounds=2, warm_up=1)
+    assert calls == ["a", "b"] * 3
+    assert [len(values) for values in seconds] == [2, 2]
