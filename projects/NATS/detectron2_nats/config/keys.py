@@ -1,6 +1,7 @@
 """Every config key of the project, with its default and meaning, and what its value must be."""
 
 import difflib
+import re
 from typing import Any, Dict
 
 from detectron2.config import CfgNode
@@ -109,6 +110,28 @@ def add_nats_config(cfg: CfgNode) -> None:
 # What a value must be, where that can be said without the model and the data.
 _RULES = (
     (
+        "MODEL.DEVICE",
+        lambda v: re.fullmatch(r"cpu|cuda(:\d+)?|mps", v),
+        "cpu, cuda, or one of several GPUs such as cuda:1",
+    ),
+    ("SOLVER.MAX_ITER", lambda v: v >= 1, "at least 1"),
+    ("SOLVER.BASE_LR", lambda v: v > 0, "above 0"),
+    (
+        "INPUT.RANDOM_FLIP",
+        lambda v: v in ("none", "horizontal", "vertical"),
+        "none, horizontal or vertical",
+    ),
+    (
+        "INPUT.MIN_SIZE_TRAIN_SAMPLING",
+        lambda v: v in ("choice", "range"),
+        "choice, or range with two sizes in INPUT.MIN_SIZE_TRAIN",
+    ),
+    (
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+        lambda v: v in ("value", "norm"),
+        "value or norm, of each parameter",
+    ),
+    (
         "SEARCH.ALPHA_START",
         lambda v: 0 <= v < 1,
         "a fraction of the search, at least 0 and below 1",
@@ -135,6 +158,11 @@ def check_config(cfg: CfgNode) -> None:
     for key, holds, expected in _RULES:
         if not holds(values[key]):
             raise NATSError(f"{key} {values[key]!r}: expected {expected}")
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(cfg.INPUT.MIN_SIZE_TRAIN) != 2:
+        raise NATSError(
+            f"INPUT.MIN_SIZE_TRAIN {cfg.INPUT.MIN_SIZE_TRAIN}: MIN_SIZE_TRAIN_SAMPLING range takes "
+            "two sizes, the least and the largest"
+        )
     _check_names(values)
 
 

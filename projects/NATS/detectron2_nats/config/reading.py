@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from typing import List
+from typing import Any, Dict, List
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -105,8 +105,16 @@ def _merge(name: str, merge) -> None:
         merge()
     except Exception as error:  # Python's parser raises MemoryError for a value like "------…1"
         reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())[:300]
-        unknown = reason.removeprefix("Non-existent key: ")
-        if unknown != reason:
-            near = difflib.get_close_matches(unknown, flat(load_config("")), 3, 0.75)
-            reason += f", did you mean {' or '.join(near)}?" if near else ""
+        unknown = re.fullmatch(r"Non-existent (?:config )?key: (.*)", reason)
+        if unknown:
+            reason = _unknown(unknown[1], flat(load_config("")))
         raise NATSError(f"{name}: {reason}") from None
+
+
+def _unknown(key: str, known: Dict[str, Any]) -> str:
+    """What is wrong with a key that Detectron2 does not know, and what was probably meant."""
+    if key in known:  # a dotted key in a file
+        nested = "".join(f"{part}: {{" for part in key.split(".")[:-1])
+        return f"write {key} nested, {nested}{key.split('.')[-1]}: …{'}' * key.count('.')}"
+    near = difflib.get_close_matches(key, known, 3, 0.75)
+    return f"there is no key {key}" + (f", did you mean {' or '.join(near)}?" if near else "")
