@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a searched detector to TorchScript, by tracing and scripting, and to ONNX.
+"""Export a searched detector to TorchScript, by tracing, and to ONNX.
 
 Each file is tested on an image of another size than it was made with, and compared with the
 detector. ONNX needs the packages of requirements-optional.txt. It uses torch's TorchScript exporter
@@ -15,11 +15,9 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from detectron2.export import TracingAdapter, scripting_with_instances
+from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import GeneralizedRCNN
-from detectron2.structures import Boxes
-from detectron2_nats.commands.cli import run_tool, tool_parser
 from detectron2_nats.config import load_config
 from detectron2_nats.engine.checkpoint import SafeCheckpointer
 
@@ -27,20 +25,10 @@ EPILOG = """
 example:
   $ python examples/export_detector.py --config-file output/search/retrain.yaml \\
       --weights output/search/retrain/model_final.pth --output output/exported
-This writes traced.ts, scripted.ts, detector.onnx and backbone.onnx.
+This writes traced.ts, detector.onnx and backbone.onnx.
 """
 
 _OPSET = 17
-
-# The fields of Instances in inference; scripting must know them beforehand.
-_FIELDS = {
-    "proposal_boxes": Boxes,
-    "objectness_logits": Tensor,
-    "pred_boxes": Boxes,
-    "scores": Tensor,
-    "pred_classes": Tensor,
-    "pred_masks": Tensor,
-}
 
 
 class _Backbone(nn.Module):
@@ -56,29 +44,6 @@ class _Backbone(nn.Module):
         return tuple(features[name] for name in self.names)
 
 
-class _ScriptableRCNN(nn.Module):
-    """Returns plain dicts, because a script that returns Instances cannot be loaded elsewhere."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tuple[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
-        instances = self.model.inference(inputs, do_postprocess=False)
-        return [i.get_fields() for i in instances]
-
-
-class _ScriptableSingleStage(_ScriptableRCNN):
-    def forward(self, inputs: Tuple[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
-        instances = self.model(inputs)
-        fields: List[Dict[str, Tensor]] = []
-        for i in instances:
-            # postprocessing does this outside of a script
-            i.pred_boxes.clip(i.image_size)
-            fields.append(i[i.pred_boxes.nonempty()].get_fields())
-        return fields
-
-
 def traceable(model: nn.Module, image: Tensor) -> TracingAdapter:
     """The detector as a function of one image (3, H, W) that returns a tuple of tensors."""
 
@@ -92,11 +57,6 @@ def traceable(model: nn.Module, image: Tensor) -> TracingAdapter:
 
 def trace(model: nn.Module, image: Tensor) -> torch.jit.ScriptModule:
     return torch.jit.trace(traceable(model, image), (image,), check_trace=False)
-
-
-def script(model: nn.Module) -> torch.jit.ScriptModule:
-    kind = _ScriptableRCNN if isinstance(model, GeneralizedRCNN) else _ScriptableSingleStage
-    return scripting_with_instances(kind(model).eval(), _FIELDS)
 
 
 def detector_to_onnx(model: nn.Module, image: Tensor, path: str) -> None:
@@ -162,17 +122,6 @@ def export_all(model: nn.Module, folder: str, size: Tuple[int, int]) -> Dict[str
     torch.jit.save(trace(model, image), path)
     differences[path] = difference(torch.jit.load(path)(other), expected)
 
-    path = os.path.join(folder, "scripted.ts")
-    torch.jit.save(script(model), path)
-    scripted = torch.jit.load(path)(({"image": other},))[0]
-    adapter = traceable(model, other)
-    adapter(other)
-    fields = adapter.outputs_schema(expected)[0]["instances"].get_fields()
-    differences[path] = difference(
-        [scripted[name] for name in fields],
-        [value.tensor if isinstance(value, Boxes) else value for value in fields.values()],
-    )
-
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -206,8 +155,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = tool_parser(__doc__, EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config-file", required=True, help="config of a frozen detector")
     parser.add_argument("--weights", required=True, help="its weights")
     parser.add_argument("--output", required=True, help="folder to write")
-    run_tool(main, parser.parse_args())
+    main(parser.parse_args())

@@ -19,7 +19,6 @@ from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.utils.events import CommonMetricPrinter
-from detectron2_nats.commands.cli import run_tool, tool_parser
 
 EPILOG = """
 example:
@@ -83,7 +82,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = tool_parser(__doc__, EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="name of a LazyConfig in the model zoo")
     parser.add_argument("--calibration", required=True, help="data set to train α on")
     parser.add_argument("--output", required=True, help="folder to write")
@@ -91,4 +92,4 @@ if __name__ == "__main__":
     parser.add_argument("--groups", type=int, default=16, help="channel groups (%(default)s)")
     parser.add_argument("--alpha-rate", type=float, default=0.01, help="Adam's (%(default)s)")
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.max_iter=100")
-    run_tool(main, parser.parse_args())
+    main(parser.parse_args())

@@ -12,7 +12,6 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2_nats import Architecture, apply_architecture
-from detectron2_nats.commands.cli import run_tool, tool_parser
 
 EPILOG = """
 example:
@@ -43,7 +42,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = tool_parser(__doc__, EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("architecture", help="architecture file")
     parser.add_argument(
         "--config",
@@ -52,4 +53,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--output", required=True, help="config to write (.yaml)")
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.max_iter=100")
-    run_tool(main, parser.parse_args())
+    main(parser.parse_args())

@@ -12,7 +12,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone
 from detectron2.projects.point_rend import add_pointrend_config
 from detectron2_nats import Architecture, add_nats_config
-from detectron2_nats.commands.cli import run_tool, tool_parser
 from detectron2_nats.search.export import export_config, write_config
 
 EPILOG = """
@@ -57,8 +56,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = tool_parser(__doc__, EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("architecture", help="architecture file")
     parser.add_argument("--output", required=True, help="config to write")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs, such as MODEL.DEVICE cpu")
-    run_tool(main, parser.parse_args())
+    main(parser.parse_args())

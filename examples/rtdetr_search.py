@@ -13,7 +13,6 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 import detectron2_nats as nats
-from detectron2_nats.commands.cli import run_tool, tool_parser
 from detectron2_nats.toy.sets import ensure_embedded_dataset
 
 EPILOG = """
@@ -90,8 +89,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = tool_parser(__doc__, EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
-    run_tool(main, parser.parse_args())
+    main(parser.parse_args())

@@ -15,7 +15,6 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision_search import average_precision, search, split
 
 import detectron2_nats as nats
-from detectron2_nats.commands.cli import run_tool, tool_parser
 
 EPILOG = """
 example:
@@ -70,11 +69,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = tool_parser(__doc__, EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--model", default="regnetx_002", help="of timm")
     parser.add_argument("--convs", nargs="+", default=["body.*", "fpn.layer_blocks.*"])
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--size", type=int, default=128, help="shorter side of the images")
     parser.add_argument("--images", type=int, default=100, help="to evaluate on")
-    run_tool(main, parser.parse_args())
+    main(parser.parse_args())

@@ -276,10 +276,9 @@ def test_alpha_is_at_least_float32(dtype):
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kwargs", [dict(), dict(bias=True)], ids=str)
-def test_autocast(kwargs, dtype, norm, processor, recomputed):
+def test_autocast(dtype, norm, processor, recomputed):
     """The dtype that the plain conv gives; values and gradients near those of float32."""
-    kwargs = dict(kwargs, norm=FrozenBatchNorm2d(16) if norm else None)
+    kwargs = dict(bias=not norm, norm=FrozenBatchNorm2d(16) if norm else None)
     plain = plain_conv(**kwargs).float()
     mixed = mixed_conv(**kwargs).float()
     frozen = GroupedDilationConv2d(plain_conv(**kwargs).float(), [(8, 1, 1), (8, 3, 1)])
@@ -372,13 +371,6 @@ def test_every_output_channel_has_its_own_dilation(kwargs, runs, processor):
         torch.testing.assert_close(found, right, **TIGHT)
 
 
-def test_as_few_conv_groups_as_can_be(processor):
-    conv = GroupedDilationConv2d(plain_conv(groups=2), [(8, 1, 1), (8, 1, 3)])
-    dilations = [(1, 1)] * 8 + [(1, 3)] * 8
-    expected = direct_frozen(input_(), conv.weight, dilations, **options({"groups": 2}))
-    torch.testing.assert_close(conv(input_()), expected, **TIGHT)
-
-
 def test_single_channels(processor):
     """Per-channel patterns of other methods fit too."""
     runs = [(1, 1 + o % 3, 1 + o // 3 % 4) for o in range(16)]
@@ -416,31 +408,16 @@ def test_runs_that_do_not_fit(runs, groups, message):
 
 
 @pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_script_and_trace(kwargs, processor):
-    kwargs = dict(kwargs, norm=FrozenBatchNorm2d(16))
-    conv = GroupedDilationConv2d(plain_conv(**kwargs), RUNS).eval()
-    with torch.no_grad():
-        expected = conv(input_())
-        scripted, traced = torch.jit.script(conv), torch.jit.trace(conv, (input_(),))
-        for _ in range(3):  # the first calls are profiled, the later ones optimised
-            torch.testing.assert_close(scripted(input_()), expected, **TIGHT)
-            torch.testing.assert_close(traced(input_()), expected, **TIGHT)
-
-
-def test_script_with_gradients():
-    conv = GroupedDilationConv2d(plain_conv(groups=4, bias=True), RUNS)
-    scripted, x = torch.jit.script(conv), input_().requires_grad_()
+def test_traced(kwargs, processor):
+    """The tracer compares with a run of its own; a norm of Detectron2's would itself differ."""
+    conv = GroupedDilationConv2d(plain_conv(**kwargs), RUNS)
+    traced, x = torch.jit.trace(conv, (input_(),)), input_().requires_grad_()
     wanted = [x, *conv.parameters()]
     expected = torch.autograd.grad(conv(x).square().sum(), wanted)
-    for _ in range(3):
-        actual = torch.autograd.grad(scripted(x).square().sum(), wanted)
+    for _ in range(3):  # the first calls are profiled, the later ones optimised
+        torch.testing.assert_close(traced(x), conv(x), **TIGHT)
+        actual = torch.autograd.grad(traced(x).square().sum(), wanted)
         torch.testing.assert_close(actual, expected, **TIGHT)
-
-
-def test_trace_with_gradients(processor):
-    """The tracer compares with a run without; a norm of Detectron2's would itself differ."""
-    conv = GroupedDilationConv2d(plain_conv(), RUNS)
-    torch.testing.assert_close(torch.jit.trace(conv, (input_(),))(input_()), conv(input_()))
 
 
 # -- both -----------------------------------------------------------------------------------
@@ -463,13 +440,8 @@ def test_what_is_taken_over(kind):
         assert getattr(conv, name) == getattr(plain, name)
     keys = set(conv.state_dict()) - {"alpha", "replicas"}
     assert keys == set(plain.state_dict())
-
-
-@pytest.mark.parametrize("kind", ["mixed", "grouped"])
-def test_training_mode_is_kept(kind):
-    plain = plain_conv(norm=nn.BatchNorm2d(16))
-    plain.norm.eval()
-    conv = make(kind, plain)
+    norm = nn.BatchNorm2d(16).eval()
+    conv = make(kind, plain_conv(norm=norm))
     assert conv.training and not conv.norm.training
     assert not make(kind, plain_conv().eval()).training
 
@@ -500,25 +472,20 @@ def test_repr_shows_the_choice():
 # -- state dicts ----------------------------------------------------------------------------
 
 
-def test_plain_state_dict_fills_the_replicas():
-    plain, conv = plain_conv(bias=True), mixed_conv(bias=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_plain_state_dict_fills_the_replicas(dtype):
+    plain, conv = plain_conv(bias=True).to(dtype), mixed_conv(bias=True)
     alpha = conv.alpha.detach().clone()
     plain.weight.data.normal_()
     state = plain.state_dict()
     conv.load_state_dict(state)  # strict: nothing may be missing
     assert list(state) == ["weight", "bias"], "the caller's dict is left alone"
-    assert torch.equal(conv.weight, plain.weight) and torch.equal(conv.bias, plain.bias)
-    assert all(torch.equal(replica, plain.weight) for replica in conv.replicas)
+    assert torch.equal(conv.weight, plain.weight.double())
+    assert torch.equal(conv.bias, plain.bias.double())
+    assert all(torch.equal(replica, conv.weight) for replica in conv.replicas)
     assert torch.equal(conv.alpha, alpha)
     conv.weight.data.zero_()
     assert conv.replicas.all() and plain.weight.all(), "copies, not views"
-
-
-def test_half_precision_state_dict():
-    plain, conv = plain_conv().half(), mixed_conv().float()
-    conv.load_state_dict(plain.state_dict())
-    assert conv.weight.dtype == conv.replicas.dtype == torch.float32
-    assert torch.equal(conv.replicas[2], plain.weight.float())
 
 
 def test_super_network_state_dict_round_trip():
@@ -544,11 +511,3 @@ def test_state_dict_of_another_shape_or_without_weight_is_refused():
         mixed_conv().load_state_dict(plain_conv(out=32).state_dict())
     with pytest.raises(RuntimeError, match='Missing key.*"weight", "replicas", "alpha"'):
         mixed_conv().load_state_dict({})
-
-
-@pytest.mark.parametrize("kind", ["mixed", "grouped"])
-def test_deepcopy(kind):
-    conv = make(kind, plain_conv())
-    twin = copy.deepcopy(conv)
-    assert torch.equal(twin(input_()), conv(input_()))
-    assert not {id(p) for p in twin.parameters()} & {id(p) for p in conv.parameters()}

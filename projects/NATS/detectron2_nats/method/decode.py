@@ -1,18 +1,27 @@
 """From α to dilations: which genotype each channel group gets (section 3.3)."""
 
-from typing import Sequence, Tuple
+from typing import Iterable, List, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from ..errors import NATSError, shown
-from .layers import merged
 from .search_space import Dilation
 
 DECODE_ORDERS = ("paper", "voted")
 
 Segment = Tuple[int, int, int]
 """A segment, (output channels, d_h, d_w): consecutive output channels of one dilation."""
+
+
+def merged(segments: Iterable[Sequence[int]]) -> List[Segment]:
+    """Neighbours of equal dilation joined, so that equal architectures compare equal."""
+    joined: List[Segment] = []
+    for channels, d_h, d_w in segments:
+        if joined and joined[-1][1:] == (d_h, d_w):
+            channels += joined.pop()[0]
+        joined.append((channels, d_h, d_w))
+    return joined
 
 
 def votes(alpha: np.ndarray, margin: float = 0.0, at_most: int = 0) -> np.ndarray:
@@ -32,11 +41,11 @@ def votes(alpha: np.ndarray, margin: float = 0.0, at_most: int = 0) -> np.ndarra
     standing = np.ones(alpha.shape[1], dtype=bool)
     if at_most:
         standing[np.argsort(-shares.sum(axis=0), kind="stable")[at_most:]] = False
-    chosen = np.where(standing, alpha, -np.inf).argmax(axis=1)
+    voted = np.where(standing, alpha, -np.inf).argmax(axis=1)
     if margin and standing[0]:
-        best = np.take_along_axis(shares, chosen[:, None], axis=1)[:, 0]
-        chosen[best - shares[:, 0] <= margin] = 0
-    return chosen
+        best = np.take_along_axis(shares, voted[:, None], axis=1)[:, 0]
+        voted[best - shares[:, 0] <= margin] = 0
+    return voted
 
 
 def intensities(alpha: np.ndarray) -> np.ndarray:
@@ -68,8 +77,8 @@ def decode_alpha(
         )
     if type(at_most) is not int or at_most < 0:
         raise NATSError(f"DECODE_AT_MOST {shown(at_most)}: expected a number of dilations, or 0")
-    chosen = votes(alpha, margin, at_most)
+    voted = votes(alpha, margin, at_most)
     if order == "paper":
-        chosen = np.sort(chosen)
-    per_group = channels // len(chosen)
-    return tuple(merged((per_group, *genotypes[g]) for g in chosen))
+        voted = np.sort(voted)
+    per_group = channels // len(voted)
+    return tuple(merged((per_group, *genotypes[g]) for g in voted))

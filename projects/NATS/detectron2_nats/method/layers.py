@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import NATSError
+from .decode import Segment, merged
 from .search_space import Dilation
 from .speed import fast_layouts, pads_first, recomputed, to_fast_layout
 
@@ -96,11 +97,9 @@ class MixedDilationConv2d(_DilationConv2d):
             start; absent when weights are shared.
         alpha: (N, G), zero at the start.
         layer: its name in the architecture, given by :func:`.to_supernet`.
-        by_path: whether that is its path in the network, and not a residual network's name.
     """
 
     layer = ""
-    by_path = False
 
     def __init__(
         self,
@@ -127,31 +126,6 @@ class MixedDilationConv2d(_DilationConv2d):
             torch.zeros(num_groups, len(self.genotypes), dtype=dtype, device=self.weight.device)
         )
 
-    def genotype_weights(self) -> List[torch.Tensor]:
-        """The weight of each genotype, G times (C_out, C_in / groups, k_h, k_w)."""
-        if self.replicas is None:
-            return [self.weight] * len(self.genotypes)
-        # not indexed one by one: each index would fill a gradient of all replicas' size with zeros
-        return [self.weight, *self.replicas.unbind()]
-
-    def frozen_weight(self, segments: Sequence[Tuple[int, int, int]]) -> torch.Tensor:
-        """The weight of a frozen conv: each row from the replica of the dilation that it is given.
-
-        Args:
-            segments: (output channels, d_h, d_w), decoded in voted order: only there is a row's
-                dilation the one that it was trained under.
-
-        Returns:
-            (C_out, C_in / groups, k_h, k_w), detached.
-        """
-        weights = self.genotype_weights()
-        pieces, start = [], 0
-        for channels, *dilation in segments:
-            weight = weights[self.genotypes.index(tuple(dilation))]
-            pieces.append(weight.detach()[start : start + channels])
-            start += channels
-        return torch.cat(pieces)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
@@ -160,37 +134,64 @@ class MixedDilationConv2d(_DilationConv2d):
         Returns:
             (B, C_out, H / stride, W / stride).
         """
-        return self._mixture(x, self.alpha.softmax(dim=1))
+        return self._finish(self.mixture(x, self.alpha.softmax(dim=1)))
 
-    def _mixture(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """The output where genotype g has `shares` (N, G) of each group."""
-        if self.trains_alpha:  # its gradient needs each y^g
-            mixed = recomputed(lambda x: self._mix(x, shares), x, self.weight.shape[1])
-        else:
-            mixed = self._mix(x, shares)
+    def mixture(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Σ_g share of g · y^g, before the norm.
+
+        Args:
+            shares: (N, G), of the genotypes in each group.
+        """
+        shares = shares.repeat_interleave(self.out_channels // self.num_groups, dim=0)
+
+        def mix(x: torch.Tensor) -> torch.Tensor:
+            # The outputs are scaled, not the weights: y^g is then kept for backward only while α is
+            # trained. Scaled weights would be kept always, one for each genotype.
+            mixed = None
+            genotypes = zip(self.genotypes, self.genotype_weights(), shares.unbind(dim=1))
+            for genotype, weight, share in genotypes:
+                dilation, padding = self._effective(genotype), same_padding(self, genotype)
+                y = F.conv2d(x, weight, None, self.stride, padding, dilation, self.groups)
+                # Under AMP in half precision, too: for a float32 share CUDA's autocast would turn
+                # each y^g into float32 and keep that.
+                share = share.to(y.dtype).view(1, -1, 1, 1)
+                mixed = y * share if mixed is None else torch.addcmul(mixed, y, share)
+            return mixed
+
+        # α's gradient needs each y^g
+        mixed = recomputed(mix, x, self.weight.shape[1]) if self.trains_alpha else mix(x)
         if self.bias is not None:
             mixed = mixed + self.bias.to(mixed.dtype).view(1, -1, 1, 1)
-        return self._finish(mixed)
+        return mixed
 
     @property
     def trains_alpha(self) -> bool:
         """Whether this pass is for α (:func:`.alpha.alpha_training`)."""
         return self.alpha.requires_grad and torch.is_grad_enabled()
 
-    def _mix(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        shares = shares.repeat_interleave(self.out_channels // self.num_groups, dim=0)
-        # The outputs are scaled, not the weights: y^g is then kept for backward only while α is
-        # trained. Scaled weights would be kept always, one for each genotype.
-        mixed = None
-        columns = shares.unbind(dim=1)
-        for genotype, scale, weight in zip(self.genotypes, columns, self.genotype_weights()):
-            dilation, padding = self._effective(genotype), same_padding(self, genotype)
-            y = F.conv2d(x, weight, None, self.stride, padding, dilation, self.groups)
-            # Under AMP in half precision, too: for a float32 scale CUDA's autocast would turn each
-            # y^g into float32 and keep that.
-            scale = scale.to(y.dtype).view(1, -1, 1, 1)
-            mixed = y * scale if mixed is None else torch.addcmul(mixed, y, scale)
-        return mixed
+    def genotype_weights(self) -> List[torch.Tensor]:
+        """The weight of each genotype, G times (C_out, C_in / groups, k_h, k_w)."""
+        if self.replicas is None:
+            return [self.weight] * len(self.genotypes)
+        # not indexed one by one: each index would fill a gradient of all replicas' size with zeros
+        return [self.weight, *self.replicas.unbind()]
+
+    def frozen_weight(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """The weight of a frozen conv: each row from the replica of the dilation that it is given.
+
+        Args:
+            segments: decoded in voted order: only there is a row's dilation the one that it was
+                trained under.
+
+        Returns:
+            (C_out, C_in / groups, k_h, k_w), detached.
+        """
+        weights = dict(zip(self.genotypes, self.genotype_weights()))
+        pieces, start = [], 0
+        for channels, *dilation in segments:
+            pieces.append(weights[tuple(dilation)].detach()[start : start + channels])
+            start += channels
+        return torch.cat(pieces)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A plain conv's checkpoint: every replica starts from its weight, α stays as it is. So do
@@ -203,8 +204,8 @@ class MixedDilationConv2d(_DilationConv2d):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        how = ", shared weights" if self.replicas is None else ""
-        return f"{super().extra_repr()}, {self.num_groups} groups of {list(self.genotypes)}{how}"
+        shared = ", shared weights" if self.replicas is None else ""
+        return f"{super().extra_repr()}, {self.num_groups} groups of {list(self.genotypes)}{shared}"
 
 
 class GroupedDilationConv2d(_DilationConv2d):
@@ -226,9 +227,7 @@ class GroupedDilationConv2d(_DilationConv2d):
         NATSError: the segments do not add up, or cut a conv group.
     """
 
-    _inputs: List[int]  # declared here: TorchScript cannot tell the type of an empty list
-
-    def __init__(self, conv: nn.Conv2d, segments: Sequence[Tuple[int, int, int]]):
+    def __init__(self, conv: nn.Conv2d, segments: Sequence[Segment]):
         super().__init__(conv)
         self.segments = merged(segments)
         total = sum(channels for channels, _, _ in self.segments)
@@ -239,41 +238,22 @@ class GroupedDilationConv2d(_DilationConv2d):
             raise NATSError(
                 f"segments {self.segments} cut conv groups of {rows_per_group} channels"
             )
-
-        # lists of ints, so that TorchScript can read them
-        self._outputs: List[int] = [channels for channels, _, _ in self.segments]
-        self._inputs = [
-            channels // rows_per_group * (self.in_channels // self.groups)
-            for channels in self._outputs
-            if self.groups > 1
+        inputs_per_group = self.in_channels // self.groups if self.groups > 1 else 0
+        self._sizes = [
+            (channels, channels // rows_per_group * inputs_per_group)
+            for channels, _, _ in self.segments
         ]
         places = {}  # dilation → its segments, counted in channel order
-        for place, (_, *dilation) in enumerate(self.segments):
-            places.setdefault(tuple(dilation), []).append(place)
-        self._dilations: List[List[int]] = [list(self._effective(d)) for d in places]
-        self._paddings: List[List[int]] = [list(same_padding(self, d)) for d in places]
-        self._places: List[List[int]] = list(places.values())
+        for place, (_, *genotype) in enumerate(self.segments):
+            places.setdefault(tuple(genotype), []).append(place)
         depthwise = self.in_channels == self.groups > 1
-        self._fast_layouts: List[bool] = fast_layouts(len(places), depthwise)
-        self._pads_first: List[bool] = [pads_first(p, depthwise) for p in self._paddings]
+        self._branches = []
+        for genotype, own in places.items():
+            padding = same_padding(self, genotype)
+            first = pads_first(padding, depthwise)
+            self._branches.append((self._effective(genotype), padding, first, own))
+        self._fast_layouts = fast_layouts(len(places), depthwise)
         self.padding = "one for each dilation"
-
-    def _conv_forward(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
-    ) -> torch.Tensor:
-        """Where PyTorch's convs convolve, for who calls it with a weight of his own."""
-        return _convolve(
-            to_fast_layout(input, self._fast_layouts),
-            weight,
-            bias,
-            self.stride,
-            self._paddings,
-            self._pads_first,
-            self._dilations,
-            self._places,
-            self._outputs,
-            self._inputs,
-        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -285,72 +265,62 @@ class GroupedDilationConv2d(_DilationConv2d):
         """
         return self._finish(self._conv_forward(x, self.weight, self.bias))
 
+    def _conv_forward(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """Where PyTorch's convs convolve, for who calls it with a weight of his own."""
+        x = to_fast_layout(input, self._fast_layouts)
+        return _convolve(x, weight, bias, self.stride, self._sizes, self._branches)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, segments={self.segments}"
-
-
-def merged(segments: Sequence[Sequence[int]]) -> List[Tuple[int, int, int]]:
-    """Neighbours of equal dilation joined, so that equal architectures compare equal."""
-    joined: List[Tuple[int, int, int]] = []
-    for channels, d_h, d_w in segments:
-        if joined and joined[-1][1:] == (d_h, d_w):
-            channels += joined.pop()[0]
-        joined.append((channels, d_h, d_w))
-    return joined
 
 
 def _convolve(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: Optional[torch.Tensor],
-    stride: List[int],
-    paddings: List[List[int]],
-    pads_first: List[bool],
-    dilations: List[List[int]],
-    places: List[List[int]],
-    outputs: List[int],
-    inputs: List[int],
+    stride: Tuple[int, int],
+    sizes: Sequence[Tuple[int, int]],
+    branches: Sequence[Tuple[Dilation, Tuple[int, int], bool, Sequence[int]]],
 ) -> torch.Tensor:
     """One conv per dilation, over the rows that have it; outputs in channel order (section 3.3).
 
     Args:
-        paddings, dilations: (height, width) of each conv, a base dilation included.
-        pads_first: see :func:`.speed.pads_first`.
-        places: which segments have it.
-        outputs, inputs: number of channels that each segment writes, and reads; `inputs` is empty
-            where each reads all.
+        sizes: number of channels that each segment writes, and reads (0: all).
+        branches: of each dilation, a base dilation included: (height, width), padding, whether that
+            is a step of its own (:func:`.speed.pads_first`), and the segments that have it.
     """
-    grouped = len(inputs) > 0
+    outputs, inputs = zip(*sizes)
     rows = _cut(weight, outputs, 0)
-    shifts = _cut(bias, outputs, 0) if bias is not None else []
-    slices = _cut(x, inputs, 1) if grouped else []
-    found = [x] * len(outputs)  # one per segment, each replaced in the loop
-    for padding, pad_first, dilation, own in zip(paddings, pads_first, dilations, places):
-        own_rows = _joined([rows[i] for i in own], 0)
-        own_shifts = _joined([shifts[i] for i in own], 0) if bias is not None else None
-        read = _joined([slices[i] for i in own], 1) if grouped else x
+    biases = _cut(bias, outputs, 0) if bias is not None else None
+    slices = _cut(x, inputs, 1) if inputs[0] else None
+    pieces = {}
+    for dilation, padding, apart, segments in branches:
+        own_rows = _joined([rows[i] for i in segments], 0)
+        own_bias = _joined([biases[i] for i in segments], 0) if biases else None
+        read = _joined([slices[i] for i in segments], 1) if slices else x
         groups = read.shape[1] // own_rows.shape[1]
-        if pad_first and not x.is_cuda:
+        if apart and not x.is_cuda:
             read = F.pad(read, [padding[1], padding[1], padding[0], padding[0]])
-            padding = [0, 0]
-        y = F.conv2d(read, own_rows, own_shifts, stride, padding, dilation, groups)
-        for i, piece in zip(own, _cut(y, [outputs[i] for i in own], 1)):
-            found[i] = piece
-    return _joined(found, 1)
+            padding = (0, 0)
+        y = F.conv2d(read, own_rows, own_bias, stride, padding, dilation, groups)
+        pieces.update(zip(segments, _cut(y, [outputs[i] for i in segments], 1)))
+    return _joined([pieces[i] for i in range(len(sizes))], 1)
 
 
-def _cut(tensor: torch.Tensor, sizes: List[int], dim: int) -> List[torch.Tensor]:
+def _cut(tensor: torch.Tensor, sizes: Sequence[int], dim: int) -> Sequence[torch.Tensor]:
     """Consecutive pieces of `tensor` along `dim`; of these sizes, which add up to it."""
     if len(sizes) == 1:
         return [tensor]
     if torch.is_grad_enabled() and not torch.jit.is_tracing():
         # its backward is one cat(); that of each narrow() fills a gradient of the tensor's size
-        return list(tensor.split(sizes, dim))
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return tensor.split(list(sizes), dim)
     # exporters (under no_grad) fold a weight's narrow() into a constant, not its split()
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [tensor.narrow(dim, end - size, size) for end, size in zip(ends, sizes)]
 
 
-def _joined(pieces: List[torch.Tensor], dim: int) -> torch.Tensor:
+def _joined(pieces: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """The concatenation; no copy of a single piece."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

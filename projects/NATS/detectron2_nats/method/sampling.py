@@ -5,8 +5,8 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
-from .decode import Segment
-from .layers import GroupedDilationConv2d, MixedDilationConv2d, merged
+from .decode import Segment, merged
+from .layers import GroupedDilationConv2d, MixedDilationConv2d
 from .search_space import Dilation
 
 
@@ -27,30 +27,27 @@ class SampledDilationConv2d(MixedDilationConv2d):
 
     def __init__(self, conv: nn.Conv2d, *, genotypes: Sequence[Dilation], num_groups: int):
         super().__init__(conv, genotypes=genotypes, num_groups=num_groups, share_weights=True)
-        self.register_buffer("choice", self._searched_choice(self.weight.device))
-
-    def _searched_choice(self, device: Optional[torch.device] = None) -> torch.Tensor:
-        return torch.full((self.num_groups,), -1, device=device)
+        self.register_buffer("choice", torch.full((num_groups,), -1, device=self.weight.device))
 
     def settle(self, segments: Sequence[Segment]) -> None:
         """End its search: from now on it is the frozen conv of these segments, in voted order."""
-        dilations = [tuple(d) for channels, *d in segments for _ in range(channels)]
+        dilations = [tuple(dilation) for channels, *dilation in segments for _ in range(channels)]
         per_group = self.out_channels // self.num_groups
-        chosen = [self.genotypes.index(d) for d in dilations[::per_group]]
-        self.choice.copy_(torch.tensor(chosen))
+        choice = [self.genotypes.index(dilation) for dilation in dilations[::per_group]]
+        self.choice.copy_(torch.tensor(choice))
         self._read_choice()
 
     def _read_choice(self) -> None:
-        chosen = self.choice.tolist()
-        self.settled = None if min(chosen) < 0 else tuple(self._segments(chosen))
+        choice = self.choice.tolist()
+        self.settled = None if min(choice) < 0 else tuple(self._segments(choice))
 
-    def _segments(self, chosen: Sequence[int]) -> List[Segment]:
+    def _segments(self, choice: Sequence[int]) -> List[Segment]:
         per_group = self.out_channels // self.num_groups
-        return merged([(per_group, *self.genotypes[g]) for g in chosen])
+        return merged((per_group, *self.genotypes[g]) for g in choice)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        if prefix + "weight" in state_dict:  # a plain conv's, or of a version that settled nothing
-            state_dict.setdefault(prefix + "choice", self._searched_choice())
+        if prefix + "weight" in state_dict:  # a plain conv's settles nothing
+            state_dict.setdefault(prefix + "choice", torch.full((self.num_groups,), -1))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._read_choice()
 
@@ -59,12 +56,13 @@ class SampledDilationConv2d(MixedDilationConv2d):
         if self.settled:
             return GroupedDilationConv2d(self, self.settled).forward(x)
         shares = self.alpha.softmax(dim=1)
-        chosen = torch.multinomial(shares.detach(), 1) if self.training else shares.argmax(1)
+        drawn = torch.multinomial(shares.detach(), 1) if self.training else shares.argmax(1)
         if not self.trains_alpha:
-            segments = self._segments(chosen.flatten().tolist())
+            segments = self._segments(drawn.flatten().tolist())
             return GroupedDilationConv2d(self, segments).forward(x)
-        one_hot = torch.zeros_like(shares).scatter_(1, chosen.view(-1, 1), 1)
-        return self._mixture(x, one_hot + (shares - shares.detach()))  # one_hot's value, to the bit
+        one_hot = torch.zeros_like(shares).scatter_(1, drawn.view(-1, 1), 1)
+        # one_hot's value, to the bit
+        return self._finish(self.mixture(x, one_hot + (shares - shares.detach())))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sampled"
