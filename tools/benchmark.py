@@ -33,7 +33,6 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from detectron2_nats.show.cost import interleaved_seconds
 from detectron2_nats.bench.importers import from_ic_conv, read_json
 from detectron2_nats.commands.cli import run_tool, tool_parser, whole_number
 from detectron2_nats.config import load_config
@@ -42,13 +41,14 @@ from detectron2_nats.engine.resumable import ResumableTrainer
 from detectron2_nats.errors import NATSError, one_line
 from detectron2_nats.files import write_atomically
 from detectron2_nats.method.architecture import Architecture
-from detectron2_nats.method.convs import searched_layers
 from detectron2_nats.method.fuse import fuse_for_inference
 from detectron2_nats.method.layers import GroupedDilationConv2d, MixedDilationConv2d
+from detectron2_nats.method.names import searched_layers
 from detectron2_nats.method.search_space import PAPER_SETS, SearchSpace
 from detectron2_nats.method.transform import apply_architecture
 from detectron2_nats.search.export import export_config
 from detectron2_nats.search.trainer import SearchTrainer
+from detectron2_nats.show.cost import interleaved_seconds
 
 EPILOG = """
 parts (--what):
@@ -117,25 +117,25 @@ def load(args: argparse.Namespace, kind: str, name: str, dtype: str = "float32")
     )
 
 
-def searched_convs(args: argparse.Namespace, name: str) -> Dict[str, MixedDilationConv2d]:
-    """Layer name → the super-network's conv, with a random vote of each group.
+def searched_network(args: argparse.Namespace, name: str) -> nn.Module:
+    """The super-network's backbone, with a random vote of each group.
 
     Only α has memory; all else is on the meta device.
     """
     with torch.device("meta"):
-        convs = searched_layers(build_backbone(load(args, "search", name)))
+        backbone = build_backbone(load(args, "search", name))
     generator = np.random.default_rng(SEED)
-    for conv in convs.values():
+    for conv in searched_layers(backbone).values():
         num_genotypes = len(conv.genotypes)
         alpha = np.eye(num_genotypes)[generator.integers(num_genotypes, size=conv.num_groups)]
         conv.alpha = nn.Parameter(torch.from_numpy(alpha))
-    return convs
+    return backbone
 
 
 def architectures(args: argparse.Namespace, name: str) -> Dict[str, Architecture]:
     """Variant → architecture: the same random votes in both orders, and IC-Conv's pattern."""
-    convs = searched_convs(args, name)
-    found = {f"frozen, {o} order": Architecture.decode(convs, o) for o in ("paper", "voted")}
+    supernet = searched_network(args, name)
+    found = {f"frozen, {o} order": Architecture.decode(supernet, o) for o in ("paper", "voted")}
     if args.ic_conv:
         found[IC_CONV] = from_ic_conv(read_json(args.ic_conv))
     return found
@@ -397,7 +397,7 @@ def run_convs(args: argparse.Namespace, name: str, dtype: str) -> str:
 def convs_of(args: argparse.Namespace, name: str, stage: str) -> Dict[str, nn.Conv2d]:
     """Variant → the conv of a stage's second block, without its norm."""
     layer = f"{stage}.1.conv2"
-    like = searched_convs(args, name)[layer]
+    like = searched_layers(searched_network(args, name))[layer]
     torch.manual_seed(SEED)
     shape = (like.in_channels, like.out_channels, 3)
     plain = nn.Conv2d(*shape, padding=1, groups=like.groups, bias=False)

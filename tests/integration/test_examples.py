@@ -15,7 +15,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, GroupedDilationConv2d
 from detectron2_nats.config import load_config
-from detectron2_nats.method.stages import conv3x3_layers
+from detectron2_nats.method.names import searchable
 from detectron2_nats.search.export import export_config, write_config
 
 NARROW = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
@@ -49,7 +49,7 @@ def mixed_architecture(width: int, stages=("res3", "res4", "res5")) -> Architect
 def count_grouped(model) -> int:
     return sum(
         hasattr(c, "segments") or hasattr(c, "plain_dilation")
-        for c in conv3x3_layers(model).values()
+        for c in searchable(model, ["res*"]).values()
     )
 
 
@@ -87,7 +87,7 @@ def test_pointrend(tmp_path):
         losses = model([{"image": image, "instances": target}])
     assert "loss_mask_point" in losses
     sum(losses.values()).backward()
-    convs = [c for n, c in conv3x3_layers(model.backbone).items() if not n.startswith("res2")]
+    convs = [c for n, c in searchable(model.backbone, ["res*"]).items() if not n.startswith("res2")]
     assert all(conv.weight.grad is not None for conv in convs)
     # and it detects
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_lazyconfig(tmp_path):
     cfg = LazyConfig.load(output)
     assert cfg.train.max_iter == 3
     model = instantiate(cfg.model).eval()
-    convs = conv3x3_layers(model.backbone)
+    convs = searchable(model.backbone, ["res*"])
     found = {n: tuple(c.segments) for n, c in convs.items() if isinstance(c, GroupedDilationConv2d)}
     assert found == dict(architecture.layers)
     # the same keys as the plain model, and the zoo config's frozen stages
@@ -167,7 +167,7 @@ def test_networks_by_paths(tmp_path, capsys, monkeypatch, name, needed):
     module.main(argparse.Namespace(**arguments))
     assert re.search(r"wrote .*/detector.pth \((AP|loss) \d", capsys.readouterr().out)
     architecture = Architecture.load(str(tmp_path / "architecture.yaml"))
-    assert architecture.paths and len(architecture.layers) > 7
+    assert len(architecture.layers) > 7
     plain = module.plain_detector(*(["regnetx_002", 64] if needed == "timm" else []))
     plain.load_state_dict(torch.load(tmp_path / "detector.pth", weights_only=True))
 
@@ -203,11 +203,6 @@ def test_torchscript(tmp_path, kind):
         assert len(expected[0]) > 10
         traced = module.trace(model, image)(other)
         assert module.difference(traced, expected) < 1e-5
-        scripted = module.script(model)(({"image": other},))[0]
-    fields = adapter.outputs_schema(expected)[0]["instances"]
-    torch.testing.assert_close(scripted["scores"], fields.scores)
-    torch.testing.assert_close(scripted["pred_boxes"], fields.pred_boxes.tensor)
-    assert torch.equal(scripted["pred_classes"], fields.pred_classes)
 
 
 def test_onnx(tmp_path, capsys):
@@ -220,7 +215,7 @@ def test_onnx(tmp_path, capsys):
     example("export_detector").main(argparse.Namespace(**files))
     found = re.findall(r"wrote (.+) \(largest .* (\S+)\)", capsys.readouterr().out)
     names = [os.path.basename(path) for path, _ in found]
-    assert names == ["traced.ts", "scripted.ts", "detector.onnx", "backbone.onnx"]
+    assert names == ["traced.ts", "detector.onnx", "backbone.onnx"]
     assert all(os.path.isfile(path) for path, _ in found)
     assert max(float(value) for _, value in found) < 1e-4, found
 

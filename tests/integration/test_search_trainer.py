@@ -24,8 +24,8 @@ from detectron2_nats.config import load_config
 from detectron2_nats.config.comparing import scaled_to_processes
 from detectron2_nats.engine import resumable
 from detectron2_nats.engine.resumable import ResumableTrainer
-from detectron2_nats.method.convs import searched_layers
 from detectron2_nats.method.decode import decode_alpha
+from detectron2_nats.method.names import searched_layers
 from detectron2_nats.search.folder import SearchFolder
 
 
@@ -769,22 +769,20 @@ def test_plain_detectron2s_checkpoint_is_not_resumed_from(tiny_config, tmp_path)
         make_trainer(tiny_config, tmp_path / "run")
 
 
-def test_convs_by_their_paths(tiny_config, tmp_path):
+def test_convs_inside_and_outside_of_the_stages(tiny_config, tmp_path):
     """Searched by MODEL.NATS.CONVS, exported, retrained, limited to one dilation."""
     folder = tmp_path / "search"
-    convs = ["MODEL.NATS.CONVS", "['fpn_output[23]', 'bottom_up.res5.*.conv2']"]
+    convs = ["MODEL.NATS.CONVS", "['fpn_output[23]', 'res5.[01].*']"]
     make_trainer(tiny_config, folder, *convs).train()
     found = Architecture.load(str(folder / "architecture.yaml"))
-    paths = ["fpn_output2", "fpn_output3", *(f"bottom_up.res5.{i}.conv2" for i in range(3))]
-    assert found.paths and sorted(found.layers) == sorted(paths)
+    names = ["fpn_output2", "fpn_output3", *(f"res5.{i}.conv2" for i in range(3))]
+    assert sorted(found.layers) == sorted(names)
+    assert found.layers["res5.2.conv2"] == ((64, 1, 1),)
     weights = torch.load(folder / "model_final.pth", weights_only=True)["model"]
     alphas = {k: v for k, v in weights.items() if k.endswith(".alpha")}
     # FPN calls its output convs from a list of its own
-    assert len(alphas) == 5 and all(alpha.any() for alpha in alphas.values())
-    assert "names: paths\n" in (folder / "architecture.yaml").read_text()
+    assert len(alphas) == 4 and all(alpha.any() for alpha in alphas.values())
 
-    cfg = load_config(str(folder / "retrain.yaml"))
-    assert sorted(cfg.MODEL.NATS.CONVS) == sorted(paths)
     again = make_trainer(str(folder / "retrain.yaml"), tmp_path / "retrain", kind="retrain")
     again.train()
     (folder / "config.yaml").write_text(load_config(tiny_config, convs).dump())
@@ -794,8 +792,6 @@ def test_convs_by_their_paths(tiny_config, tmp_path):
     one = search.decode("voted", at_most=1)
     assert all(len(segments) == 1 for segments in one.layers.values())
     assert one.search["at_most"] == 1
-    with pytest.raises(NATSError, match="both STAGES .* and CONVS"):
-        make_trainer(tiny_config, tmp_path / "x", *convs, "MODEL.NATS.STAGES", "['res5']")
 
 
 def test_a_conv_on_which_no_loss_depends(tiny_config, tmp_path):

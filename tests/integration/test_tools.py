@@ -22,7 +22,7 @@ from detectron2_nats import Architecture
 from detectron2_nats.bench.study.methods import seeds_argument
 from detectron2_nats.commands import cli
 from detectron2_nats.config import load_config
-from detectron2_nats.method.convs import searched_layers
+from detectron2_nats.method.names import searched_layers
 
 
 def file_of(name: str) -> str:
@@ -78,7 +78,7 @@ def folder(tmp_path_factory) -> Path:
     for conv in searched_layers(model).values():
         torch.nn.init.normal_(conv.alpha)
     search = {"order": "paper", "iteration": 6}
-    Architecture.decode(searched_layers(model), **search).save(f"{folder}/search/architecture.yaml")
+    Architecture.decode(model, **search).save(f"{folder}/search/architecture.yaml")
     (folder / "search/config.yaml").write_text(cfg.dump())
     torch.save({"model": model.state_dict()}, folder / "search/model_final.pth")
     backbone = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}

@@ -15,9 +15,8 @@ from detectron2.modeling import FPN, ResNet, build_backbone
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 from detectron2_nats import Architecture, SearchSpace, add_nats_config
-from detectron2_nats.method.convs import searched_layers
 from detectron2_nats.method.layers import GroupedDilationConv2d
-from detectron2_nats.method.stages import conv3x3_layers
+from detectron2_nats.method.names import searchable, searched_layers
 
 RESNET, FPN_RESNET = "build_resnet_backbone", "build_resnet_fpn_backbone"
 
@@ -25,25 +24,7 @@ RESNET, FPN_RESNET = "build_resnet_backbone", "build_resnet_fpn_backbone"
 # conv and before it, conv groups, base dilation, every neck.
 BACKBONES = {
     "R18": (RESNET, ["RESNETS.DEPTH", 18, "RESNETS.OUT_FEATURES", ["res5"]], "res3 res4 res5"),
-    "R34": (RESNET, ["RESNETS.DEPTH", 34, "RESNETS.OUT_FEATURES", ["res4"]], "res3 res4"),
     "R50": (RESNET, ["RESNETS.OUT_FEATURES", ["res5"]], "res3 res4 res5"),
-    "R101": (
-        RESNET,
-        [
-            "RESNETS.DEPTH",
-            101,
-            "RESNETS.OUT_FEATURES",
-            ["res3", "res5"],
-            "RESNETS.STRIDE_IN_1X1",
-            False,
-        ],
-        "res3 res4 res5",
-    ),
-    "R152": (
-        RESNET,
-        ["RESNETS.DEPTH", 152, "RESNETS.OUT_FEATURES", ["res5"]],
-        "res3 res4 res5",
-    ),
     "ResNeXt": (
         FPN_RESNET,
         [
@@ -194,11 +175,16 @@ def space_of(name: str, **kwargs) -> SearchSpace:
     return SearchSpace([GENOTYPES[stage] for stage in stages], stages=stages, **kwargs)
 
 
+def residual_convs(network: nn.Module) -> Dict[str, nn.Conv2d]:
+    """Name → each 3×3 conv on the main path of a residual network."""
+    return searchable(network, ["res[2-5].*"])
+
+
 def random_architecture(name: str, backbone: nn.Module, seed: int = 0) -> Architecture:
     """Dilations at random for each of 4 groups of each conv of the case's stages."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}
-    for layer, conv in conv3x3_layers(backbone).items():
+    for layer, conv in residual_convs(backbone).items():
         stage = layer.split(".")[0]
         if stage in BACKBONES[name][2].split():
             pairs = GENOTYPES[stage]

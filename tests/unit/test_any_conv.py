@@ -1,4 +1,4 @@
-"""Convs of any kernel and network, named by patterns of their paths."""
+"""Convs of any kernel and network, chosen by patterns of their names."""
 
 import copy
 import logging
@@ -9,6 +9,7 @@ import torch
 import torchvision
 from oracles import has_dilations
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from detectron2_nats import (
@@ -25,7 +26,7 @@ from detectron2_nats import (
     to_supernet,
 )
 from detectron2_nats.look.receptive_field import field_extents
-from detectron2_nats.method.convs import convs_by_path, searched_layers
+from detectron2_nats.method.names import named_convs, searchable, searched_layers
 
 SPACE = [[[1, 1], [1, 3], [3, 1], [2, 2]]]
 
@@ -43,6 +44,7 @@ TIMM = {
     "cspdarknet53": ("stages.[012].*", 14, 0),
     "resnetv2_18": ("stages.*", 16, 0),
     "resnetv2_50x1_bit": ("stages.*", 0, 16),  # weight-standardised
+    "skresnet18": ("layer*", 24, 0),
     "vgg11": ("features_*", 8, 0),
     "darknet53": ("stages.[01].*", 5, 0),
 }
@@ -140,7 +142,7 @@ def searched_and_frozen(build, patterns, searched, others, caplog):
     plain = build()
     with torch.no_grad():
         expected = outputs(plain.eval())
-    space = SearchSpace(SPACE * len(patterns), convs=patterns, num_groups=4, sample=True)
+    space = SearchSpace(SPACE * len(patterns), patterns, num_groups=4, sample=True)
     with caplog.at_level(logging.WARNING, "detectron2_nats"):
         supernet = to_supernet(copy.deepcopy(plain), space)
     assert len(searched_layers(supernet)) == searched
@@ -173,13 +175,13 @@ def test_networks(name, tmp_path, caplog):
         build, patterns, searched, others = OTHERS[name]
     if not searched:
         with pytest.raises(NATSError, match="matches no conv that can be searched: .*StdConv2d"):
-            to_supernet(build(), SearchSpace("A", convs=patterns))
+            to_supernet(build(), SearchSpace("A", patterns))
         return
     supernet = searched_and_frozen(build, patterns, searched, others, caplog)
     architecture = Architecture.decode(supernet, "voted")
     path = str(tmp_path / "architecture.yaml")
     architecture.save(path)
-    assert Architecture.load(path) == architecture and architecture.paths
+    assert Architecture.load(path) == architecture
     frozen = build().eval()
     keys = {k: v.shape for k, v in frozen.state_dict().items()}
     apply_architecture(frozen, path)
@@ -190,9 +192,9 @@ def test_networks(name, tmp_path, caplog):
         for ours, theirs in zip(found, expected, strict=True):
             scale = theirs.abs().max().clamp(min=1e-30)  # random weights may give 1e-10
             torch.testing.assert_close(ours / scale, theirs / scale, rtol=1e-4, atol=1e-5)
-        frozen = build().eval()
-        frozen.load_state_dict(frozen_state_dict(supernet, architecture))
-        plain = outputs(frozen)
+        undilated = build().eval()
+        undilated.load_state_dict(frozen_state_dict(supernet, architecture))
+        plain = outputs(undilated)
         assert any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(plain, expected))
 
 
@@ -203,7 +205,7 @@ def test_fields(name):
     network, pattern = timm_network(name), TIMM[name][0]
     images = [torch.randn(3, 256, 256)]
     plain = field_extents(network, images, sides=((256, 1),))
-    apply_architecture(network, Architecture.uniform(network, (1, 3), convs=[pattern]))
+    apply_architecture(network, Architecture.uniform(network, (1, 3), [pattern]))
     wide = field_extents(network, images, sides=((256, 1),))
     assert list(plain) == list(wide) and len(plain) > 2
     level = list(plain)[1]
@@ -243,7 +245,7 @@ def one_conv(kind, dtype=torch.float64):
 def test_a_conv_is_the_mixture_of_the_formula(kind):
     """y_i = Σ_g softmax(α_i)^g · y^g_i, each y^g by PyTorch's own conv with that dilation."""
     plain = one_conv(kind)
-    supernet = to_supernet(copy.deepcopy(plain), SearchSpace(SPACE, convs=["0"], num_groups=4))
+    supernet = to_supernet(copy.deepcopy(plain), SearchSpace(SPACE, ["0"], num_groups=4))
     (conv,) = searched_layers(supernet).values()
     conv.alpha.data.normal_()
     x = torch.randn(2, 16, 13, 17, dtype=torch.float64)
@@ -266,18 +268,18 @@ def test_a_conv_is_the_mixture_of_the_formula(kind):
 def test_frozen_conv_against_rows_of_plain_ones(kind):
     plain = one_conv(kind)
     segments = [[4, 1, 1], [4, 3, 1], [4, 1, 3], [4, 3, 1]]
-    frozen = apply_architecture(copy.deepcopy(plain), Architecture({"0": segments}, paths=True))
+    frozen = apply_architecture(copy.deepcopy(plain), Architecture({"0": segments}))
     x = torch.randn(2, 16, 13, 17, dtype=torch.float64)
     y = frozen(x)
     for index, (_, *dilation) in enumerate(segments):
-        single = Architecture({"0": [[16, *dilation]]}, paths=True)
+        single = Architecture({"0": [[16, *dilation]]})
         expected = apply_architecture(copy.deepcopy(plain), single)(x)
         rows = slice(4 * index, 4 * index + 4)
         torch.testing.assert_close(y[:, rows], expected[:, rows])
 
 
 def test_a_side_of_one_has_no_dilations():
-    supernet = to_supernet(one_conv("1x5"), SearchSpace(SPACE, convs=["*"]))
+    supernet = to_supernet(one_conv("1x5"), SearchSpace(SPACE, ["*"]))
     (conv,) = searched_layers(supernet).values()
     assert conv.genotypes == ((1, 1), (1, 3), (1, 2))
 
@@ -295,14 +297,14 @@ def test_a_side_of_one_has_no_dilations():
     ],
 )
 def test_groups_that_fit(channels, conv_groups, space, expected):
-    space = SearchSpace("A", convs=["*"], **space)
+    space = SearchSpace("A", ["*"], **space)
     assert space.groups_of("x", channels, conv_groups) == expected
 
 
 def test_a_module_in_two_places_is_one_conv():
     conv = nn.Conv2d(4, 4, 3, padding=1)
     network = nn.ModuleDict({"a": nn.Sequential(conv), "b": conv, "c": nn.Conv2d(4, 4, 1)})
-    to_supernet(network, SearchSpace("A", convs=["*"]))
+    to_supernet(network, SearchSpace("A", ["*"]))
     assert isinstance(network["b"], MixedDilationConv2d) and network["a"][0] is network["b"]
 
 
@@ -321,7 +323,7 @@ def test_modules_that_are_called_from_lists():
     plain, x = Listed(), torch.randn(1, 4, 9, 9)
     wide = {name: [[2, 1, 1], [2, 3, 3]] for name in "ab"}
     before = plain(x)
-    frozen = apply_architecture(plain, Architecture(wide, paths=True))
+    frozen = apply_architecture(plain, Architecture(wide))
     assert torch.equal(frozen(x), frozen.b(frozen.b(frozen.a(x))))
     assert not torch.equal(frozen(x), before)
     assert isinstance(frozen._convs[0][0], GroupedDilationConv2d) and frozen.pair[0] is frozen.b
@@ -347,9 +349,9 @@ def test_reasons():
         }
     )
     network["right"].weight = network["left"].weight
-    able, others = convs_by_path(network)
-    assert list(able) == ["plain"]
-    assert others == {
+    assert list(searchable(network)) == ["plain"]
+    reasons = {name: named.why_not for name, named in named_convs(network).items()}
+    assert {name: why_not for name, why_not in reasons.items() if why_not} == {
         "valid": "kernel (3, 3), padding (0, 0) of zeros, not (1, 1) of zeros",
         "reflect": "kernel (3, 3), padding (1, 1) of reflect, not (1, 1) of zeros",
         "even": "kernel (4, 4), padding (1, 1) of zeros, not an odd kernel above 1",
@@ -363,7 +365,8 @@ def test_reasons():
 @pytest.mark.parametrize(
     "patterns, message",
     [
-        (["blcoks.*"], "'blcoks.*' matches no conv .*: near are blocks.1, blocks.0"),
+        (["blcoks.*"], r"'blcoks.\*' matches no conv .*: near are blocks.\*"),
+        (["nowhere", "*"], "'nowhere' matches no conv"),
         (["head"], "'head' matches no conv .*: head: kernel"),
         (["blocks.*", "blocks.0"], "'blocks.0' matches .*: blocks.0 belongs to 'blocks.*', which"),
         ([], "CONVS .*expected a list of patterns"),
@@ -376,7 +379,7 @@ def test_patterns_that_fail(patterns, message):
     network = nn.ModuleDict({"blocks": blocks, "head": nn.Conv2d(4, 4, 3)})
     before = copy.deepcopy(network)
     with pytest.raises(NATSError, match=message):
-        to_supernet(network, SearchSpace("A", convs=patterns))
+        to_supernet(network, SearchSpace("A", patterns))
     assert repr(network) == repr(before)
 
 
@@ -384,19 +387,20 @@ def test_frozen_convs_are_left_alone(caplog):
     blocks = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)])
     blocks[0].requires_grad_(False)
     with caplog.at_level(logging.WARNING, "detectron2_nats"):
-        to_supernet(blocks, SearchSpace("A", convs=["*"], num_groups=2))
+        to_supernet(blocks, SearchSpace("A", ["*"], num_groups=2))
     assert "0 (it is frozen (takes no gradient))" in caplog.text
     assert list(searched_layers(blocks)) == ["1"]
-    blocks = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).requires_grad_(False)
-    with pytest.raises(NATSError, match="nothing to search: 0: it is frozen"):
-        to_supernet(blocks, SearchSpace("A", convs=["*"]))
+    blocks = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)])
+    blocks[0].requires_grad_(False)
+    with pytest.raises(NATSError, match="'0': nothing to search: 0: it is frozen"):
+        to_supernet(blocks, SearchSpace("A", ["0", "1"]))
 
 
 def test_a_kernel_that_cannot_tell_dilations_apart(caplog):
     """Of one column: what reaches further along the width is the same conv."""
     network = nn.Sequential(nn.Conv2d(4, 4, (5, 1), padding=(2, 0)))
     with pytest.raises(NATSError, match=r"0: a kernel \(5, 1\) cannot tell its dilations apart"):
-        to_supernet(network, SearchSpace([[[1, 1], [1, 3]]], convs=["*"]))
+        to_supernet(network, SearchSpace([[[1, 1], [1, 3]]], ["*"]))
 
 
 def test_names_that_a_file_could_not_hold(tmp_path):
@@ -404,39 +408,45 @@ def test_names_that_a_file_could_not_hold(tmp_path):
     path = str(tmp_path / "architecture.yaml")
     for name in ("p3-out", "true", "1e3", "0", "a:b", "#x", "{x}", "'", "~"):
         network = nn.ModuleDict({name: nn.Conv2d(4, 4, 3, padding=1)})
-        to_supernet(network, SearchSpace("A", convs=["*"]))
+        to_supernet(network, SearchSpace("A", ["*"]))
         Architecture.decode(network).save(path)
         assert list(Architecture.load(path).layers) == [name]
     network = nn.ModuleDict({"a b": nn.Conv2d(4, 4, 3, padding=1)})
     with pytest.raises(NATSError, match="layer name 'a b'"):
-        to_supernet(network, SearchSpace("A", convs=["*"]))
+        to_supernet(network, SearchSpace("A", ["*"]))
 
 
-def test_stages_and_convs_exclude_each_other():
-    with pytest.raises(NATSError, match="both STAGES .* and CONVS"):
-        SearchSpace(stages=["res3"], convs=["*"])
+def necks():
+    neck = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    return nn.ModuleDict({"neck": neck, "head": nn.Conv2d(4, 4, 3), "p2": copy.deepcopy(neck[0])})
 
 
 @pytest.mark.parametrize(
     "layers, message",
     [
-        ({"neck.1": [[4, 1, 1]]}, r"lacks a conv neck.1: near are .*neck.0"),
-        ({"head": [[4, 1, 1]]}, r"head: kernel \(3, 3\), padding \(0, 0\)"),
-        ({"0": [[4, 1, 1]]}, "it fits the part neck, pass that"),
+        ({"neck.1": [[4, 1, 1]]}, r"lacks neck.1: near are neck.\*"),
+        ({"head": [[4, 1, 1]]}, r"does not fit: head: kernel \(3, 3\), padding \(0, 0\)"),
+        ({"0": [[4, 1, 1]], "neck.0": [[4, 1, 1]]}, "lacks 0: near"),
         ({"neck.0": [[8, 1, 1]]}, "does not fit neck.0: segments of 8 channels"),
-        ({"neck.0": [[4, 1, 1]]}, ""),
     ],
 )
 def test_an_architecture_of_paths_that_does_not_fit(layers, message):
-    network = nn.ModuleDict(
-        {"neck": nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), "head": nn.Conv2d(4, 4, 3)}
-    )
-    architecture = Architecture(layers, paths=True)
-    if not message:
-        apply_architecture(network, architecture)
-        message = "neck.0 has its dilation by an architecture already"
     with pytest.raises(NATSError, match=message):
-        apply_architecture(network, architecture)
+        apply_architecture(necks(), Architecture(layers))
+
+
+def test_names_that_are_paths_hold_in_the_network_and_around_it():
+    """Searched in a backbone, they fit the detector; but not where two parts have them."""
+    wide = Architecture({"neck.0": [[2, 1, 1], [2, 1, 3]], "p2": [[4, 1, 3]]})
+    detector = nn.ModuleDict({"backbone": necks(), "heads": nn.Conv2d(4, 4, 3, padding=1)})
+    apply_architecture(detector, wide)
+    inside = apply_architecture(necks(), wide)
+    assert repr(detector["backbone"]) == repr(inside)
+    with pytest.raises(NATSError, match="neck.0 is searched or dilated already"):
+        apply_architecture(detector, wide)
+    two = nn.ModuleDict({"student": necks(), "teacher": necks()})
+    with pytest.raises(NATSError, match="fits 2 parts of the network, such as student and teacher"):
+        apply_architecture(two, wide)
 
 
 # -- never silently undilated -----------------------------------------------------------------
@@ -448,7 +458,7 @@ def conv_and_norm(segments):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
     network[1].running_mean.normal_(), network[1].weight.data.uniform_(0.5, 2)
-    return apply_architecture(network.eval(), Architecture({"0": segments}, paths=True))
+    return apply_architecture(network.eval(), Architecture({"0": segments}))
 
 
 def fused_by_torch(network):
@@ -495,16 +505,6 @@ def averaged(network):
     return ema.eval()
 
 
-def in_shared_memory(network):
-    return network.share_memory()
-
-
-def fx_fused(network):
-    from torch.fx.experimental.optimization import fuse
-
-    return fuse(network)
-
-
 @pytest.mark.parametrize("segments", [SINGLE, SEVERAL], ids=["one", "several"])
 @pytest.mark.parametrize(
     "program",
@@ -515,12 +515,11 @@ def fx_fused(network):
         copy.deepcopy,
         lambda network: pickle.loads(pickle.dumps(network)),
         averaged,
-        in_shared_memory,
-        fx_fused,
-        torch.jit.script,
+        fuse,
+        lambda network: torch.export.export(network, (torch.randn(2, 4, 9, 11),)).module(),
         lambda network: torch.compile(network, backend="eager"),
     ],
-    ids="torch ours own-weights deepcopy pickle ema shared fx script compile".split(),
+    ids="torch ours own-weights deepcopy pickle ema fx export compile".split(),
 )
 @torch.no_grad()
 def test_programs_that_keep_the_dilation(program, segments):
@@ -546,11 +545,11 @@ def test_a_conv_of_one_dilation_keeps_its_class():
 
     network = nn.Sequential(Own(4, 8, 3, padding="same"))
     conv = network[0]
-    apply_architecture(network, Architecture({"0": SINGLE}, paths=True))
+    apply_architecture(network, Architecture({"0": SINGLE}))
     assert network[0] is conv and type(conv) is Own
     assert (conv.dilation, conv.padding) == ((1, 3), (1, 3)) and has_dilations(conv)
-    with pytest.raises(NATSError, match="0 has its dilation by an architecture already"):
-        to_supernet(network, SearchSpace("A", convs=["*"]))
+    with pytest.raises(NATSError, match="0 is searched or dilated already"):
+        to_supernet(network, SearchSpace("A", ["*"]))
 
 
 def test_mmcv():
@@ -559,7 +558,7 @@ def test_mmcv():
         4, 8, 3, padding=1, norm_cfg=dict(type="BN"), efficient_conv_bn_eval=True
     ).eval()
     x = torch.randn(2, 4, 9, 11)
-    apply_architecture(module, Architecture({"conv": SEVERAL}, paths=True))
+    apply_architecture(module, Architecture({"conv": SEVERAL}))
     assert isinstance(module.conv, GroupedDilationConv2d)
     expected = module.activate(module.norm(module.conv(x)))
     torch.testing.assert_close(module(x), expected)

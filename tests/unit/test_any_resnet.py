@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 import torchvision
-from oracles import assert_identical, build_plain, image, make_one_hot, randomized
+from oracles import (
+    assert_identical,
+    build_plain,
+    has_dilations,
+    image,
+    make_one_hot,
+    randomized,
+    residual_convs,
+)
 from torch import nn
 from torch.nn.utils import parametrizations
 from torchvision.models.detection import FasterRCNN
@@ -23,8 +31,7 @@ from detectron2_nats import (
     to_supernet,
 )
 from detectron2_nats.look.receptive_field import effective_receptive_fields
-from detectron2_nats.method.convs import searched_layers
-from detectron2_nats.method.stages import conv3x3_layers, residual_stages
+from detectron2_nats.method.names import named_convs, residual_stages, searched_layers
 
 
 class MMResLayer(nn.Sequential):
@@ -137,7 +144,7 @@ def outputs(model, x):
 
 
 def plain_architecture(model):
-    convs = conv3x3_layers(model)
+    convs = residual_convs(model)
     return Architecture({k: [[c.out_channels, 1, 1]] for k, c in convs.items()})
 
 
@@ -149,12 +156,12 @@ def test_every_kind(name):
     """Names, keys, the plain network bit for bit, and the super-network that becomes frozen."""
     plain = built(name)
     expected = outputs(plain, image(batch=2))
-    layers = list(conv3x3_layers(plain))
+    layers = list(residual_convs(plain))
     convs = ("conv1", "conv2") if "res3.0.conv1" in layers else ("conv2",)
     assert layers == [
         f"{stage}.{block}.{conv}"
-        for stage, blocks in residual_stages(plain).items()
-        for block in range(len(blocks))
+        for stage, path in residual_stages(plain).items()
+        for block in range(len(plain.get_submodule(path)))
         for conv in convs
     ]
     same = apply_architecture(copy.deepcopy(plain), plain_architecture(plain))
@@ -179,13 +186,16 @@ def test_every_kind(name):
 def test_one_architecture_for_detectron2_and_torchvision():
     """layer2.0.conv2 is res3.0.conv2: the same file, in the same order, on both."""
     ours, theirs = build_plain("R50"), torchvision.models.resnet50(width_per_group=16)
-    assert list(conv3x3_layers(ours)) == list(conv3x3_layers(theirs))
+    assert list(residual_convs(ours)) == list(residual_convs(theirs))
     supernet = to_supernet(theirs, SPACE)
     assert supernet.layer2[0].conv2 is searched_layers(supernet)["res3.0.conv2"]
     make_one_hot(supernet)
     architecture = Architecture.decode(supernet)
     apply_architecture(ours, architecture)
     assert tuple(ours.res3[0].conv2.segments) == architecture.layers["res3.0.conv2"]
+    # convs outside of the stages go by their paths, which libraries choose
+    assert [name for name in named_convs(ours) if "res" not in name] == ["stem.conv1"]
+    assert [name for name in named_convs(theirs) if "res" not in name] == ["conv1"]
 
 
 def test_strides_stay_where_the_block_has_them():
@@ -225,10 +235,21 @@ def test_parts_of_a_detector_that_only_sound_alike_are_passed_over():
     network["neck"].layer3 = nn.Sequential()
     network["neck"].res3 = nn.Identity()
     network["backbone"].layer1[0].layer2 = nn.Sequential(copy.deepcopy(network["backbone"].layer1))
-    stages = residual_stages(network)
-    assert list(stages) == ["res2", "res3", "res4", "res5"]
-    assert stages["res2"] is network["backbone"].layer1
-    assert stages["res3"] is network["backbone"].layer2
+    assert residual_stages(network) == {f"res{i + 1}": f"backbone.layer{i}" for i in range(1, 5)}
+    beside = named_convs(network)["backbone.layer1.0.layer2.0.0.conv1"].why_not
+    assert beside == "it lies beside the main path of a residual stage"
+
+
+def test_files_of_before_named_convs_by_their_paths_too():
+    layers = {f"body.layer2.{i}.conv2": [[16, 1, 1], [16, 1, 3]] for i in range(2)}
+    layers["fpn.layer_blocks.0.0"] = [[16, 1, 3]]
+    for network in (resnet_fpn(), FasterRCNN(resnet_fpn(), num_classes=3)):
+        apply_architecture(network, Architecture(layers))
+        convs = named_convs(network)
+        assert has_dilations(convs["res3.1.conv2"].conv)
+    both = {**layers, "res3.0.conv2": [[32, 1, 1]], "res3.1.conv2": [[32, 1, 1]]}
+    with pytest.raises(NATSError, match="the conv res3.0.conv2 twice, once by its path"):
+        apply_architecture(resnet_fpn(), Architecture(both))
 
 
 # -- what is not ----------------------------------------------------------------------------
@@ -246,47 +267,44 @@ def test_convs_that_are_more_than_a_conv_are_named():
     for block in network.layer3:
         block.conv1 = Standardised(block.conv1.in_channels, 256, 3, padding=1)
         block.conv2 = parametrizations.weight_norm(block.conv2)
-    assert not [name for name in conv3x3_layers(network) if name.startswith("res4")]
-    message = r"stage res4 has no plain 3x3 conv .* BasicBlock with conv1 Standardised\(3, 3\)"
+    message = r"'res4.\*' matches no conv .*: res4.0.conv1: Standardised; res4.0.conv2: its weight"
     with pytest.raises(NATSError, match=message):
         to_supernet(network, SPACE)
-    message = r"lacks res4.0.conv1.* res4 holds blocks BasicBlock with conv1 Standardised"
+    message = r"does not fit: res4.0.conv1: Standardised"
     with pytest.raises(NATSError, match=message):
         apply_architecture(network, Architecture({"res4.0.conv1": [[256, 1, 3]]}))
-
-
-def test_padding_of_another_kind():
-    network = resnet(BasicBlock)
-    network.layer2[0].conv2.padding_mode = "reflect"
-    with pytest.raises(NATSError, match=r"padding \(1, 1\) of reflect, not \(1, 1\) of zeros"):
-        to_supernet(network, SPACE)
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("res2net50_14w_8s", r"Found: layer1, blocks Bottle2neck with conv1 Conv2d\(1, 1\), convs"),
-        ("resnetv2_50", "ResNetV2 has no residual stages .*Found: stem, stages, norm, head"),
-        ("resnest14d", "stage res3 has no plain 3x3 conv .* ResNestBottleneck .*conv2 SplitAttn"),
-        ("skresnet18", "stage res3 has no plain 3x3 conv .*conv1 SelectiveKernel"),
-        ("hrnet_w18", "stage res3 is missing: this backbone builds res2;"),
+        ("res2net50_14w_8s", r"near are layer3.\*.convs.\*"),
+        ("resnetv2_50", r"near are .*stages.\*.blocks.\*.conv2"),
+        ("hrnet_w18", r"near are res2.\*.conv2"),
     ],
 )
 def test_other_networks_of_timm_are_named(name, message):
-    with pytest.raises(NATSError, match=message):
+    with pytest.raises(NATSError, match=rf"CONVS 'res3.\*' matches no conv .*{message}"):
         to_supernet(timm_model(name), SPACE)
 
 
 def test_nothing_at_all():
-    with pytest.raises(NATSError, match="Linear has no residual stages .*Found: no parts"):
+    with pytest.raises(NATSError, match="near are none, as it has none larger than 1x1"):
         to_supernet(nn.Linear(1, 1), SPACE)
 
 
-def test_two_networks():
+def test_two_networks_go_by_their_paths():
     two = nn.ModuleDict({"student": built("mmdet"), "teacher": build_plain("R50")})
-    message = "two stages res2, the second at teacher.res2: .* that holds student.layer1"
-    with pytest.raises(NATSError, match=message):
+    assert residual_stages(two) == {}
+    message = r"near are teacher.res3.\*.conv2"
+    with pytest.raises(NATSError, match=rf"'res3.\*' matches no conv .*{message}"):
         to_supernet(two, SPACE)
+    of_one = Architecture.uniform(two["student"], (1, 3), ["res3.*"])
+    with pytest.raises(NATSError, match=rf"lacks res3.0.conv2, res3.1.conv2: {message}"):
+        apply_architecture(two, of_one)
+    apply_architecture(two, Architecture.uniform(two, (1, 3), ["student.layer2.*"]))
+    assert has_dilations(two["student"].layer2[0].conv2)
+    assert not has_dilations(two["teacher"].res3[0].conv2)
 
 
 # -- α --------------------------------------------------------------------------------------

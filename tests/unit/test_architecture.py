@@ -6,7 +6,6 @@ import yaml
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2_nats import Architecture, NATSError, add_nats_config
-from detectron2_nats.method.architecture import shipped_architectures
 from detectron2_nats.method.decode import decode_alpha, intensities, votes
 from detectron2_nats.method.search_space import PAPER_SETS
 
@@ -51,11 +50,6 @@ def test_orders_hold_the_same_counts():
 
 
 @pytest.mark.parametrize("order", ["paper", "voted"])
-def test_zero_alpha_decodes_to_the_plain_conv(order):
-    assert decode_alpha(np.zeros((16, 9)), PAPER_SETS["C"]["res5"], 128, order) == ((128, 1, 1),)
-
-
-@pytest.mark.parametrize("order", ["paper", "voted"])
 def test_a_margin_keeps_groups_plain_that_hardly_want_another_dilation(order):
     genotypes = ((1, 1), (3, 3), (1, 3))
     # softmax of log p is p
@@ -75,17 +69,6 @@ def test_a_margin_keeps_groups_plain_that_hardly_want_another_dilation(order):
     for margin in (-0.1, 1.0):
         with pytest.raises(NATSError, match=f"DECODE_MARGIN {margin}"):
             decode_alpha(alpha, genotypes, 8, order, margin)
-
-
-def test_transposed_swaps_height_and_width():
-    one = Architecture({"res3.0.conv2": [(8, 1, 3), (4, 5, 1), (4, 2, 2)]})
-    assert one.transposed().layers == {"res3.0.conv2": ((8, 3, 1), (4, 1, 5), (4, 2, 2))}
-    assert one.transposed().transposed() == one
-
-
-def test_path_level_decodes_to_one_run():
-    alpha = np.array([[0.1, 0.3, 0.2]])
-    assert decode_alpha(alpha, ((1, 1), (2, 2), (3, 3)), 64) == ((64, 2, 2),)
 
 
 def test_decode_errors():
@@ -132,13 +115,22 @@ def test_runs_are_canonical():
 
 
 def test_questions():
-    architecture = Architecture(LAYERS, SEARCH)
+    architecture = Architecture({**LAYERS, "fpn_output2": [[8, 1, 3]]}, SEARCH)
     assert architecture.stages == ("res3", "res5")
     assert architecture.channels_per_dilation("res5.0.conv1") == {(1, 1): 253, (1, 5): 2, (5, 1): 1}
     repeated = Architecture({"res4.0.conv2": [[1, 1, 1], [2, 2, 2], [3, 1, 1]]})
     assert repeated.channels_per_dilation("res4.0.conv2") == {(1, 1): 4, (2, 2): 2}
-    part = architecture.restrict(["res2", "res5"])
-    assert list(part.layers) == ["res5.0.conv1"] and part.search == SEARCH
+    assert repeated.shares() == {(1, 1): 2 / 3, (2, 2): 1 / 3}
+    part = architecture.restrict(["res2.*", "res5.*", "fpn*"])
+    assert list(part.layers) == ["res5.0.conv1", "fpn_output2"] and part.search == SEARCH
+    # of a stage, the other convs are named, too
+    part = architecture.restrict(["res3.0.*"])
+    assert part.layers == {
+        "res3.0.conv2": architecture.layers["res3.0.conv2"],
+        "res3.1.conv2": ((128, 1, 1),),
+    }
+    with pytest.raises(NATSError, match=r"no layer of the architecture matches \['res3'\]"):
+        architecture.restrict(["res3"])
 
 
 @pytest.mark.parametrize(
@@ -147,10 +139,9 @@ def test_questions():
         ({}, "'layers' must map one or more layer names"),
         (None, "'layers' must map one or more layer names"),
         ([["res3.0.conv2", [[4, 1, 1]]]], "'layers' must map one or more layer names"),
-        ({f"res3.{i}.conv2": [[4, 1, 1]] for i in range(1001)}, "1001 layers, at most 1000"),
         ({3: [[4, 1, 1]]}, "layer name 3: expected one like 'res3.0.conv2'"),
-        ({"stem.conv1": [[4, 1, 1]]}, "layer name 'stem.conv1'"),
-        ({"res3.0.conv2: [": [[4, 1, 1]]}, "layer name 'res3.0.conv2: \\['"),
+        ({"a b": [[4, 1, 1]]}, "layer name 'a b'"),
+        ({"a" * 201: [[4, 1, 1]]}, "layer name 'aaa"),
         ({"res3\n.0": [[4, 1, 1]]}, r"layer name 'res3\\n.0'"),
         ({"res3.0.conv2": []}, r"res3.0.conv2: expected a list of \[channels, d_h, d_w\]"),
         ({"res3.0.conv2": 7}, r"res3.0.conv2: expected a list of \[channels, d_h, d_w\]"),
@@ -159,27 +150,19 @@ def test_questions():
             r"res3.0.conv2: expected \[channels, d_h, d_w\], got \[4, 1\]",
         ),
         ({"res3.0.conv2": ["4\n1"]}, r"got '4\\n1'"),
-        ({"res3.0.conv2": [[0, 1, 1]]}, "res3.0.conv2: 0 is not a number of channels"),
-        ({"res3.0.conv2": [[-4, 1, 1]]}, "res3.0.conv2: -4 is not a number of channels"),
-        ({"res3.0.conv2": [[True, 1, 1]]}, "res3.0.conv2: True is not a number of channels"),
-        ({"res3.0.conv2": [[4.0, 1, 1]]}, "res3.0.conv2: 4.0 is not a number of channels"),
-        ({"res3.0.conv2": [["4\n", 1, 1]]}, r"res3.0.conv2: '4\\n' is not a number of channels"),
-        ({"res3.0.conv2": [[10**5000, 1, 1]]}, "res3.0.conv2: .* is not a number of channels"),
+        ({"res3.0.conv2": [[0, 1, 1]]}, r"res3.0.conv2: expected .*, got \[0, 1, 1\]"),
+        ({"res3.0.conv2": [[True, 1, 1]]}, r"res3.0.conv2: expected .*, got \[True, 1, 1\]"),
+        ({"res3.0.conv2": [[65537, 1, 1]]}, r"res3.0.conv2: expected .*, got \[65537, 1, 1\]"),
+        ({"res3.0.conv2": [[10**5000, 1, 1]]}, "res3.0.conv2: expected .*, got a list too long"),
         ({"res3.0.conv2": [[4, 0, 1]]}, r"res3.0.conv2: malformed dilation \[0, 1\]"),
         ({"res3.0.conv2": [[4, True, 1]]}, r"res3.0.conv2: malformed dilation \[True, 1\]"),
         ({"res3.0.conv2": [[4, 1, 10**5000]]}, "res3.0.conv2: malformed dilation"),
-        ({"res3.0.conv2": [[40000, 1, 1], [40000, 2, 2]]}, "res3.0.conv2: 80000 channels, at most"),
     ],
 )
 def test_malformed(layers, message):
     with pytest.raises(NATSError, match=message) as caught:
         Architecture(layers)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-
-
-def test_search_must_be_a_mapping():
-    with pytest.raises(NATSError, match="'search' must be a mapping"):
-        Architecture(LAYERS, ["seed", 7])
 
 
 # -- files ----------------------------------------------------------------------------------
@@ -205,28 +188,28 @@ def test_file_is_what_the_readme_shows(tmp_path):
         "layers": LAYERS,
         "search": SEARCH,
     }
-    assert Architecture.from_dict(yaml.safe_load(text)).to_dict() == yaml.safe_load(text)
+    assert Architecture.from_dict(yaml.safe_load(text)) == Architecture(LAYERS)
+    Architecture(LAYERS).save(str(path))
+    assert "search" not in path.read_text()
 
 
-def test_file_without_search(tmp_path):
-    path = str(tmp_path / "architecture.yaml")
-    Architecture(LAYERS).save(path)
-    assert "search" not in (tmp_path / "architecture.yaml").read_text()
-    assert Architecture.load(path) == Architecture(LAYERS)
+@pytest.mark.parametrize("names", ["paths", "stages"])
+def test_files_of_before_said_what_their_names_are(tmp_path, names):
+    layers = {"res3.0.conv2": [[4, 1, 3]]}
+    if names == "paths":
+        layers = {"bottom_up.res3.0.conv2": [[4, 1, 3]], "fpn_output2": [[4, 1, 1]]}
+    path = tmp_path / "architecture.yaml"
+    path.write_text(yaml.dump({"format": "detectron2-nats/1", "names": names, "layers": layers}))
+    assert Architecture.load(str(path)) == Architecture(layers)
+    assert Architecture.from_config([list(item) for item in layers.items()]).layers == (
+        Architecture(layers).layers
+    )
 
 
 def test_values_that_stand_twice_in_search_are_readable_again(tmp_path):
     path, pairs = str(tmp_path / "architecture.yaml"), [[1, 1], [3, 3]]
     Architecture(LAYERS, {"space": [pairs, pairs]}).save(path)
     assert Architecture.load(path).search == {"space": [pairs, pairs]}
-
-
-def test_runs_of_a_file_are_merged(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text(
-        "format: detectron2-nats/1\nlayers: {res4.0.conv2: [[1, 3, 3], [1, 3, 3], [2, 1, 1]]}\n"
-    )
-    assert Architecture.load(str(path)).layers == {"res4.0.conv2": ((2, 3, 3), (2, 1, 1))}
 
 
 HEAD = "format: detectron2-nats/1\n"
@@ -237,17 +220,14 @@ HEAD = "format: detectron2-nats/1\n"
     [
         ("", "expected a mapping with 'format: detectron2-nats/1'"),
         ("- 1\n", "expected a mapping with 'format: detectron2-nats/1'"),
-        ("layers: {}\n", "format is None, expected 'detectron2-nats/1'"),
-        ("format: detectron2-nats/2\n", "format is 'detectron2-nats/2'"),
-        ("format: 0x" + "F" * 9000, "expected 'detectron2-nats/1'"),
+        ("layers: {}\n", "expected a mapping with 'format: detectron2-nats/1'"),
+        ("format: detectron2-nats/2\n", "expected a mapping with 'format: detectron2-nats/1'"),
         (HEAD, "'layers' must map one or more layer names"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]]}\nlayer: 1\n", "unknown keys 'layer'"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]]}\nsearch: [1]\n", "must be a mapping"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1.0, 1]]}\n", "res3.0.conv2: malformed dilation"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]], res3.0.conv2: [[4, 2, 2]]}\n", "duplicate"),
-        (HEAD + "layers:\n  res3.0.conv2: &a [[4, 1, 1]]\n  res3.1.conv2: *a\n", "aliases"),
         (HEAD + "layers: !!python/object:builtins.dict {}\n", "constructor"),
-        (HEAD + "layers: " + "[" * 5000 + "\n", "nested more than"),
         (HEAD + "layers: [\n", "not readable as plain YAML"),
         (b"\x80\x02}q\x00.", "not a UTF-8 text file"),
         (b"#" * (8 * 2**20 + 1), "larger than the limit of 8388608 bytes"),
@@ -270,18 +250,11 @@ def test_missing_file_and_folder(tmp_path, monkeypatch, name):
         Architecture.load(name)
 
 
-def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+def test_what_is_not_plain_cannot_be_saved(tmp_path):
     path = tmp_path / "architecture.yaml"
     Architecture(LAYERS, SEARCH).save(str(path))
     before = path.read_bytes()
-
-    def fail(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        Architecture({"res4.0.conv2": [[8, 1, 1]]}).save(str(path))
-    with pytest.raises(yaml.YAMLError):  # not a plain value
+    with pytest.raises(yaml.YAMLError):
         Architecture(LAYERS, {"seed": object()}).save(str(path))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["architecture.yaml"]
 
@@ -313,7 +286,6 @@ def test_config_round_trip(tmp_path):
         ({"res3.0.conv2": [[4, 1, 1]]}, r"must be a list of \[layer name, segments\]"),
         ("res3.0.conv2", r"must be a list of \[layer name, segments\]"),
         ([["res3.0.conv2"]], r"must be a list of \[layer name, segments\]"),
-        (["ab"], r"must be a list of \[layer name, segments\]"),
         ([[["res3"], [[4, 1, 1]]]], "layer name"),
         ([["res3.0.conv2", [[4, 1, 1]]]] * 2, "names layers twice: res3.0.conv2"),
         ([["res3.0.conv2", [[4, 1, 0]]]], "res3.0.conv2: malformed dilation"),
@@ -327,8 +299,7 @@ def test_malformed_config_value(value, message):
 
 def test_shipped_architectures_load_by_name_and_say_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shipped_architectures()
-    for name in shipped_architectures():
+    for name in ("bars_lying", "bars_standing"):
         search = Architecture.load(name).search
         assert {"data", "network", "command", "seed", "decidedness", "retrained AP"} <= set(search)
     (tmp_path / "bars_lying").write_text("a file of that name comes first")

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from oracles import FPN_RESNET, tiny_cfg
+from oracles import FPN_RESNET, residual_convs, tiny_cfg
 from torch import nn
 from torchvision.models import resnet50
 
@@ -22,8 +22,7 @@ from detectron2.modeling import build_backbone
 from detectron2.utils import file_io
 from detectron2_nats import NATSError, add_nats_config
 from detectron2_nats.engine.checkpoint import SafeCheckpointer, _damage
-from detectron2_nats.method.convs import searched_layers
-from detectron2_nats.method.stages import conv3x3_layers
+from detectron2_nats.method.names import searched_layers
 
 
 class State:
@@ -387,7 +386,7 @@ def test_weights_of_another_depth_are_told_of(tmp_path, warnings):
     model, other = nn.Module(), nn.Module()
     model.backbone = build_backbone(tiny_cfg(FPN_RESNET))
     other.backbone = build_backbone(tiny_cfg(FPN_RESNET, ["RESNETS.DEPTH", 101]))
-    total = len(conv3x3_layers(other.backbone))
+    total = len(residual_convs(other.backbone))
     torch.save({"model": model.state_dict()}, tmp_path / "r50.pth")
     SafeCheckpointer(other).load(str(tmp_path / "r50.pth"))
     assert f"match only 16 of {total} convs" in warnings.text

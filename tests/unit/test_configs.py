@@ -107,7 +107,7 @@ def test_search(name):
     assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     assert cfg.MODEL.BACKBONE.NAME == "build_nats_backbone"
     assert cfg.MODEL.NATS.BASE_BACKBONE == "build_resnet_fpn_backbone"
-    assert cfg.MODEL.NATS.STAGES == ["res3", "res4", "res5"]
+    assert cfg.MODEL.NATS.CONVS == ["res3.*", "res4.*", "res5.*"]
     assert cfg.MODEL.NATS.ARCHITECTURE == []
     assert cfg.MODEL.RESNETS.DEPTH == row["depth"]
     assert cfg.MODEL.NATS.SPACE == row["space"]
@@ -140,8 +140,8 @@ def test_search(name):
 def test_groups_fit_the_network(name):
     cfg = load(CONFIGS / "search" / f"{name}.yaml")
     resnets = cfg.MODEL.RESNETS
-    for stage in cfg.MODEL.NATS.STAGES:
-        width = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 2 ** (int(stage[-1]) - 2)
+    for pattern in cfg.MODEL.NATS.CONVS:
+        width = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 2 ** (int(pattern[3]) - 2)
         group = cfg.MODEL.NATS.CHANNELS_PER_GROUP or width // cfg.MODEL.NATS.NUM_GROUPS
         assert width % group == 0
         assert group % (width // resnets.NUM_GROUPS) == 0 or resnets.NUM_GROUPS == 1

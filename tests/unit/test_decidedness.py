@@ -37,8 +37,7 @@ def test_votes_that_changed_in_the_last_tenth():
         (0.9, 0.0, "decided: most groups", True),
         (0.9, None, "decided: most groups", True),
         (0.9, 0.2, "not settled", False),
-        (0.5, 0.0, "half decided", False),
-        (0.1, 0.0, "undecided, close to chance", False),
+        (0.5, 0.0, "undecided, 50% of the groups have a clear favourite", False),
     ],
 )
 def test_verdict(leading, changed, words, decided):

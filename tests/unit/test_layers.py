@@ -1,5 +1,4 @@
 import copy
-import re
 
 import pytest
 import torch
@@ -460,13 +459,6 @@ def test_what_is_taken_over(kind):
 def test_only_convs_of_same_size_output(kind, conv):
     with pytest.raises(NATSError, match=r"kernel .*, padding .* of zeros, not (an odd|\(\d, \d\))"):
         make(kind, conv)
-
-
-def test_repr_shows_the_choice():
-    assert re.search(r"4 groups of \[\(1, 1\), \(1, 3\)", repr(make("mixed", plain_conv())))
-    assert "shared weights" in repr(mixed_conv(share_weights=True))
-    assert "sampled" in repr(mixed_conv(sample=True))
-    assert "segments=[(4, 3, 1), (4, 1, 1)" in repr(make("grouped", plain_conv()))
 
 
 # -- state dicts ----------------------------------------------------------------------------

@@ -18,12 +18,14 @@ S5 = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5))
 )
 def test_paper_sets(name, early, res5):
     space = SearchSpace(name)
-    assert space.genotypes == {"res3": early, "res4": early, "res5": res5}
+    assert space.genotypes == {"res3.*": early, "res4.*": early, "res5.*": res5}
+    others = SearchSpace(name, ["res2.0.*", "fpn*", "*"])
+    assert others.genotypes == {"res2.0.*": early, "fpn*": res5, "*": res5}
 
 
 def test_defaults_are_the_papers():
     space = SearchSpace()
-    assert space.stages == ("res3", "res4", "res5")
+    assert space.convs == ("res3.*", "res4.*", "res5.*")
     assert (space.num_groups, space.channels_per_group) == (16, None)
     assert space.share_weights is False
 
@@ -32,15 +34,22 @@ def test_every_set_begins_with_the_plain_conv():
     assert all(pairs[0] == (1, 1) for s in PAPER_SETS.values() for pairs in s.values())
 
 
-def test_custom_lists_follow_the_stages():
-    space = SearchSpace([[[1, 1], [5, 5]], ((1, 1), (1, 2), (2, 1))], stages=["res5", "res2"])
-    assert space.genotypes == {"res5": ((1, 1), (5, 5)), "res2": ((1, 1), (1, 2), (2, 1))}
+def test_custom_lists_follow_the_patterns():
+    space = SearchSpace([[[1, 1], [5, 5]], ((1, 1), (1, 2), (2, 1))], ["res5.*", "fpn*"])
+    assert space.genotypes == {"res5.*": ((1, 1), (5, 5)), "fpn*": ((1, 1), (1, 2), (2, 1))}
+
+
+def test_stages_are_short_for_patterns():
+    assert SearchSpace(stages=["res5", "res2"]).convs == ("res5.*", "res2.*")
+    for wrong in (dict(stages="res3"), dict(stages=["res3"], convs=["*"])):
+        with pytest.raises(NATSError, match="stages .*: expected a list, and no convs beside it"):
+            SearchSpace(**wrong)
 
 
 def test_lazy_config_lists():
-    content = OmegaConf.create({"space": [[[1, 1], [3, 1]]], "stages": ["res4"]})
-    space = SearchSpace(content.space, stages=content.stages)
-    assert space.stages == ("res4",) and space.genotypes == {"res4": ((1, 1), (3, 1))}
+    content = OmegaConf.create({"space": [[[1, 1], [3, 1]]], "convs": ["res4.*"]})
+    space = SearchSpace(content.space, content.convs)
+    assert space.convs == ("res4.*",) and space.genotypes == {"res4.*": ((1, 1), (3, 1))}
 
 
 @pytest.mark.parametrize("space", ["D", "c", "", "A,B"])
@@ -71,13 +80,16 @@ def test_dilation_limits():
 @pytest.mark.parametrize(
     "space, message",
     [
-        ([[[1, 1]]], r"expected one list of dilation pairs for each of \['res3', 'res4', 'res5'\]"),
+        ([[[1, 1]]], r"expected one list of dilation pairs for each of \['res3.\*', 'res4.\*', "),
         (5, "SPACE 5: expected one list"),
         (None, "SPACE None: expected one list"),
-        ([[], [], []], r"SPACE of res3: expected a list of dilation pairs, got \[\]"),
-        ([[[1, 1]], 7, [[1, 1]]], "SPACE of res4: expected a list of dilation pairs, got 7"),
-        ([[[1, 1]], [[3, 3], [1, 1]], [[1, 1]]], r"SPACE of res4: .* must begin with \(1, 1\)"),
-        ([[[1, 1]], [[1, 1]], [[1, 1], [2, 2], [2, 2]]], "SPACE of res5: .* each dilation once"),
+        ([[], [], []], r"SPACE of res3.*: expected a list of dilation pairs, got \[\]"),
+        ([[[1, 1]], 7, [[1, 1]]], "SPACE of res4.\\*: expected a list of dilation pairs, got 7"),
+        ([[[1, 1]], [[3, 3], [1, 1]], [[1, 1]]], r"SPACE of res4.\*: .* must begin with \(1, 1\)"),
+        (
+            [[[1, 1]], [[1, 1]], [[1, 1], [2, 2], [2, 2]]],
+            "SPACE of res5.\\*: .* each dilation once",
+        ),
     ],
 )
 def test_malformed_custom_space(space, message):
@@ -85,12 +97,10 @@ def test_malformed_custom_space(space, message):
         SearchSpace(space)
 
 
-@pytest.mark.parametrize(
-    "stages", [[], ["res3", "res3"], ["res6"], ["res1"], "res3", [["res3"]], [3], 3]
-)
-def test_bad_stages(stages):
-    with pytest.raises(NATSError, match="STAGES .*: expected one or more of .*'res2'"):
-        SearchSpace(stages=stages)
+@pytest.mark.parametrize("convs", [[], ["res3", "res3"], "res3.*", [["res3"]], [3], 3, [""]])
+def test_bad_patterns(convs):
+    with pytest.raises(NATSError, match="CONVS .*: expected a list of patterns of names"):
+        SearchSpace(convs=convs)
 
 
 def test_both_group_keys():
@@ -114,25 +124,15 @@ def test_groups_of():
     assert [per_group.groups_of("res4.0.conv2", c, 32) for c in (128, 256, 512)] == [4, 8, 16]
 
 
-@pytest.mark.parametrize(
-    "kwargs, channels",
-    [
-        ({"num_groups": 3}, 64),
-        ({"num_groups": 128}, 64),
-        ({"channels_per_group": 24}, 64),
-        ({"channels_per_group": 128}, 64),
-    ],
-)
-def test_groups_must_divide_the_channels(kwargs, channels):
-    (key, value), *_ = kwargs.items()
-    message = f"{key.upper()} {value} does not divide the 64 channels of res4.1.conv2: choose a"
+@pytest.mark.parametrize("value", [3, 128])
+@pytest.mark.parametrize("key", ["num_groups", "channels_per_group"])
+def test_groups_must_divide_the_channels(key, value):
+    message = f"{key.upper()} {value} does not fit res4.1.conv2: choose a divisor of its 64 chan"
     with pytest.raises(NATSError, match=message):
-        SearchSpace(**kwargs).groups_of("res4.1.conv2", channels)
+        SearchSpace(**{key: value}).groups_of("res4.1.conv2", 64)
 
 
 @pytest.mark.parametrize("kwargs", [{"num_groups": 16}, {"channels_per_group": 4}])
 def test_groups_must_hold_whole_conv_groups(kwargs):
-    (key, value), *_ = kwargs.items()
-    message = f"{key.upper()} {value} cuts the conv groups of res3.0.conv2: .* of 8 channels"
-    with pytest.raises(NATSError, match=message):
+    with pytest.raises(NATSError, match="of its 64 channels that keeps its 8 conv groups whole"):
         SearchSpace(**kwargs).groups_of("res3.0.conv2", 64, conv_groups=8)

@@ -19,7 +19,7 @@ from detectron2_nats import (
     to_supernet,
 )
 
-SPACE = SearchSpace("C", stages=["res3", "res4"])
+SPACE = SearchSpace("C", ["res3.*", "res4.*"])
 
 
 def drawn(network, seed=0):
@@ -47,6 +47,18 @@ def test_fx_traces_a_frozen_network(frozen):
     frozen.layer3.register_forward_hook(lambda m, i, y: at.update(features=y))
     frozen(x)
     assert torch.equal(features, at["features"])
+
+
+@torch.no_grad()
+def test_exported_traced_and_compiled_in_one_graph(frozen):
+    block = frozen.layer2[0]
+    x = torch.randn(1, block.conv1.in_channels, 16, 16)
+    for program in (
+        torch.export.export(block, (x,)).module(),
+        torch.jit.trace(block, (x,)),
+        torch.compile(block, backend="eager", fullgraph=True),
+    ):
+        torch.testing.assert_close(program(x), block(x))
 
 
 @torch.no_grad()
@@ -82,7 +94,7 @@ def test_hooks_stay_and_can_be_removed(how):
     if how == "frozen":
         apply_architecture(network, drawn(network))
     else:
-        to_supernet(network, SearchSpace("C", stages=["res3"], sample=how == "sampled"))
+        to_supernet(network, SearchSpace("C", ["res3.*"], sample=how == "sampled"))
     assert network.layer2[1].conv2 is conv and type(conv) is not nn.Conv2d
     network(torch.randn(2, 3, 32, 32)).sum().backward()
     assert calls == ["before", ("after", (2, 128, 4, 4)), "backward"]
@@ -106,5 +118,5 @@ def test_a_conv_with_a_computed_weight_is_named(caplog, monkeypatch):
     assert "res3.0.conv2 (its weight is computed (weight_norm, pruning, …))" in line
     assert "res4.1.conv1 (its weight is computed" in line and "res3.0.conv1" not in line
     assert isinstance(network.layer2[0].conv2, nn.Conv2d)
-    with pytest.raises(NATSError, match="lacks res3.0.conv2.*its weight is computed"):
+    with pytest.raises(NATSError, match="does not fit: res3.0.conv2: its weight is computed"):
         apply_architecture(with_computed_weights(), drawn(resnet18(weights=None)))

@@ -9,7 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from .config.keys import DEFAULT_NUM_GROUPS, genotype_set
 from .errors import NATSError
 from .method.architecture import Architecture
-from .method.search_space import STAGES, SearchSpace
+from .method.search_space import SearchSpace
 from .method.transform import apply_architecture, to_supernet
 
 
@@ -19,24 +19,14 @@ def search_space_from_config(cfg: CfgNode) -> SearchSpace:
     num_groups, channels_per_group = nats.NUM_GROUPS, nats.CHANNELS_PER_GROUP
     if channels_per_group > 0 and num_groups == DEFAULT_NUM_GROUPS:
         num_groups = 0  # only CHANNELS_PER_GROUP was set
-    if nats.CONVS and list(nats.STAGES) == list(STAGES):
-        where = {"convs": nats.CONVS}  # only CONVS was set
-    else:
-        where = {"stages": nats.STAGES, "convs": nats.CONVS or ()}
     return SearchSpace(
         genotype_set(cfg),
-        **where,
+        nats.CONVS,
         num_groups=num_groups if num_groups or not channels_per_group else None,
         channels_per_group=channels_per_group or None,
         share_weights=nats.SHARE_WEIGHTS,
         sample=nats.SAMPLE,
     )
-
-
-def architecture_from_config(cfg: CfgNode) -> Architecture:
-    """What ``MODEL.NATS.ARCHITECTURE`` says."""
-    nats = cfg.MODEL.NATS
-    return Architecture.from_config(nats.ARCHITECTURE, paths=bool(nats.CONVS))
 
 
 def check_same_dilations(cfg: CfgNode, loaded: Mapping[str, Any], weights: str) -> None:
@@ -75,7 +65,7 @@ def _dilations(cfg: CfgNode) -> Any:
 
 def _changed(architecture: Sequence[Any]) -> Mapping[str, Any]:
     """The layers that are not plain."""
-    layers = Architecture.from_config(architecture, paths=None).layers
+    layers = Architecture.from_config(architecture).layers
     return {k: v for k, v in layers.items() if any(tuple(d) != (1, 1) for _, *d in v)}
 
 
@@ -93,5 +83,5 @@ def build_nats_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         )
     backbone = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
     if cfg.MODEL.NATS.ARCHITECTURE:
-        return apply_architecture(backbone, architecture_from_config(cfg))
+        return apply_architecture(backbone, Architecture.from_config(cfg.MODEL.NATS.ARCHITECTURE))
     return to_supernet(backbone, search_space_from_config(cfg))

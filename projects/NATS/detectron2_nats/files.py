@@ -27,7 +27,7 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return mapping
 
 
-def _check_events(text: str, max_aliases: int) -> None:
+def _check_events(text: str) -> None:
     """Refuse a text that would cost much more time, stack or memory than its size suggests.
 
     libyaml's composer dies of a hundred thousand open brackets. PyYAML reads "1:1:1:…", a number in
@@ -42,48 +42,21 @@ def _check_events(text: str, max_aliases: int) -> None:
             raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep")
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_SCALAR:
             raise yaml.YAMLError(f"a value of more than {_MAX_SCALAR} characters")
-        if aliases > max_aliases:
-            reason = (
-                f"more than {max_aliases} aliases" if max_aliases else "aliases are not allowed"
-            )
-            raise yaml.YAMLError(reason)
-
-
-def parse_yaml(text: str, name: str, *, aliases: bool = True) -> Any:
-    """Parse YAML of plain values.
-
-    Args:
-        name: of the file, for the message.
-        aliases: allow a few. Detectron2 writes them into its config dumps.
-
-    Raises:
-        NATSError: anything is wrong with the text; one line that names the file.
-    """
-    try:
-        _check_events(text, _MAX_ALIASES if aliases else 0)
-        return yaml.load(text, Loader=_StrictLoader)
-    except Exception as error:  # the constructors of `!!bool x` etc. raise all kinds of errors
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise NATSError(f"{name}: not readable as plain YAML: {reason}") from None
-
-
-class OneLine(list):
-    """A list that :func:`write_yaml` writes on one line, with everything in it."""
+        if aliases > _MAX_ALIASES:
+            raise yaml.YAMLError(f"more than {_MAX_ALIASES} aliases")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes repeated values in full, because :func:`parse_yaml` may refuse aliases."""
+    """Writes repeated values in full, and a tuple on one line with everything in it."""
 
     def ignore_aliases(self, data):
         return True
 
+    def represent_tuple(self, values):
+        return self.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
 
-_Dumper.add_representer(
-    OneLine,
-    lambda dumper, value: dumper.represent_sequence(
-        "tag:yaml.org,2002:seq", value, flow_style=True
-    ),
-)
+
+_Dumper.add_representer(tuple, _Dumper.represent_tuple)
 
 
 def read_bounded(path: str) -> bytes:
@@ -102,20 +75,23 @@ def read_bounded(path: str) -> bytes:
     return data
 
 
-def read_yaml(path: str, *, aliases: bool = True) -> Any:
+def read_yaml(path: str) -> Any:
     """Read a YAML file of plain values and at most :data:`MAX_FILE_BYTES`.
 
-    Args:
-        aliases: see :func:`parse_yaml`.
-
     Raises:
-        NATSError: the file is missing, a folder, too large, not text, or not plain YAML; names it.
+        NATSError: the file is missing, a folder, too large, not text, or not plain YAML; one line
+            that names it.
     """
     data = read_bounded(path)
     try:
-        return parse_yaml(data.decode("utf-8"), str(path), aliases=aliases)
+        text = data.decode("utf-8")
+        _check_events(text)
+        return yaml.load(text, Loader=_StrictLoader)
     except UnicodeDecodeError:
         raise NATSError(f"{path}: not a UTF-8 text file") from None
+    except Exception as error:  # the constructors of `!!bool x` etc. raise all kinds of errors
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise NATSError(f"{path}: not readable as plain YAML: {reason}") from None
 
 
 def write_atomically(path: str, content: Union[str, Callable[[IO[bytes]], Any]]) -> None:
@@ -145,7 +121,7 @@ def write_atomically(path: str, content: Union[str, Callable[[IO[bytes]], Any]])
 
 
 def write_yaml(path: str, content: Mapping[str, Any], comment: str = "") -> None:
-    """Write plain values and :class:`OneLine` lists, in their order, for :func:`read_yaml`.
+    """Write plain values in their order, for :func:`read_yaml`; each tuple on one line.
 
     Args:
         comment: lines at the top, each with a "#".

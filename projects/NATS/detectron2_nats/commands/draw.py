@@ -2,9 +2,8 @@
 
 import argparse
 import os
-import re
 import shlex
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -12,32 +11,27 @@ from torch import nn
 from ..errors import NATSError
 from ..look.networks import build_network
 from ..method.architecture import Architecture
-from ..method.search_space import PAPER_SETS, STAGES, Dilation, SearchSpace, check_dilation
-from ..method.stages import conv3x3_layers
+from ..method.names import searchable
+from ..method.search_space import Dilation, SearchSpace
 from .cli import write
 
 
 def main(args: argparse.Namespace) -> None:
-    if (args.plain or args.dilations) and not args.random:
-        option = "--plain" if args.plain else "--dilations"
-        raise NATSError(f"{option} is for --random: give both, or neither")
+    if args.dilations and not args.random:
+        raise NATSError("--dilations is for --random: give both, or neither")
     if args.opts and args.network:
         raise NATSError(f"{args.opts[0]}: KEY VALUE pairs need --config-file")
     if args.network:
         base, network = None, build_network(args.network, "meta")
-        space, known = SearchSpace("C", stages=args.stages or STAGES), "C"
+        space, named_set = SearchSpace("C"), "C"
     else:
-        base, network, space, known = _detector(args.config_file, args.opts)
-    convs = args.convs or space.convs
-    stages = () if convs else _kept(args.stages, space.stages, network)
+        base, network, space, named_set = _detector(args.config_file, args.opts)
+    convs = _trained(args.convs or space.convs, network)
     if args.random:
-        chosen = _drawn_from(space, known, stages, convs, args.dilations)
-        architecture = Architecture.random(network, chosen, args.seed, args.plain)
-    elif args.uniform:
-        architecture = Architecture.uniform(network, args.uniform, stages, convs)
+        drawn_from = _drawn_from(space, named_set, convs, args.dilations)
+        architecture = Architecture.random(network, drawn_from, args.seed)
     else:
-        make = Architecture.cycle if args.cycle else Architecture.sawtooth
-        architecture = make(network, args.cycle or args.sawtooth, stages, convs)
+        architecture = Architecture.uniform(network, args.uniform, convs)
 
     path = os.path.join(args.output, "architecture.yaml")
     write(path, lambda: architecture.save(path))
@@ -74,63 +68,48 @@ def _detector(path: str, opts: Sequence[str]) -> Tuple[Any, nn.Module, SearchSpa
     return base, backbone, search_space_from_config(cfg), genotype_set(cfg)
 
 
-def _kept(
-    named: Optional[Sequence[str]], usual: Sequence[str], network: nn.Module
-) -> Sequence[str]:
-    """The stages to change, which the network builds and trains; says which are left out.
-
-    Args:
-        named: by --stages; None if it is not given.
-        usual: without it. If the network has none of them, it is all that it trains.
-    """
-    layers = conv3x3_layers(network)
-    is_trained = {name.split(".")[0]: conv.weight.requires_grad for name, conv in layers.items()}
-    trained = [stage for stage, able in is_trained.items() if able]
-    kept = [stage for stage in named or usual if stage in trained]
-    if not kept and not named:
-        return trained
-    for stage in named or usual:
-        if stage not in is_trained:
-            print(f"left out {stage}: the network does not build it, or it has no plain 3x3 conv")
-        elif stage not in trained:
-            print(f"left out {stage}: it is frozen (MODEL.BACKBONE.FREEZE_AT)")
-    if not kept:
-        raise NATSError(
-            f"no stage is left to change: name some of {', '.join(trained)} by --stages"
-        )
-    return kept
+def _trained(convs: Sequence[str], network: nn.Module) -> List[str]:
+    """The patterns whose convs the network builds and trains; says which are left out."""
+    trained = []
+    for pattern in convs:
+        try:
+            matching = searchable(network, [pattern]).values()
+        except NATSError as error:
+            print(f"left out: {error}")
+            continue
+        if any(conv.weight.requires_grad for conv in matching):
+            trained.append(pattern)
+        else:
+            print(f"left out {pattern}: it is frozen (MODEL.BACKBONE.FREEZE_AT)")
+    if not trained:
+        raise NATSError("no conv is left to change: name some by --convs")
+    return trained
 
 
 def _drawn_from(
-    space: SearchSpace,
-    known: Any,
-    stages: Sequence[str],
-    convs: Sequence[str],
-    dilations: Sequence[Dilation],
+    space: SearchSpace, named_set: Any, convs: Sequence[str], dilations: Sequence[Dilation]
 ) -> SearchSpace:
-    """The search space of `stages` or `convs` alone.
+    """The search space of the patterns `convs` alone.
 
     Args:
-        known: the name of the set of `space`, or its list.
-        dilations: in all of them, instead of those of `space`.
+        named_set: the name of the set of `space`, or its list.
+        dilations: for all of them, instead of those of `space`.
     """
     if dilations:
-        genotypes = [dilations] * len(convs or stages)
-    elif convs:
-        genotypes = known if isinstance(known, str) else list(space.genotypes.values())
+        genotypes = [dilations] * len(convs)
+    elif isinstance(named_set, str):
+        genotypes = named_set
     else:
-        of_stage = PAPER_SETS[known] if isinstance(known, str) else space.genotypes
-        unknown = [stage for stage in stages if stage not in of_stage]
+        unknown = [pattern for pattern in convs if pattern not in space.genotypes]
         if unknown:
             raise NATSError(
-                f"MODEL.NATS.SPACE lists dilations of {', '.join(of_stage)}, none of {unknown[0]}: "
-                "name some by --dilations, or choose other --stages"
+                f"MODEL.NATS.SPACE lists dilations of {', '.join(space.genotypes)}, none of "
+                f"{unknown[0]}: name some by --dilations, or choose other --convs"
             )
-        genotypes = [of_stage[stage] for stage in stages]
-    where = {"convs": convs} if convs else {"stages": stages}
+        genotypes = [space.genotypes[pattern] for pattern in convs]
     return SearchSpace(
         genotypes,
-        **where,
+        convs,
         num_groups=space.num_groups,
         channels_per_group=space.channels_per_group,
     )

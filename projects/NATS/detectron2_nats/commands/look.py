@@ -22,7 +22,7 @@ from ..look.objects import (
 )
 from ..look.receptive_field import SIDES
 from ..look.rule import Look, look
-from ..method.stages import residual_stages
+from ..method.names import residual_stages
 from .cli import write
 
 _NOISE = 256
@@ -115,11 +115,7 @@ def _draw(folder: str, found: Look, records: Sequence[Record], size: InputSize) 
 
 def _where(network: nn.Module) -> List[str]:
     """The option that nats-draw needs for a network without residual stages."""
-    try:
-        residual_stages(network)
-        return []
-    except NATSError:
-        return ["--convs", "*"]
+    return [] if residual_stages(network) else ["--convs", "*"]
 
 
 def next_step(args: argparse.Namespace, draw: Sequence[str]) -> str:

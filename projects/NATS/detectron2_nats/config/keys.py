@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
 from ..errors import NATSError
-from ..method.search_space import STAGES
+from ..method.search_space import CONVS
 
 DEFAULT_NUM_GROUPS = 16
 
@@ -21,18 +21,15 @@ def add_nats_config(cfg: CfgNode) -> None:
     """Add the project's keys to a Detectron2 config, in place."""
     # -- the backbone: used if MODEL.BACKBONE.NAME is "build_nats_backbone" ---------------------
     cfg.MODEL.NATS = CfgNode()
-    # Any registered builder. Of a network without residual stages (stages.py says what they are),
-    # CONVS names what is searched.
+    # Any registered builder.
     cfg.MODEL.NATS.BASE_BACKBONE = "build_resnet_fpn_backbone"
     # List of [layer name, [[output channels, d_h, d_w], ...]], written by nats-export. If not
     # empty, this frozen network is built. If empty, the super-network is built.
     cfg.MODEL.NATS.ARCHITECTURE = []
-    # Searched stages.
-    cfg.MODEL.NATS.STAGES = list(STAGES)
-    # Instead of STAGES: patterns of module paths in the backbone, such as ["fpn_output*"]. All
-    # convs that match are searched, and ARCHITECTURE's names are paths.
-    cfg.MODEL.NATS.CONVS = []
-    # The paper's genotype set "A", "B" or "C", or a list of dilation pairs per stage, such as
+    # Searched convs: patterns of their names, such as ["res4.*", "fpn_output*"]. The 3x3 convs of a
+    # residual network are called res2.0.conv2 and so on, others by their path in the backbone.
+    cfg.MODEL.NATS.CONVS = list(CONVS)
+    # The paper's genotype set "A", "B" or "C", or a list of dilation pairs per pattern, such as
     # [[[1, 1], [3, 3]], [[1, 1], [3, 3]], [[1, 1], [5, 5]]]. None means "C". (If the default were a
     # string, Detectron2 would refuse a list, because its type differs.)
     cfg.MODEL.NATS.SPACE = None

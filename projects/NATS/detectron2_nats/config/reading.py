@@ -1,6 +1,7 @@
 """Read a config: from a file and KEY VALUE pairs, as plain YAML of bounded size."""
 
 import difflib
+import json
 import os
 import re
 from typing import Any, Dict, List
@@ -10,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..errors import NATSError, shown
 from ..files import read_yaml
+from ..method.search_space import CONVS
 from .keys import add_nats_config, flat
 
 
@@ -53,6 +55,8 @@ def _check_pairs(opts: List[str]) -> None:
         raise NATSError(f"command line: KEY VALUE pairs: {shown(opts[-1])} has no value")
     known = flat(load_config("")) if opts else {}
     for key, value in zip(opts[::2], opts[1::2]):
+        if key == "MODEL.NATS.STAGES":
+            _refuse_stages("command line", value)
         if not isinstance(known.get(key) if isinstance(key, str) else None, (list, tuple)):
             continue
         try:
@@ -89,6 +93,10 @@ def _check_bases(path: str, depth: int = 0) -> None:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise NATSError(f"{path}: not a config: expected KEY: VALUE lines")
+    model = content.get("MODEL")
+    nats = model.get("NATS") if isinstance(model, dict) else None
+    if isinstance(nats, dict) and "STAGES" in nats:
+        _refuse_stages(path, nats["STAGES"])
     base = content.get("_BASE_")
     if base is None:
         return
@@ -98,6 +106,17 @@ def _check_bases(path: str, depth: int = 0) -> None:
     if os.path.exists(base) and not os.path.isfile(base):
         raise NATSError(f"{path}: _BASE_ {base} is not a file")  # a pipe would block the reader
     _check_bases(base, depth + 1)
+
+
+def _refuse_stages(where: str, stages: Any) -> None:
+    """Of configs of before: a list of names, or its text."""
+    words = stages if isinstance(stages, (list, tuple)) else [stages]
+    names = re.findall("res[2-5]", " ".join(word for word in words if isinstance(word, str)))
+    patterns = json.dumps([f"{name}.*" for name in names[:4]] or list(CONVS))
+    raise NATSError(
+        f"{where}: MODEL.NATS.STAGES is gone, a stage is a pattern of names now: write "
+        f"MODEL.NATS.CONVS: {patterns}"
+    )
 
 
 def _merge(name: str, merge) -> None:

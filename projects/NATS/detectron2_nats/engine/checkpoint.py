@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import NATSError, one_line
 from ..files import write_atomically
-from ..method.stages import conv3x3_layers
+from ..method.names import searchable
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _residual_weights(self) -> List[str]:
         """State-dict keys of the weights of the residual stages' 3×3 convs."""
         try:
-            convs = set(conv3x3_layers(getattr(self.model, "backbone", self.model)).values())
+            network = getattr(self.model, "backbone", self.model)
+            convs = set(searchable(network, ["res[2-5].*"]).values())
         except NATSError:  # not a residual network: nothing to check
             return []
         return [f"{name}.weight" for name, m in self.model.named_modules() if m in convs]

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import NATSError
-from ..method.convs import all_convs
-from ..method.stages import residual_stages
+from ..method.names import named_convs, residual_stages
 
 SHARE = 0.9
 """A network is said to see what holds this share of its field."""
@@ -71,7 +70,10 @@ def effective_receptive_fields(
     Returns:
         Level → field, (H, W), which adds up to 1. The maps of a dict have its keys as names.
     """
-    levels = residual_stages(module) if levels is None else levels
+    if levels is None:
+        levels = _stages(module)
+        if not levels:
+            raise NATSError(f"{type(module).__name__} has no residual stages: name levels")
     sums: Dict[str, torch.Tensor] = {}
     with _looking_at(module, levels, images.shape[-2:]) as outputs:
         for image in images:
@@ -154,11 +156,12 @@ def returned_levels(network: nn.Module, images: torch.Tensor) -> Dict[str, nn.Mo
         network(images[:1])
     if outputs:
         return {"": network}
-    try:
-        stages = residual_stages(network)
-    except NATSError:
-        stages = {}
+    stages = _stages(network)
     return stages if len(stages) > 1 else _last_of_each_size(network, images[:1])
+
+
+def _stages(network: nn.Module) -> Dict[str, nn.Module]:
+    return {name: network.get_submodule(path) for name, path in residual_stages(network).items()}
 
 
 def _last_of_each_size(network: nn.Module, image: torch.Tensor) -> Dict[str, nn.Module]:
@@ -166,7 +169,7 @@ def _last_of_each_size(network: nn.Module, image: torch.Tensor) -> Dict[str, nn.
     named = {path: part for path, part in network.named_modules() if path}
     with _looking_at(network, named, image.shape[-2:]) as outputs, torch.no_grad():
         network(image)
-    convs = all_convs(network)
+    convs = [named.path for named in named_convs(network).values()]
     last = {
         output.shape[-2:]: path
         for path, output in outputs.items()  # in the order in which they end

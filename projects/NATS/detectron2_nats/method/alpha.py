@@ -7,12 +7,12 @@ from typing import Iterator, List
 from torch import nn
 
 from ..errors import NATSError
-from .convs import searched_layers
 from .forward_state import ForwardState
+from .names import searched_layers
 
 
 def alpha_parameters(model: nn.Module) -> List[nn.Parameter]:
-    """α of each searched conv, (N, G), in the order of :func:`.stages.searched_layers`.
+    """α of each searched conv, (N, G), in the order of :func:`.searched_layers`.
 
     Args:
         model: what :func:`to_supernet` gave, or a detector around it.

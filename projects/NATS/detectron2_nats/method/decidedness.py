@@ -13,7 +13,7 @@ from .decode import votes
 LEAD = 0.1
 """A group leads when its best genotype has so much more of softmax(α) than the second."""
 
-_DECIDED, _HALF_DECIDED, _UNSETTLED = 0.75, 0.4, 0.05
+_DECIDED, _UNSETTLED = 0.75, 0.05
 
 
 def all_votes(alphas: Mapping[str, np.ndarray]) -> Dict[str, List[int]]:
@@ -48,8 +48,8 @@ class Decidedness:
         entropies, leads = [], []
         for alpha in alphas.values():
             shares = torch.as_tensor(alpha).double().softmax(dim=1)
-            genotypes = shares.shape[1]
-            entropies.append(torch.special.entr(shares).sum(dim=1).mean() / log(max(genotypes, 2)))
+            most = log(max(shares.shape[1], 2))
+            entropies.append(torch.special.entr(shares).sum(dim=1).mean() / most)
             best, second = F.pad(shares, (0, 1)).topk(2, dim=1).values.unbind(dim=1)
             leads.append(best - second)
         changed = None
@@ -72,9 +72,7 @@ class Decidedness:
         advice = "search longer, raise SEARCH.ALPHA_LR, or decode with SEARCH.DECODE_MARGIN"
         if self.leading >= _DECIDED:
             return f"not settled, votes still change: {advice}"
-        if self.leading >= _HALF_DECIDED:
-            return f"half decided: {advice}"
-        return f"undecided, close to chance: {advice}"
+        return f"undecided, {self.leading:.0%} of the groups have a clear favourite: {advice}"
 
     def summary(self) -> Dict[str, object]:
         """Rounded plain values and the verdict, for architecture.yaml."""

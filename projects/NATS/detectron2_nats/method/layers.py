@@ -1,7 +1,7 @@
 """The two convs of NATS: the mixture that is searched and the frozen choice.
 
 Shapes: B batch, C_in and C_out channels, k_h × k_w kernel (3 × 3 in the paper), N channel groups,
-G genotypes.
+G genotypes. Both map x, (B, C_in, H, W), to (B, C_out, H / stride, W / stride).
 
 Both take over the parameters of the plain conv that they replace, under the same names: nothing
 is renamed, split or permuted, so plain checkpoints load into either as they are.
@@ -24,22 +24,23 @@ torch.fx.wrap("to_fast_layout")
 torch.fx.wrap("_convolve")
 
 
-def same_padding(conv: nn.Conv2d, genotype: Dilation = (1, 1)) -> Tuple[int, int]:
-    """The padding that leaves a conv's output as large as it is, when `genotype` multiplies its
-    dilation: per side dilation · (kernel - 1) / 2.
+def dilated(conv: nn.Conv2d, genotype: Dilation = (1, 1)) -> Tuple[Dilation, Tuple[int, int]]:
+    """The dilation of a conv when `genotype` multiplies it, as it does a stage's own (DC5), and the
+    padding that then keeps the size of the map: per side dilation · (kernel - 1) / 2.
 
     Raises:
         NATSError: the conv's own padding is another.
     """
-    plain = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size)]
+    plain = tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size))
     is_odd = all(k % 2 for k in conv.kernel_size) and max(conv.kernel_size) > 1
-    if not is_odd or conv.padding_mode != "zeros" or conv.padding not in ("same", tuple(plain)):
-        expected = f"{tuple(plain)} of zeros" if is_odd else "an odd kernel above 1"
+    if not is_odd or conv.padding_mode != "zeros" or conv.padding not in ("same", plain):
+        expected = f"{plain} of zeros" if is_odd else "an odd kernel above 1"
         raise NATSError(
             f"kernel {conv.kernel_size}, padding {conv.padding} of {conv.padding_mode}, not "
             f"{expected}"
         )
-    return plain[0] * genotype[0], plain[1] * genotype[1]
+    dilation = tuple(d * g for d, g in zip(conv.dilation, genotype))
+    return dilation, tuple(p * g for p, g in zip(plain, genotype))
 
 
 class _DilationConv2d(nn.Conv2d):
@@ -55,7 +56,7 @@ class _DilationConv2d(nn.Conv2d):
             conv.out_channels,
             kernel_size=conv.kernel_size,
             stride=conv.stride,
-            padding=same_padding(conv),
+            padding=dilated(conv)[1],
             dilation=conv.dilation,
             groups=conv.groups,
             bias=conv.bias is not None,
@@ -66,10 +67,6 @@ class _DilationConv2d(nn.Conv2d):
         self.weight = conv.weight
         self.bias = conv.bias
         self.training = conv.training  # the norm keeps its own mode
-
-    def _effective(self, genotype: Dilation) -> Tuple[int, int]:
-        """A base dilation (DC5's res5) multiplies the genotype's."""
-        return self.dilation[0] * genotype[0], self.dilation[1] * genotype[1]
 
     def _finish(self, y: torch.Tensor) -> torch.Tensor:
         if self.norm is not None:
@@ -127,13 +124,6 @@ class MixedDilationConv2d(_DilationConv2d):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: (B, C_in, H, W).
-
-        Returns:
-            (B, C_out, H / stride, W / stride).
-        """
         return self._finish(self.mixture(x, self.alpha.softmax(dim=1)))
 
     def mixture(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -150,7 +140,7 @@ class MixedDilationConv2d(_DilationConv2d):
             mixed = None
             genotypes = zip(self.genotypes, self.genotype_weights(), shares.unbind(dim=1))
             for genotype, weight, share in genotypes:
-                dilation, padding = self._effective(genotype), same_padding(self, genotype)
+                dilation, padding = dilated(self, genotype)
                 y = F.conv2d(x, weight, None, self.stride, padding, dilation, self.groups)
                 # Under AMP in half precision, too: for a float32 share CUDA's autocast would turn
                 # each y^g into float32 and keep that.
@@ -176,23 +166,6 @@ class MixedDilationConv2d(_DilationConv2d):
         # not indexed one by one: each index would fill a gradient of all replicas' size with zeros
         return [self.weight, *self.replicas.unbind()]
 
-    def frozen_weight(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """The weight of a frozen conv: each row from the replica of the dilation that it is given.
-
-        Args:
-            segments: decoded in voted order: only there is a row's dilation the one that it was
-                trained under.
-
-        Returns:
-            (C_out, C_in / groups, k_h, k_w), detached.
-        """
-        weights = dict(zip(self.genotypes, self.genotype_weights()))
-        pieces, start = [], 0
-        for channels, *dilation in segments:
-            pieces.append(weights[tuple(dilation)].detach()[start : start + channels])
-            start += channels
-        return torch.cat(pieces)
-
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A plain conv's checkpoint: every replica starts from its weight, α stays as it is. So do
         # the replicas when the checkpoint's weights were shared.
@@ -202,10 +175,6 @@ class MixedDilationConv2d(_DilationConv2d):
                 weight = state_dict[prefix + "weight"]
                 state_dict[prefix + "replicas"] = weight.expand(len(self.replicas), *weight.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def extra_repr(self) -> str:
-        shared = ", shared weights" if self.replicas is None else ""
-        return f"{super().extra_repr()}, {self.num_groups} groups of {list(self.genotypes)}{shared}"
 
 
 class GroupedDilationConv2d(_DilationConv2d):
@@ -249,20 +218,12 @@ class GroupedDilationConv2d(_DilationConv2d):
         depthwise = self.in_channels == self.groups > 1
         self._branches = []
         for genotype, own in places.items():
-            padding = same_padding(self, genotype)
-            first = pads_first(padding, depthwise)
-            self._branches.append((self._effective(genotype), padding, first, own))
+            dilation, padding = dilated(self, genotype)
+            self._branches.append((dilation, padding, pads_first(padding, depthwise), own))
         self._fast_layouts = fast_layouts(len(places), depthwise)
         self.padding = "one for each dilation"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: (B, C_in, H, W).
-
-        Returns:
-            (B, C_out, H / stride, W / stride).
-        """
         return self._finish(self._conv_forward(x, self.weight, self.bias))
 
     def _conv_forward(
@@ -271,9 +232,6 @@ class GroupedDilationConv2d(_DilationConv2d):
         """Where PyTorch's convs convolve, for who calls it with a weight of his own."""
         x = to_fast_layout(input, self._fast_layouts)
         return _convolve(x, weight, bias, self.stride, self._sizes, self._branches)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, segments={self.segments}"
 
 
 def _convolve(

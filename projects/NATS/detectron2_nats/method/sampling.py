@@ -35,11 +35,7 @@ class SampledDilationConv2d(MixedDilationConv2d):
         per_group = self.out_channels // self.num_groups
         choice = [self.genotypes.index(dilation) for dilation in dilations[::per_group]]
         self.choice.copy_(torch.tensor(choice))
-        self._read_choice()
-
-    def _read_choice(self) -> None:
-        choice = self.choice.tolist()
-        self.settled = None if min(choice) < 0 else tuple(self._segments(choice))
+        self.settled = tuple(self._segments(choice))
 
     def _segments(self, choice: Sequence[int]) -> List[Segment]:
         per_group = self.out_channels // self.num_groups
@@ -49,7 +45,8 @@ class SampledDilationConv2d(MixedDilationConv2d):
         if prefix + "weight" in state_dict:  # a plain conv's settles nothing
             state_dict.setdefault(prefix + "choice", torch.full((self.num_groups,), -1))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._read_choice()
+        choice = self.choice.tolist()
+        self.settled = None if min(choice) < 0 else tuple(self._segments(choice))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See :meth:`MixedDilationConv2d.forward`."""
@@ -63,6 +60,3 @@ class SampledDilationConv2d(MixedDilationConv2d):
         one_hot = torch.zeros_like(shares).scatter_(1, drawn.view(-1, 1), 1)
         # one_hot's value, to the bit
         return self._finish(self.mixture(x, one_hot + (shares - shares.detach())))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sampled"

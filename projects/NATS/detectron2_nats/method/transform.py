@@ -1,117 +1,96 @@
 """Change a network's convs in place: plain → super-network, plain → frozen.
 
-Knows modules, not configs. Works on anything that holds residual stages (:mod:`.stages`), such as a
-ResNet of Detectron2, torchvision, timm or mmdet, an FPN around one, a whole detector, a LazyConfig
-model; and on any convs of any network, named by patterns (:mod:`.convs`).
+Knows modules, not configs. Works on any network, such as a ResNet of Detectron2, torchvision, timm
+or mmdet, an FPN around one, a whole detector, a LazyConfig model; :mod:`.names` says which convs.
 """
 
 import logging
-from typing import Dict, Mapping, Sequence, Tuple, Union
+from typing import Dict, List, Mapping, Sequence, Union
 
 import torch
 from torch import nn
 
 from ..errors import NATSError
 from .architecture import Architecture, check_name
-from .convs import convs_by_path, matching_convs, near_paths, searched_layers, turn_into
-from .layers import GroupedDilationConv2d, MixedDilationConv2d, merged, same_padding
+from .decode import merged
+from .layers import GroupedDilationConv2d, MixedDilationConv2d, dilated
+from .names import NamedConv, named_convs, near_names, searchable, searched_layers
 from .sampling import SampledDilationConv2d
-from .search_space import Dilation, SearchSpace
-from .stages import named_convs, other_convs, residual_stages, what_is_in
+from .search_space import Dilation, SearchSpace, first_match, stage_of
 
 logger = logging.getLogger(__name__)
-
-
-def _check_plain(name: str, conv: nn.Module) -> None:
-    if isinstance(conv, (MixedDilationConv2d, GroupedDilationConv2d)):
-        raise NATSError(f"{name} is a {type(conv).__name__} already: start from the plain backbone")
-    if hasattr(conv, "plain_dilation"):
-        raise NATSError(f"{name} has its dilation by an architecture already: start from the plain")
 
 
 def to_supernet(backbone: nn.Module, space: SearchSpace) -> nn.Module:
     """Make every searched conv a :class:`MixedDilationConv2d`, in place (section 3.2).
 
+    Convs that match and cannot be searched, or are frozen, are left alone; a warning names them.
+
     Args:
-        backbone: plain; holds residual stages (:func:`.stages.residual_stages`); or with
-            `space.convs`, any network. Weights already loaded are kept.
+        backbone: plain. Weights already loaded are kept.
         space: which convs, genotypes and groups.
 
     Returns:
         `backbone` itself.
 
     Raises:
-        NATSError: a stage is missing, frozen, or has nothing to search; a pattern matches nothing
-            that can be searched; groups do not fit. Nothing has been changed then.
+        NATSError: a pattern has nothing to search; groups do not fit. Nothing has been changed
+            then.
     """
-    found, others = _searched(backbone, space)
+    convs = named_convs(backbone)
+    left = {k: why for k, (_, _, why) in convs.items() if why and first_match(k, space.convs)}
+    kind = SampledDilationConv2d if space.sample else MixedDilationConv2d
     swaps: Dict[nn.Conv2d, nn.Conv2d] = {}
-    for name, conv in found.items():
-        check_name(name, bool(space.convs))  # now, and not when days of search are to be written
+    searched = []
+    for name, conv in searchable(backbone, space.convs).items():
+        check_name(name)  # now, and not when days of search are to be written
         _check_plain(name, conv)
-        choice = {
-            "genotypes": space.genotypes_of(name, conv.kernel_size),
-            "num_groups": space.groups_of(name, conv.out_channels, conv.groups),
-        }
-        if space.sample:
-            mixed = SampledDilationConv2d(conv, **choice)
+        genotypes = space.genotypes_of(name, conv.kernel_size)
+        if not conv.weight.requires_grad:
+            left[name] = "it is frozen (takes no gradient)"
+        elif len(genotypes) == 1 and 1 in conv.kernel_size:
+            left[name] = f"a kernel {conv.kernel_size} cannot tell its dilations apart"
         else:
-            mixed = MixedDilationConv2d(conv, share_weights=space.share_weights, **choice)
-        mixed.layer, mixed.by_path = name, bool(space.convs)
-        swaps[conv] = mixed
+            num_groups = space.groups_of(name, conv.out_channels, conv.groups)
+            options = {} if space.sample else {"share_weights": space.share_weights}
+            swaps[conv] = kind(conv, genotypes=genotypes, num_groups=num_groups, **options)
+            swaps[conv].layer = name
+            searched.append(first_match(name, space.convs))
+    for pattern in space.convs:
+        if pattern not in searched:
+            reasons = [f"{k}: {why}" for k, why in left.items() if first_match(k, [pattern])]
+            raise NATSError(
+                f"CONVS {pattern!r}: nothing to search: {'; '.join(reasons[:3])}. Take it out of "
+                "MODEL.NATS.CONVS, or train these convs (MODEL.BACKBONE.FREEZE_AT)"
+            )
     for conv, new in swaps.items():
-        turn_into(conv, new)
-    _warn_of_others(others)
+        _turn_into(conv, new)
+    _warn_of(left)
     return backbone
 
 
-def _searched(
-    network: nn.Module, space: SearchSpace
-) -> Tuple[Dict[str, nn.Conv2d], Dict[str, str]]:
-    """Layer name → conv to search; and of others that were asked for, layer name → why not."""
-    if space.convs:
-        found, others = matching_convs(network, space.convs)
-        for path, conv in list(found.items()):
-            if not conv.weight.requires_grad:
-                others[path] = "it is frozen (takes no gradient)"
-            elif len(space.genotypes_of(path, conv.kernel_size)) == 1:
-                others[path] = f"a kernel {conv.kernel_size} cannot tell its dilations apart"
-            if path in others:
-                del found[path]
-        if not found:
-            reasons = "; ".join(f"{path}: {why}" for path, why in list(others.items())[:3])
-            raise NATSError(f"CONVS {list(space.convs)}: nothing to search: {reasons}")
-        return found, others
-    stages = residual_stages(network)
-    found = {}
-    for stage in space.stages:
-        if stage not in stages:
-            raise NATSError(
-                f"stage {stage} is missing: this backbone builds {', '.join(stages)}; take "
-                f"{stage} out of the stages (MODEL.NATS.STAGES)"
-            )
-        convs = named_convs(stage, stages[stage])
-        if not convs:
-            raise NATSError(
-                f"stage {stage} has no plain 3x3 conv to search (deformable convs are left "
-                f"alone): take {stage} out of MODEL.NATS.STAGES. It holds "
-                f"{what_is_in(stages[stage])}"
-            )
-        frozen = [name for name, conv in convs.items() if not conv.weight.requires_grad]
-        if frozen:
-            raise NATSError(
-                f"stage {stage} is frozen ({frozen[0]} takes no gradient): lower "
-                f"MODEL.BACKBONE.FREEZE_AT or take {stage} out of MODEL.NATS.STAGES"
-            )
-        found.update(convs)
-    return found, other_convs({stage: stages[stage] for stage in space.stages})
+def _check_plain(name: str, conv: nn.Module) -> None:
+    changed = isinstance(conv, (MixedDilationConv2d, GroupedDilationConv2d))
+    if changed or hasattr(conv, "plain_dilation"):
+        raise NATSError(f"{name} is searched or dilated already: start from the plain network")
 
 
-def _warn_of_others(others: Mapping[str, str]) -> None:
-    if others:
-        listed = ", ".join(f"{name} ({why})" for name, why in list(others.items())[:20])
-        more = f" and {len(others) - 20} more" if len(others) > 20 else ""
-        logger.warning(f"left as they are, since only plain convs are understood: {listed}{more}")
+def _turn_into(conv: nn.Conv2d, other: nn.Conv2d) -> None:
+    """Make a conv what `other` is, in place: whoever holds it calls the new one. Its hooks stay.
+
+    Putting `other` where the conv is registered would not do: Detectron2's FPN calls its convs from
+    a list of its own.
+    """
+    hooks = {name: value for name, value in vars(conv).items() if "hook" in name}
+    conv.__dict__ = {**vars(other), **hooks}
+    conv.__class__ = type(other)
+
+
+def _warn_of(left: Mapping[str, str]) -> None:
+    if left:
+        listed = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:20])
+        more = f" and {len(left) - 20} more" if len(left) > 20 else ""
+        logger.warning(f"left as they are: {listed}{more}")
 
 
 def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, str]) -> nn.Module:
@@ -121,8 +100,8 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     stays the conv that it is, with that dilation and padding.
 
     Args:
-        backbone: plain; any module that holds residual stages, a whole detector too. Where the
-            architecture's names are paths, the network that was searched.
+        backbone: plain; the network that the architecture is of, or a module that holds it, such as
+            a whole detector.
         architecture: an architecture or the path of an architecture file.
 
     Returns:
@@ -133,12 +112,15 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     """
     if not isinstance(architecture, Architecture):
         architecture = Architecture.load(architecture)
-    present, others = _named_convs(backbone, architecture)
+    convs = named_convs(backbone)
+    present = _present(backbone, convs, list(architecture.layers))
     swaps: Dict[nn.Conv2d, nn.Conv2d] = {}
     single: Dict[nn.Conv2d, Dilation] = {}
     for name, segments in architecture.layers.items():
         conv = present[name]
         _check_plain(name, conv)
+        if conv in swaps or conv in single:
+            raise NATSError(f"the architecture names the conv {name} twice, once by its path")
         try:
             frozen = GroupedDilationConv2d(conv, segments)
         except NATSError as error:
@@ -150,83 +132,63 @@ def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, st
     for conv, dilation in single.items():
         _dilate(conv, dilation)
     for conv, new in swaps.items():
-        turn_into(conv, new)
-    _warn_of_others(others)
+        _turn_into(conv, new)
+    stages = architecture.stages
+    _warn_of({k: why for k, (_, _, why) in convs.items() if why and stage_of(k) in stages})
     return backbone
 
 
 def _dilate(conv: nn.Conv2d, genotype: Dilation) -> None:
     """Give a plain conv one dilation. It keeps its class, which fusers and exporters know."""
-    padding = same_padding(conv, genotype)
     conv.plain_dilation = conv.dilation  # says that it is no longer the plain network's
     if genotype != (1, 1):
-        conv.dilation = tuple(d * g for d, g in zip(conv.dilation, genotype))
-        conv.padding = padding
-        conv._reversed_padding_repeated_twice = [p for p in padding[::-1] for _ in range(2)]
+        conv.dilation, conv.padding = dilated(conv, genotype)
+        conv._reversed_padding_repeated_twice = [p for p in conv.padding[::-1] for _ in range(2)]
 
 
-def _named_convs(
-    network: nn.Module, architecture: Architecture
-) -> Tuple[Dict[str, nn.Conv2d], Dict[str, str]]:
-    """Layer name → conv, of all that the architecture names; and others beside them → why not."""
-    if architecture.paths:
-        return _convs_at_paths(network, list(architecture.layers)), {}
-    present: Dict[str, nn.Conv2d] = {}
-    without, stages = [], residual_stages(network)
-    changed = {name: stages[name] for name in architecture.stages if name in stages}
-    others = other_convs(changed)
-    for stage_name, stage in stages.items():
-        found = named_convs(stage_name, stage)
-        present.update(found)
-        if stage_name in changed:
-            if not found:
-                without.append(f". {stage_name} holds {what_is_in(stage)}")
-            left = [name for name in others if name.split(".")[0] == stage_name]
-            without += [f". {name}: {others[name]}" for name in left[:3]]
-    unknown = [name for name in architecture.layers if name not in present]
+def _present(
+    network: nn.Module, convs: Mapping[str, NamedConv], names: Sequence[str]
+) -> Dict[str, nn.Conv2d]:
+    """Layer name → conv, of an architecture's names.
+
+    Names that are paths hold in the network, or in the one part of it that has them all. Files of
+    before named residual networks' convs by paths, too.
+    """
+    by_path = {named.path: named for named in convs.values()}
+    paths = [name for name in names if not stage_of(name)]
+    parts = [""] + [f"{part}." for part, _ in network.named_modules() if part]
+    fitting = [part for part in parts if all(part + path in by_path for path in paths)]
+    part = fitting[0] if len(fitting) == 1 else ""
+    present = {path: by_path[part + path] for path in paths if part + path in by_path}
+    present.update({name: convs[name] for name in names if stage_of(name) and name in convs})
+    unable = [f"{name}: {present[name].why_not}" for name in present if present[name].why_not]
+    unknown = [name for name in names if name not in present]
+    stages = {stage_of(name) for name in names} - {""}
     missing = [
         name
-        for name in present
-        if name.split(".")[0] in architecture.stages and name not in architecture.layers
+        for name, (_, _, why_not) in convs.items()
+        if stage_of(name) in stages and name not in names and not why_not
     ]
-    if unknown or missing:
-        problems = []
-        for problem, names in (
-            ("the backbone lacks", unknown),
-            ("the architecture does not name", missing),
-        ):
-            if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                problems.append(f"{problem} {', '.join(names[:5])}{more}")
-        raise NATSError(
-            f"the architecture does not fit: {'; '.join(problems)}. It must name every 3x3 conv of "
-            "each stage that it changes: take one that was searched on this backbone"
-            + "".join(without)
+    problems = unable[:3]
+    if unknown:
+        near = near_names(unknown[0], convs) or "none"
+        problems.append(f"the network lacks {_listed(unknown)}: near are {near}")
+    if missing:
+        problems.append(
+            f"it does not name {_listed(missing)}, and must name every 3x3 conv of each stage that "
+            f"it changes: {missing[0]}: [[{convs[missing[0]].conv.out_channels}, 1, 1]] leaves one "
+            "plain"
         )
-    return present, others
+    if problems:
+        raise NATSError(
+            f"the architecture does not fit: {'; '.join(problems)}. Take one that was searched on "
+            "this network"
+        )
+    return {name: named.conv for name, named in present.items()}
 
 
-def _convs_at_paths(network: nn.Module, paths: Sequence[str]) -> Dict[str, nn.Conv2d]:
-    able, others = convs_by_path(network)
-    unknown = [path for path in paths if path not in able]
-    if not unknown:
-        return able
-    inside = [
-        part
-        for part, _ in network.named_modules()
-        if part and all(f"{part}.{path}" in able for path in paths)
-    ]
-    if unknown[0] in others:
-        cure = f": {others[unknown[0]]}"
-    elif inside:
-        cure = f": it fits the part {inside[0]}, pass that"
-    else:
-        cure = f": near are {', '.join(near_paths(unknown[0], able)) or 'none'}"
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    raise NATSError(
-        f"the architecture does not fit: the network lacks a conv {', '.join(unknown[:5])}{more}"
-        f"{cure}. Its names are paths in the network that was searched"
-    )
+def _listed(names: List[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def frozen_state_dict(supernet: nn.Module, architecture: Architecture) -> Dict[str, torch.Tensor]:
@@ -265,5 +227,10 @@ def frozen_state_dict(supernet: nn.Module, architecture: Architecture) -> Dict[s
                 f"{name}: this run froze {list(settled)} and went on to train it; its weights do "
                 f"not suit {list(segments)}"
             )
-        frozen[f"{paths[conv]}.weight"] = conv.frozen_weight(segments)
+        weights = dict(zip(conv.genotypes, conv.genotype_weights()))
+        pieces, start = [], 0
+        for channels, *dilation in segments:
+            pieces.append(weights[tuple(dilation)].detach()[start : start + channels])
+            start += channels
+        frozen[f"{paths[conv]}.weight"] = torch.cat(pieces)
     return frozen

@@ -1,6 +1,7 @@
 """Turn an architecture into a plain config, and a super-network's weights into frozen ones."""
 
 import os
+from dataclasses import replace
 from typing import Any, Dict, Mapping, Sequence
 
 import torch
@@ -10,9 +11,10 @@ from detectron2.modeling import Backbone, build_backbone
 
 from ..config import load_config
 from ..errors import NATSError
-from ..files import OneLine, write_atomically, write_yaml
+from ..files import write_atomically, write_yaml
 from ..method.architecture import Architecture
-from ..method.stages import conv3x3_layers
+from ..method.names import named_convs
+from ..method.search_space import stage_of
 from ..method.transform import apply_architecture, frozen_state_dict
 from .folder import SearchFolder
 
@@ -59,7 +61,6 @@ def searched_detector(cfg: CfgNode) -> CfgNode:
     defaults = load_config("")
     cfg.SEARCH, cfg.DATASETS.CALIBRATION = defaults.SEARCH, defaults.DATASETS.CALIBRATION
     for key in (
-        "STAGES",
         "CONVS",
         "SPACE",
         "NUM_GROUPS",
@@ -87,16 +88,17 @@ def export_config(base: CfgNode, architecture: Architecture) -> CfgNode:
     plain.MODEL.BACKBONE.NAME = cfg.MODEL.NATS.BASE_BACKBONE
     with torch.device("meta"):  # shapes are enough to check that it fits
         backbone = build_backbone(plain)
-    if not architecture.paths:
-        built = {name.split(".")[0] for name in conv3x3_layers(backbone)}
-        if not built & set(architecture.stages):
-            raise NATSError(
-                f"the architecture changes {architecture.stages}, the detector has {built}"
-            )
-        architecture = architecture.restrict(built)
+    built = {stage_of(name) for name in named_convs(backbone)}
+    layers = {
+        k: v for k, v in architecture.layers.items() if not stage_of(k) or stage_of(k) in built
+    }
+    if not layers:
+        raise NATSError(
+            f"the architecture changes {architecture.stages}, the detector has {built - {''}}"
+        )
+    architecture = replace(architecture, layers=layers)
     apply_architecture(backbone, architecture)
     cfg.MODEL.BACKBONE.NAME = "build_nats_backbone"
-    cfg.MODEL.NATS.CONVS = list(architecture.layers) if architecture.paths else []
     cfg.MODEL.NATS.ARCHITECTURE = architecture.to_config()
     return cfg
 
@@ -106,7 +108,7 @@ def write_config(cfg: CfgNode, path: str) -> None:
     difference = settings_of(cfg)
     nats = difference.get("MODEL", {}).get("NATS", {})
     if "ARCHITECTURE" in nats:  # one line per layer, for readers
-        nats["ARCHITECTURE"] = [OneLine(layer) for layer in nats["ARCHITECTURE"]]
+        nats["ARCHITECTURE"] = [tuple(layer) for layer in nats["ARCHITECTURE"]]
     comment = (
         "# A plain detector with searched dilations. Load it after: import detectron2_nats;\n"
         "# cfg = get_cfg(); detectron2_nats.add_nats_config(cfg)\n"

@@ -9,7 +9,6 @@ from torch import nn
 
 from ..errors import NATSError, one_line
 from ..method.architecture import Architecture
-from ..method.convs import searched_layers
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -98,8 +97,7 @@ class SearchFolder:
         self, order: str, margin: float = 0.0, at_most: int = 0, **search: Any
     ) -> Architecture:
         """Decode the checkpoint's α; see :meth:`Architecture.decode`."""
-        searched = searched_layers(self.supernet[1])
-        return Architecture.decode(searched, order, margin, at_most, **search)
+        return Architecture.decode(self.supernet[1], order, margin, at_most, **search)
 
     def detector(self) -> nn.Module:
         """The searched detector, with the checkpoint's weights, on a device that there is here."""

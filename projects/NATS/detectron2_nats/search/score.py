@@ -23,13 +23,11 @@ from ..backbone import search_space_from_config
 from ..data.images import ImageMapper, readable
 from ..errors import NATSError
 from ..method.architecture import Architecture
-from ..method.convs import searched_layers
 from ..method.layers import MixedDilationConv2d
+from ..method.names import searched_layers
 
 
-def candidates(
-    cfg: CfgNode, model: nn.Module, draws: int, uneven: bool = False
-) -> Dict[str, Architecture]:
+def candidates(cfg: CfgNode, model: nn.Module, draws: int) -> Dict[str, Architecture]:
     """What a search is compared with: name → architecture, in voted order.
 
     They are "found", "plain", one dilation everywhere ("all 3x3"), of those that all convs may
@@ -39,17 +37,16 @@ def candidates(
         cfg: the search's config.
         model: its detector.
         draws: number of random ones.
-        uneven: whether some dilations are rare in these.
     """
     searched, space = searched_layers(model), search_space_from_config(cfg)
     backbone = getattr(model, "backbone", model)
-    architectures = {"found": Architecture.decode(searched, "voted")}
+    architectures = {"found": Architecture.decode(model, "voted")}
     spaces = [set(conv.genotypes) for conv in searched.values()]
     for h, w in sorted(set.intersection(*spaces)):
         name = "plain" if h == w == 1 else f"all {h}x{w}"
-        architectures[name] = Architecture.uniform(backbone, (h, w), space.stages, space.convs)
+        architectures[name] = Architecture.uniform(backbone, (h, w), space.convs)
     for seed in range(draws):
-        architectures[f"random {seed}"] = Architecture.random(backbone, space, seed, uneven=uneven)
+        architectures[f"random {seed}"] = Architecture.random(backbone, space, seed)
     return architectures
 
 

@@ -24,8 +24,8 @@ from ..engine.steps import Objective
 from ..errors import NATSError
 from ..method.alpha import alpha_parameters, alpha_training, untrained_convs
 from ..method.architecture import Architecture
-from ..method.convs import searched_layers
 from ..method.decidedness import Decidedness
+from ..method.names import searched_layers
 from ..method.transform import frozen_state_dict
 from .alpha_log import AlphaHook
 from .compare import StepTimes, comparison_commands
@@ -193,7 +193,7 @@ class SearchTrainer(ResumableTrainer):
         if idle:
             raise NATSError(
                 f"the loss does not depend on {', '.join(idle)}: use them in the heads, or leave "
-                "them out of the search (MODEL.NATS.STAGES, MODEL.NATS.CONVS)"
+                "them out of the search (MODEL.NATS.CONVS)"
             )
         if comm.get_world_size() == 1:
             return
@@ -208,7 +208,8 @@ class SearchTrainer(ResumableTrainer):
 
     def architecture(self) -> Architecture:
         """The architecture that the current α decodes to."""
-        nats, search = self.cfg.MODEL.NATS, self.cfg.SEARCH
+        search = self.cfg.SEARCH
+        groups = {name: conv.num_groups for name, conv in self.searched.items()}
         # the super-network's weights fit only voted order
         order = "voted" if search.RETRAIN_WEIGHTS == "supernet" else search.DECODE_ORDER
         return Architecture.decode(
@@ -217,11 +218,7 @@ class SearchTrainer(ResumableTrainer):
             search.DECODE_MARGIN,
             search.DECODE_AT_MOST,
             space=genotype_set(self.cfg),
-            num_groups=(
-                {name: conv.num_groups for name, conv in self.searched.items()}
-                if nats.CHANNELS_PER_GROUP or nats.CONVS
-                else nats.NUM_GROUPS
-            ),
+            num_groups=groups if len(set(groups.values())) > 1 else max(groups.values()),
             iteration=self.frozen_at or min(self.iter + 1, self.max_iter),
             max_iter=self.max_iter,
             seed=self.seed,

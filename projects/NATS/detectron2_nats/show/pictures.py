@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from ..method.architecture import Architecture
-from ..method.search_space import PAPER_SETS, Dilation
+from ..method.search_space import PAPER_SETS, Dilation, stage_of
 
 # Within a kind, darker means further, so that a grey print keeps the order. Hatches distinguish the
 # kinds in grey: lines along the width for wide dilations, along the height for tall ones.
@@ -84,7 +84,7 @@ def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
     styles = dilation_styles([d for layer in counts.values() for d in layer])
     figure = _figure(max(6.5, 2.6 + 0.36 * len(counts)), 4.2, title)
     axes = figure.subplots()
-    stages = np.array(["" if architecture.paths else name.split(".")[0] for name in counts])
+    stages = np.array([stage_of(name) for name in counts])
     channels = np.array([sum(layer.values()) for layer in counts.values()])
     gaps = np.cumsum(np.append(False, stages[1:] != stages[:-1]))  # between stages
     positions = np.arange(len(counts)) + 0.6 * gaps
@@ -98,10 +98,9 @@ def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
         label = f"{stage}\n{widths} channels"
         centre = positions[stages == stage].mean()
         axes.text(centre, 102, label, ha="center", va="bottom", fontsize=9)
-    basic = any(name.endswith("conv1") for name in counts)
-    if architecture.paths:
+    if not all(stages):
         labels, kind = list(counts), "conv"
-    elif basic:
+    elif any(name.endswith("conv1") for name in counts):
         labels, kind = [name.split(".", 1)[1] for name in counts], "3×3 conv"
     else:
         labels, kind = [name.split(".")[1] for name in counts], "3×3 conv of block"
