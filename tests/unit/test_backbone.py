@@ -176,10 +176,10 @@ def test_base_backbone_without_residual_stages():
     [
         ([], dict(SPACE="D"), "unknown SPACE 'D': expected one of A, B, C"),
         ([], dict(SPACE=[[[1, 1], [0, 1]]] * 3), r"malformed dilation \[0, 1\]"),
-        ([], dict(NUM_GROUPS=24), "NUM_GROUPS 24 does not divide the 32 channels of res3.0.conv2"),
+        ([], dict(NUM_GROUPS=24), "NUM_GROUPS 24 does not fit res3.0.conv2"),
         (["BACKBONE.FREEZE_AT", 3], {}, r"'res3.\*': nothing .*frozen .*MODEL.BACKBONE.FREEZE_AT"),
         (["RESNETS.OUT_FEATURES", ["res4"]], {}, r"CONVS 'res5.\*' matches no conv"),
-        (["RESNETS.NUM_GROUPS", 8], {}, "NUM_GROUPS 16 cuts the conv groups of res3.0.conv2"),
+        (["RESNETS.NUM_GROUPS", 8], {}, "NUM_GROUPS 16 does not fit res3.0.conv2"),
         ([], dict(CONVS=[]), r"CONVS \[\]: expected a list of patterns of names"),
         ([], dict(ARCHITECTURE=[["res3.0.conv2", [[32, 1, 1]]]]), "does not name res3.1.conv2"),
         ([], dict(ARCHITECTURE=[["res3.0.conv2"]]), r"must be a list of \[layer name, segments\]"),
