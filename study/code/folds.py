@@ -16,7 +16,7 @@ from ...files import write_atomically
 
 
 def merged_annotations(paths: Sequence[str], needs: Needs = Needs()) -> Dict[str, Any]:
-    """Merge several COCO annotation files, each cleaned. Images and annotations get new ids.
+    """Merge several COCO annotation files. Images and annotations get new ids.
 
     Raises:
         NATSError: a file is not in COCO's format, categories differ, or an image is in two files.

@@ -122,9 +122,7 @@ class Study:
         """The annotations to be cut into folds, if the detector fits them."""
         cfg = self._config()
         masks = "any" if cfg.MODEL.MASK_ON else ""
-        merged = merged_annotations(
-            self.settings.annotations, Needs(cfg.RUN.MAX_BAD_DATA, masks, to_train=True)
-        )
+        merged = merged_annotations(self.settings.annotations, Needs(masks, to_train=True))
         for cfg in (self._config(), self._config(search=True)):
             check_number_of_classes(cfg, "the data", len(merged["categories"]))
         return merged

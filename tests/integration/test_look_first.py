@@ -66,7 +66,7 @@ def test_boxes_in_other_units_are_refused(tmp_path):
     content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "cat"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
     words = ["nats-look", "--network", "torchvision:resnet18", "--images", tmp_path]
-    assert "x1 y1 x2 y2" in call(*words, "--annotations", tmp_path / "a.json", status=2)
+    assert "box leaves its image" in call(*words, "--annotations", tmp_path / "a.json", status=2)
 
 
 def test_without_detectron2(tmp_path):

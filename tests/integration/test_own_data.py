@@ -1,7 +1,9 @@
 """Own annotation files in searches, trainings and evaluations."""
 
 import argparse
+import contextlib
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -9,11 +11,13 @@ from PIL import Image
 from runs import make_trainer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
-from detectron2_nats import NATSError
+from detectron2_nats import NATSError, SearchTrainer
 from detectron2_nats.commands import train
 from detectron2_nats.config import load_config
-from detectron2_nats.data.registry import register_datasets
+from detectron2_nats.data.annotations import Needs, read_annotations
+from detectron2_nats.data.registry import register_datasets, to_records
 from detectron2_nats.engine import evaluation
 from detectron2_nats.engine.checkpoint import SafeCheckpointer
 from detectron2_nats.engine.evaluation import build_evaluator
@@ -29,7 +33,7 @@ def forget():
         MetadataCatalog.remove(name)
 
 
-def write(tmp_path, split, count=4, first=0, **annotation):
+def write(tmp_path, split, count=4, **annotation):
     """A COCO file of `count` images with a box each, of five classes."""
     images, annotations = [], []
     for i in range(count):
@@ -38,7 +42,15 @@ def write(tmp_path, split, count=4, first=0, **annotation):
         images.append({"id": i, "file_name": name, "width": 64, "height": 64})
         box = [8 + i, 8, 40, 30]
         annotations.append(
-            {"id": i + first, "image_id": i, "category_id": i % 5 + 1, "bbox": box, **annotation}
+            {
+                "id": i + 1,
+                "image_id": i,
+                "category_id": i % 5 + 1,
+                "bbox": box,
+                "area": 1200,
+                "iscrowd": 0,
+                **annotation,
+            }
         )
     categories = [{"id": i + 1, "name": name} for i, name in enumerate("abcde")]
     content = {"images": images, "annotations": annotations, "categories": categories}
@@ -62,12 +74,12 @@ def trainer_on(tiny_config, tmp_path, *opts, kind="search"):
     return make_trainer(tiny_config, tmp_path / "run", *opts, kind=kind)
 
 
-def evaluate(tmp_path, opts):
+def evaluate(tmp_path, opts, name=f"{NAME}_val"):
     """The results of a perfect detector on the split val, by the trainers' evaluator."""
     cfg = load_config("", [*opts, "OUTPUT_DIR", str(tmp_path / "out")])
     register_datasets(cfg)
-    records = DatasetCatalog.get(f"{NAME}_val")
-    evaluator = build_evaluator(cfg, f"{NAME}_val")
+    records = DatasetCatalog.get(name)
+    evaluator = build_evaluator(cfg, name)
     evaluator.reset()
     for record in records:
         instances = Instances((64, 64))
@@ -79,29 +91,40 @@ def evaluate(tmp_path, opts):
     return evaluator.evaluate()
 
 
-@pytest.mark.parametrize("first", [0, 1, -2])
-def test_ap_does_not_depend_on_the_annotations_ids(tmp_path, first):
-    write(tmp_path, "val", first=first)
+def test_masks_that_are_not_read_may_be_at_fault(tiny_config, tmp_path):
+    """Neither a training nor COCO's evaluation looks at them."""
+    for split in ("train", "calibration", "val"):
+        write(tmp_path, split, segmentation=[[1, 2, 3]])
     assert evaluate(tmp_path, options(tmp_path, "val"))["bbox"]["AP"] == pytest.approx(100)
+    trainer_on(tiny_config, tmp_path, "SOLVER.MAX_ITER", 2).train()
+    masks = ["MODEL.MASK_ON", "True"]
+    with pytest.raises(NATSError, match="train.json: train0.png, .* not a list of polygons"):
+        trainer_on(tiny_config, tmp_path, *masks)
 
 
-def test_ap_without_what_is_left_out(tmp_path):
-    path = write(tmp_path, "val", first=1)
+@pytest.mark.parametrize("key, error", [("iscrowd", KeyError), ("area", KeyError), ("id", None)])
+def test_why_a_file_without_these_is_refused(tmp_path, key, error):
+    """Detectron2's evaluator dies, or takes a detection of an object with id 0 for none."""
+    path = write(tmp_path, "val")
     content = json.loads(path.read_text())
-    for box in ([1, 1, 0, 5], [1, 2, 3]):
-        extra = {"id": len(content["annotations"]) + 1, "image_id": 0, "category_id": 1}
-        content["annotations"].append({**extra, "bbox": box})
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["id"] = number
+        if key != "id":
+            del annotation[key]
     path.write_text(json.dumps(content))
-    opts = [*options(tmp_path, "val"), "RUN.MAX_BAD_DATA", "0.5"]
-    assert evaluate(tmp_path, opts)["bbox"]["AP"] == pytest.approx(100)
+    with pytest.raises(NATSError, match=f"val0.png, annotation id 0: {key} is not"):
+        evaluate(tmp_path, options(tmp_path, "val"))
+    register_coco_instances(f"{NAME}_theirs", {}, str(path), str(tmp_path))
+    MetadataCatalog.get(f"{NAME}_theirs").evaluator_type = "coco"
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        assert evaluate(tmp_path, [], f"{NAME}_theirs")["bbox"]["AP"] < 99
 
 
 def test_ids_of_words(tmp_path):
     path = write(tmp_path, "val")
     content = json.loads(path.read_text())
-    for part in ("images", "annotations"):
-        for entry in content[part]:
-            entry["id"] = f"n{entry['id']}"
+    for image in content["images"]:
+        image["id"] = f"n{image['id']}"
     for annotation in content["annotations"]:
         annotation["image_id"] = f"n{annotation['image_id']}"
     path.write_text(json.dumps(content))
@@ -128,10 +151,7 @@ def test_a_test_set_without_annotations(tmp_path, annotations):
 
 def test_a_data_set_of_python_is_converted_anew(tmp_path):
     """Detectron2 keeps what it has converted in OUTPUT_DIR, under the name of the data set."""
-    from detectron2_nats.data.annotations import Needs, read_annotations, to_records
-
-    path = write(tmp_path, "val", first=1)
-    records = to_records(read_annotations(str(path), Needs()), str(tmp_path))
+    records = to_records(read_annotations(str(write(tmp_path, "val")), Needs()), str(tmp_path))
     DatasetCatalog.register(f"{NAME}_val", lambda: records)
     meta = dict(thing_classes=["a", "b", "c", "d", "e"], evaluator_type="coco")
     for boxes in (4, 1):
@@ -142,6 +162,18 @@ def test_a_data_set_of_python_is_converted_anew(tmp_path):
         evaluator = build_evaluator(load_config("", ["OUTPUT_DIR", str(tmp_path)]), f"{NAME}_val")
         (coco,) = evaluator._evaluators
         assert len(coco._coco_api.anns) == boxes
+
+
+def test_one_start_parses_each_file_once(tiny_config, tmp_path, monkeypatch):
+    """Before the first step. An evaluation parses the test file again, in pycocotools."""
+    paths = {split: str(write(tmp_path, split)) for split in ("train", "calibration", "val")}
+    parsed: Counter = Counter()
+    load = json.load
+    monkeypatch.setattr(json, "load", lambda file: parsed.update([file.name]) or load(file))
+    cfg = load_config(tiny_config, [*options(tmp_path, *paths), "OUTPUT_DIR", str(tmp_path)])
+    train.setup(cfg.clone(), argparse.Namespace(eval_only=False, config_file="", opts=[]))
+    SearchTrainer(cfg)
+    assert {path: parsed[path] for path in paths.values()} == dict.fromkeys(paths.values(), 1)
 
 
 # -- runs -----------------------------------------------------------------------------------------
@@ -165,12 +197,12 @@ def test_an_evaluation_that_fails_withholds_no_result(tiny_config, tmp_path):
 @pytest.mark.parametrize("changed", [{"count": 5}, {"iscrowd": 0, "bbox": [9, 9, 9, 9]}])
 def test_a_run_is_not_resumed_on_other_data(tiny_config, tmp_path, kind, changed):
     for split in ("train", "calibration", "val"):
-        write(tmp_path, split, first=1)
+        write(tmp_path, split)
     plain = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"] if kind == "train" else []
     trainer_on(tiny_config, tmp_path, *plain, kind=kind).save_checkpoint("model_0000001")
     trainer_on(tiny_config, tmp_path, *plain, kind=kind)  # the same data will do
     split, key = ("calibration", "CALIBRATION") if kind == "search" else ("train", "TRAIN")
-    write(tmp_path, split, first=1, **changed)
+    write(tmp_path, split, **changed)
     with pytest.raises(NATSError, match=f"is of a run on other data: DATASETS.{key} had 4 images"):
         trainer_on(tiny_config, tmp_path, *plain, kind=kind)
 
@@ -224,4 +256,4 @@ def test_a_test_set_that_cannot_be_evaluated_is_refused_at_the_start(
 
 def test_a_searchs_config_is_not_trained(tiny_config):
     with pytest.raises(NATSError, match="tiny.yaml describes a search.*search_net.py"):
-        train.main(load_config(tiny_config), argparse.Namespace(config_file=tiny_config))
+        train.train(load_config(tiny_config), argparse.Namespace(config_file=tiny_config))

@@ -214,7 +214,15 @@ def test_other_annotations_of_the_same_name_are_refused(prepared, tmp_path):
     sizes = {"width": 64, "height": 64}
     boxes = {"images": [{"id": i, "file_name": f"{i}.png", **sizes} for i in range(9)]}
     boxes["annotations"] = [
-        {"id": i + 1, "image_id": i, "category_id": 1, "bbox": [1, 2, 30, 40]} for i in range(9)
+        {
+            "id": i + 1,
+            "image_id": i,
+            "category_id": 1,
+            "bbox": [1, 2, 30, 40],
+            "area": 1200,
+            "iscrowd": 0,
+        }
+        for i in range(9)
     ]
     boxes["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate("abcde")]
     (tmp_path / "all.json").write_text(json.dumps(boxes))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, detection_utils
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import (
     RandomSubsetTrainingSampler,
@@ -24,7 +24,6 @@ from detectron2.data.samplers import (
 )
 from detectron2.structures import BoxMode
 from detectron2_nats import NATSError, add_nats_config
-from detectron2_nats.data import images
 from detectron2_nats.engine import loader as loader_module
 from detectron2_nats.engine.loader import EvaluationLoader, build_resumable_loader
 
@@ -301,14 +300,14 @@ def test_errors_of_the_code_are_not_swallowed(dicts, monkeypatch):
 def test_a_read_that_fails_once_is_repeated(dicts, warnings, monkeypatch):
     """A disk behind a network: the file itself is good."""
     expected = take(build(dicts), 6)
-    read, failures = images.read_image, iter([OSError("Stale file handle")])
+    read, failures = detection_utils.read_image, iter([OSError("Stale file handle")])
 
     def fails_once(*args, **kwargs):
         for error in failures:
             raise error
         return read(*args, **kwargs)
 
-    monkeypatch.setattr(images, "read_image", fails_once)
+    monkeypatch.setattr(detection_utils, "read_image", fails_once)
     assert_same(expected, take(build(dicts), 6))
     assert next(failures, None) is None and not lines(warnings)
 

@@ -111,14 +111,20 @@ def test_objects_are_as_large_as_on_the_input(tmp_path):
         image_on_input(Record(str(tmp_path / "b.png"), 200, 400), size)
     with pytest.raises(NATSError, match="a.png: it has 400×200 px, the annotations say 200×400"):
         image_on_input(Record(str(tmp_path / "a.png"), 400, 200), size)
+    Image.fromarray(np.zeros((200, 400), np.uint16)).save(tmp_path / "wide.png")
+    with pytest.raises(NATSError, match="wide.png: cannot be read: .*more than 8 bits"):
+        image_on_input(Record(str(tmp_path / "wide.png"), 200, 400), size)
+
+
+BOX = {"bbox": [1, 2, 30, 4], "area": 120, "category_id": 1}
 
 
 def coco(folder, **changes):
     content = {
         "images": [{"id": i, "file_name": f"{i}.png", "height": 60, "width": 90} for i in (1, 2)],
         "annotations": [
-            {"image_id": 1, "bbox": [1, 2, 30, 4], "category_id": 1},
-            {"image_id": 2, "bbox": [1, 2, 30, 4], "category_id": 1, "iscrowd": 1},
+            {**BOX, "id": 1, "image_id": 1, "iscrowd": 0},
+            {**BOX, "id": 2, "image_id": 2, "iscrowd": 1},
         ],
         "categories": [{"id": 1, "name": "line"}],
     }
@@ -133,8 +139,11 @@ def test_reading_annotations(tmp_path):
     assert record.boxes.tolist() == [[1, 2, 31, 6]]
     for changes, words in (
         ({"annotations": []}, "val.json: contains no object"),
-        ({"annotations": [{"image_id": 7, "bbox": [1, 2, 3, 4]}]}, "image id 7 is not listed"),
-        ({"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2]}]}, r"bbox \[1, 2\]"),
+        ({"annotations": [{"image_id": 7, "bbox": [1, 2, 3, 4]}]}, "image_id is not listed: 7"),
+        (
+            {"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2]}]},
+            r"bbox is not .* \[1, 2\]",
+        ),
         ({"images": None}, "not COCO's annotation format"),
     ):
         with pytest.raises(NATSError, match=words):

@@ -1,26 +1,31 @@
-"""Read COCO annotation files: the one place that checks them, and whose result all else reads.
+"""Read COCO annotation files, which are used as they are, or refused; once in each process.
 
-A file is refused where it can be read in two ways. Single annotations and images that cannot be
-used are left out, with one warning, as long as they are few. What can be computed is filled in.
+Nothing is repaired here: tools/clean_coco.py writes a clean file.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
-import logging
 import math
 import os
+import pickle
+import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Hashable, List, Mapping, Optional, Set
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ..errors import NATSError, one_line, shown
 
 # What reading raises for a file of another format.
 _MALFORMED = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 _SLACK = 1.0  # pixels by which a box may leave its image; tools round differently
+_NO_SIZE = "width, height are not whole numbers of pixels"
+_IS_RLE = "segmentation is an RLE, and INPUT.MASK_FORMAT polygon"
 
-logger = logging.getLogger(__name__)
-_warned: Set[str] = set()  # a file is read several times, each warning given once
+Fault = Tuple[str, Any]
+"""What is wrong, and the value of which it is."""
 
 
 @dataclass(frozen=True)
@@ -28,28 +33,20 @@ class Needs:
     """What a config needs of an annotation file.
 
     Attributes:
-        max_bad: share of the annotations, and of the images, that may be unusable.
         masks: "" if only boxes are read; "any" if masks are; "polygon" if they must be polygons.
-        to_train: whether it must contain annotations. (Of test images without any, Detectron2 only
+        to_train: whether it must contain objects. (Of test images without any, Detectron2 only
             writes the predictions.)
     """
 
-    max_bad: float = 0.01
     masks: str = ""
     to_train: bool = False
 
 
 @dataclass
 class Annotations:
-    """The usable part of an annotation file.
-
-    Attributes:
-        content: in COCO's format, complete. Ids of annotations are whole numbers from 1.
-        changed: whether it differs from the file by more than masks that are not read.
-    """
+    """The content of an annotation file, in COCO's format; without masks if they are not read."""
 
     content: Dict[str, Any]
-    changed: bool = False
 
     @property
     def class_names(self) -> List[str]:
@@ -65,319 +62,50 @@ class Annotations:
 
 
 def read_annotations(json_file: str, needs: Needs) -> Annotations:
-    """Read and check a COCO annotation file.
+    """Read and check a COCO annotation file. A process parses it once, until it changes.
 
     Raises:
-        NATSError: it is not in COCO's format, ids occur twice, or too much of it cannot be used.
+        NATSError: it is not in COCO's format, or something in it cannot be used as it is.
     """
+    with reading(json_file) as path:
+        file = os.stat(path)
+        content = _checked(json_file, path, file.st_mtime_ns, file.st_size, needs)
+        return Annotations(pickle.loads(content))
+
+
+@functools.lru_cache(maxsize=16)
+def _checked(json_file: str, path: str, mtime_ns: int, size: int, needs: Needs) -> bytes:
+    """The content, in bytes: each loader process would copy objects, page by page."""
+    content = parse(path)
+    check_annotations(json_file, content, needs)
+    if not needs.masks:
+        for annotation in content.get("annotations", ()):
+            annotation.pop("segmentation", None)
+    return pickle.dumps(content)
+
+
+def parse(path: str) -> Any:
+    """The content of a JSON file, unchecked."""
+    with open(path) as file:
+        return json.load(file)
+
+
+@contextlib.contextmanager
+def reading(json_file: str) -> Iterator[str]:
+    """Gives the absolute path; what a file of another format raises in the block is a NATSError."""
     try:
-        with open(_local(json_file)) as file:
-            content = json.load(file)
-        found = Annotations(content)
-        _check_categories(json_file, found)
-        images = _usable_images(json_file, found, needs)
-        _usable_annotations(json_file, found, needs, images)
-        return found
+        path = json_file
+        if "://" in json_file:
+            from detectron2.utils.file_io import PathManager  # all else here does without it
+
+            path = PathManager.get_local_path(json_file)
+        yield os.path.abspath(path)
     except NATSError:
         raise
     except OSError as error:
         raise NATSError(f"{json_file}: cannot be read: {error.strerror or error}") from None
     except _MALFORMED as error:
         raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
-
-
-def _local(path: str) -> str:
-    if "://" not in path:
-        return path
-    from detectron2.utils.file_io import PathManager  # all else here does without Detectron2
-
-    return PathManager.get_local_path(path)
-
-
-def read_class_names(json_file: str) -> List[str]:
-    """The names of a file's classes; its images and annotations are not looked at.
-
-    Raises:
-        NATSError: it cannot be read, or has no list of categories.
-    """
-    try:
-        with open(_local(json_file)) as file:
-            return Annotations(json.load(file)).class_names
-    except (OSError, *_MALFORMED) as error:
-        raise NATSError(f"{json_file}: not COCO's annotation format ({one_line(error)})") from None
-
-
-def _refuse_twice(json_file: str, what: str, entries: List[dict], place: Callable[[dict], str]):
-    seen: Dict[Hashable, dict] = {}
-    for entry in entries:
-        first = seen.setdefault(entry["id"], entry)
-        if first is not entry:
-            raise NATSError(
-                f"{json_file}: {what} id {entry['id']!r} occurs twice, for {place(first)} and "
-                f"{place(entry)}: give each {what} an id of its own. (Were files merged?)"
-            )
-
-
-def _check_categories(json_file: str, found: Annotations) -> None:
-    categories = found.content["categories"]
-    _refuse_twice(json_file, "category", categories, lambda c: shown(c["name"]))
-    if not categories:
-        raise NATSError(f"{json_file}: its list of categories is empty")
-    if not all(isinstance(category["name"], str) for category in categories):
-        raise TypeError("a category's name is not a string")
-    sorted(category["id"] for category in categories)  # raises where they mix numbers and words
-
-
-def _usable_images(json_file: str, found: Annotations, needs: Needs) -> Dict[Any, dict]:
-    """Image id → image. Leaves out those without a size."""
-    images = found.content["images"]
-    _refuse_twice(json_file, "image", images, lambda image: image["file_name"])
-    faults = {}
-    for place, image in enumerate(images):
-        if not isinstance(image["file_name"], str):
-            raise TypeError(f"file_name {image['file_name']!r} is not a string")
-        sides = [image.get("width"), image.get("height")]
-        if all(_is_number(side) and side >= 1 and side == int(side) for side in sides):
-            image["width"], image["height"] = map(int, sides)
-        else:
-            width, height = map(shown, sides)
-            faults[place] = f"{image['file_name']}: width {width}, height {height} is no size"
-    _leave_out(json_file, "images", faults, len(images), needs, "write the images' sizes in pixels")
-    files = Counter(image["file_name"] for image in images)
-    repeated = [name for name, count in files.items() if count > 1]
-    if repeated:
-        _warn(
-            f"{json_file}: {len(repeated)} image files are listed more than once, under other ids, "
-            f"the first {repeated[0]}: each entry counts as an image of its own"
-        )
-    found.changed |= bool(faults)
-    found.content["images"] = [image for i, image in enumerate(images) if i not in faults]
-    return {image["id"]: image for image in images}
-
-
-def _usable_annotations(
-    json_file: str, found: Annotations, needs: Needs, images: Mapping[Any, dict]
-) -> None:
-    if "annotations" not in found.content:
-        if needs.to_train:
-            raise NATSError(f"{json_file}: contains no annotations, which training needs")
-        return
-    annotations = found.content["annotations"]
-    given = [annotation for annotation in annotations if annotation.get("id") is not None]
-    _refuse_twice(json_file, "annotation", given, lambda a: _place(a, images))
-    categories = {category["id"] for category in found.content["categories"]}
-    unusable = images.keys() - {image["id"] for image in found.content["images"]}
-    faults, boxes_at_fault, without_image = {}, [], set()
-    for index, annotation in enumerate(annotations):
-        if annotation.get("image_id") in unusable:
-            without_image.add(index)
-            continue
-        fault = _fault_of_box(annotation, images, categories)
-        if fault.startswith("box"):
-            boxes_at_fault.append((annotation["bbox"], images[annotation["image_id"]]))
-        if not fault:
-            found.changed |= _fill_in(annotation)
-            mask = annotation.get("segmentation")
-            fault = _fault_of_mask(annotation, needs, images[annotation["image_id"]])
-            found.changed |= bool(needs.masks) and annotation.get("segmentation") is not mask
-        if fault:
-            place = f"id {shown(annotation.get('id'))}, {_place(annotation, images)}"
-            faults[index] = f"({place}): {fault}"
-    cure = _likely_cause(boxes_at_fault) or "repair the file"
-    _leave_out(json_file, "annotations", faults, len(annotations), needs, cure)
-    left_out = faults.keys() | without_image
-    usable = [a for i, a in enumerate(annotations) if i not in left_out]
-    if any(not _is_id(annotation.get("id")) for annotation in usable):
-        # COCOeval takes id 0 for "no match", negative ones for free, and keeps them as numbers
-        for number, annotation in enumerate(usable, start=1):
-            annotation["id"] = number
-        found.changed = True
-    found.changed |= len(usable) < len(annotations)
-    found.content["annotations"] = usable
-    if needs.to_train and not any(a["iscrowd"] == 0 for a in usable):
-        crowds = f", only {len(usable)} crowds (iscrowd 1)" if usable else ""
-        raise NATSError(f"{json_file}: contains no object to learn from{crowds}")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _place(annotation: dict, images: Mapping[Any, dict]) -> str:
-    image = images.get(annotation.get("image_id"))
-    return image["file_name"] if image else "no listed image"
-
-
-def _fault_of_box(annotation: dict, images: Mapping[Any, dict], categories: Set[Any]) -> str:
-    """Why an annotation cannot be used, apart from its mask; "" if it can."""
-    if annotation.get("image_id") not in images:
-        return f"image id {shown(annotation.get('image_id'))} is not listed"
-    if annotation.get("category_id") not in categories:
-        category = shown(annotation.get("category_id"))
-        return f"category {category} is not in the list of categories"
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return f"bbox {shown(box)} is not [x, y, width, height]"
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        return f"box {box} has no size"
-    image = images[annotation["image_id"]]
-    width, height = image["width"], image["height"]
-    if min(x, y) < -_SLACK or x + w > width + _SLACK or y + h > height + _SLACK:
-        return f"box {box} leaves its image of {width}×{height} px"
-    if max(box) <= 1 and min(width, height) > 2:
-        return f"box {box} is smaller than a pixel, in the corner of its image"
-    if annotation.get("ignore"):
-        return "it says ignore, which Detectron2 does not know: write iscrowd 1, or leave it out"
-    if annotation.get("iscrowd", 0) not in (0, 1):
-        return f"iscrowd {shown(annotation['iscrowd'])} is not 0 or 1"
-    return ""
-
-
-def _likely_cause(boxes: List[tuple]) -> str:
-    """What most of the bad boxes have in common, as a guess and a cure; "" if nothing."""
-
-    def inside(x0: float, y0: float, x1: float, y1: float, width: int, height: int) -> bool:
-        in_image = x1 <= width + _SLACK and y1 <= height + _SLACK
-        return -_SLACK <= min(x0, y0) and x0 < x1 and y0 < y1 and in_image
-
-    counts: Counter = Counter()
-    for (a, b, c, d), image in boxes:
-        size = image["width"], image["height"]
-        if 0 <= min(a, b, c, d) and max(a, b, c, d) <= 1:
-            counts["shares of the image: write pixels"] += 1
-        elif inside(a, b, c, d, *size):
-            counts["x1 y1 x2 y2: write x y width height"] += 1
-        elif inside(a - c / 2, b - d / 2, a + c / 2, b + d / 2, *size):
-            counts["the box's centre, width and height: write x y width height"] += 1
-        elif inside(a, b, a + c, b + d, *reversed(size)):
-            counts["boxes of images with width and height swapped"] += 1
-    if not counts:
-        return ""
-    cause, count = counts.most_common(1)[0]
-    return f"it looks like {cause}" if count > len(boxes) / 2 else ""
-
-
-def _fill_in(annotation: dict) -> bool:
-    """Complete what only the evaluator reads; returns whether anything changed."""
-    before = annotation.get("iscrowd"), annotation.get("area")
-    annotation["iscrowd"] = int(annotation.get("iscrowd", 0))
-    if not _is_number(annotation.get("area")) or annotation["area"] <= 0:
-        # AP of small, medium and large objects goes by it
-        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-    return before != (annotation["iscrowd"], annotation["area"])
-
-
-def _fault_of_mask(annotation: dict, needs: Needs, image: dict) -> str:
-    """Why its mask cannot be used; "" if it can, or is not read. Removes what is not read."""
-    if not needs.masks:
-        annotation.pop("segmentation", None)
-        return ""
-    mask = annotation.get("segmentation")
-    if not mask:
-        return "it has no segmentation, and MODEL.MASK_ON is True"
-    if isinstance(mask, dict):
-        if needs.masks == "polygon" and not annotation["iscrowd"]:
-            return "its segmentation is an RLE: set INPUT.MASK_FORMAT bitmask"
-        return _fault_of_rle(mask, image)
-    polygons = mask if isinstance(mask, list) else []
-    usable = [p for p in polygons if isinstance(p, list) and len(p) % 2 == 0 and len(p) >= 6]
-    if not usable or not all(_is_number(value) for polygon in usable for value in polygon):
-        return f"segmentation {shown(mask)} is not a list of polygons [x1, y1, x2, y2, x3, y3, …]"
-    x, y, w, h = annotation["bbox"]
-    for start, low, high in ((0, x, x + w), (1, y, y + h)):
-        values = [value for polygon in usable for value in polygon[start::2]]
-        if max(values) < low - _SLACK or min(values) > high + _SLACK:
-            return f"segmentation {shown(mask)} lies outside its box {annotation['bbox']}"
-    if len(usable) < len(mask):  # Detectron2 leaves them out, too
-        annotation["segmentation"] = usable
-    return ""
-
-
-def _fault_of_rle(mask: dict, image: dict) -> str:
-    size, counts = mask.get("size"), mask.get("counts")
-    if repr(size) != repr([image["height"], image["width"]]):
-        return f"its mask has size {shown(size)}, its image [{image['height']}, {image['width']}]"
-    runs = _runs(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
-        return f"its RLE has counts {shown(counts)}"
-    return "" if sum(runs) == size[0] * size[1] else "its RLE does not fill its size"
-
-
-def _runs(text: str) -> Optional[List[int]]:
-    """COCO's compressed counts as numbers; None if they end too early or have other characters.
-
-    pycocotools does not check them: it reads past their end, or does not come to one.
-    """
-    runs: List[int] = []
-    value = bits = 0
-    for character in text:
-        code = ord(character) - 48
-        if not 0 <= code < 64:
-            return None
-        value |= (code & 31) << bits
-        bits += 5
-        if code & 32:  # more of this number follows
-            continue
-        if code & 16:
-            value -= 1 << bits
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = bits = 0
-    return None if bits else runs
-
-
-def _leave_out(
-    json_file: str, what: str, faults: Mapping[int, str], total: int, needs: Needs, cure: str
-) -> None:
-    """Warn of what is left out, or refuse the file where it is too much."""
-    if not faults:
-        return
-    first = next(iter(faults.values()))
-    summary = f"{json_file}: {len(faults)} of {total} {what} cannot be used, the first {first}"
-    if len(faults) > needs.max_bad * total:
-        raise NATSError(
-            f"{summary}. {cure[0].upper()}{cure[1:]}, or raise RUN.MAX_BAD_DATA ({needs.max_bad})"
-        )
-    _warn(f"{summary}. They are left out")
-
-
-def _warn(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
-
-
-def to_records(annotations: Annotations, image_root: str) -> List[dict]:
-    """Detectron2's dataset dicts, in the order of the image ids."""
-    import pycocotools.mask as mask_util
-
-    from detectron2.structures import BoxMode
-
-    labels, of_image = annotations.label_of, {}
-    for annotation in annotations.content.get("annotations", ()):
-        of_image.setdefault(annotation["image_id"], []).append(annotation)
-    records = []
-    for image in sorted(annotations.content["images"], key=lambda image: image["id"]):
-        objects = []
-        for annotation in of_image.get(image["id"], ()):
-            made = {key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation}
-            made["category_id"] = labels[annotation["category_id"]]
-            mask = annotation.get("segmentation")
-            if mask:
-                if isinstance(mask, dict) and isinstance(mask["counts"], list):
-                    mask = mask_util.frPyObjects(mask, *mask["size"])
-                made["segmentation"] = mask
-            objects.append({**made, "bbox_mode": BoxMode.XYWH_ABS})
-        path = os.path.join(image_root, image["file_name"])
-        sizes = {"height": image["height"], "width": image["width"]}
-        records.append(
-            {"file_name": path, **sizes, "image_id": image["id"], "annotations": objects}
-        )
-    return records
 
 
 def digest(records: List[dict]) -> str:
@@ -390,3 +118,171 @@ def digest(records: List[dict]) -> str:
         named = {**record, "file_name": os.path.basename(record["file_name"])}
         made.update(json.dumps(named, sort_keys=True, default=str).encode())
     return made.hexdigest()[:16]
+
+
+# -- checks ---------------------------------------------------------------------------------------
+
+
+def check_annotations(json_file: str, content: Dict[str, Any], needs: Needs) -> None:
+    """Check the content of an annotation file.
+
+    Raises:
+        NATSError: the first fault, how many there are, and the cure. Content of another format
+            raises all kinds of errors: see :func:`reading`.
+    """
+    check_lists(json_file, content)
+    annotations = content.get("annotations", [])
+    _refuse_twice(json_file, "annotation", [a for a in annotations if a.get("id") is not None])
+    faults = list(_faults(content, needs))
+    if faults:
+        place, what, value = faults[0]
+        count = sum(fault[1] == what for fault in faults)
+        raise NATSError(
+            f"{json_file}: {place}: {what}: {shown(value)} ({count} such, {len(faults)} faults in "
+            f"all). {_cure(json_file, what, needs)}"
+        )
+    if needs.to_train and not any(annotation["iscrowd"] == 0 for annotation in annotations):
+        crowds = f", only {len(annotations)} crowds (iscrowd 1)" if annotations else ""
+        raise NATSError(f"{json_file}: contains no object to learn from{crowds}")
+
+
+def _cure(json_file: str, what: str, needs: Needs) -> str:
+    if what == _IS_RLE:
+        return "Set INPUT.MASK_FORMAT bitmask"
+    command = ["python", "tools/clean_coco.py", json_file]
+    command += [os.path.splitext(json_file)[0] + "_clean.json"]
+    command += ["--images", "FOLDER"] * (what == _NO_SIZE) + ["--masks"] * bool(needs.masks)
+    return f"Write a clean file: {shlex.join(command)}"
+
+
+def check_lists(json_file: str, content: Mapping[str, Any]) -> None:
+    """Check what cannot be cleaned: categories, and images that cannot be told apart."""
+    categories, images = content["categories"], content["images"]
+    for what, entries, name in (("category", categories, "name"), ("image", images, "file_name")):
+        _refuse_twice(json_file, what, entries)
+        if not all(isinstance(entry[name], str) for entry in entries):
+            raise TypeError(f"the {name} of a {what} is not a string")
+        sorted(entry["id"] for entry in entries)  # raises where they mix numbers and words
+    _refuse_twice(json_file, "image", images, "file_name")
+    if not categories:
+        raise NATSError(f"{json_file}: its list of categories is empty")
+
+
+def _refuse_twice(json_file: str, what: str, entries: Sequence[dict], key: str = "id") -> None:
+    for value, count in Counter(entry[key] for entry in entries).most_common(1):
+        if count > 1:
+            raise NATSError(
+                f"{json_file}: {what} {key} {shown(value)} occurs {count} times: give each {what} "
+                "its own. (Were files merged?)"
+            )
+
+
+def _faults(content: Mapping[str, Any], needs: Needs) -> Iterator[Tuple[str, str, Any]]:
+    """(place, what is wrong, value) of each image and annotation that has a fault."""
+    images = {image["id"]: image for image in content["images"]}
+    without_size = {id for id, image in images.items() if size_fault(image)}
+    for id in without_size:
+        yield images[id]["file_name"], *size_fault(images[id])
+    categories = {category["id"] for category in content["categories"]}
+    for annotation in content.get("annotations", ()):
+        image = images.get(annotation.get("image_id"))
+        if image is None or image["id"] not in without_size:
+            fault = annotation_fault(annotation, image, categories, needs.masks)
+            if fault:
+                name = image["file_name"] if image else "no image"
+                yield f"{name}, annotation id {shown(annotation.get('id'))}", *fault
+
+
+def size_fault(image: Mapping[str, Any]) -> Optional[Fault]:
+    """What is wrong with an image's width and height, if anything."""
+    size = image.get("width"), image.get("height")
+    return None if all(type(side) is int and side > 0 for side in size) else (_NO_SIZE, size)
+
+
+def annotation_fault(
+    annotation: Mapping[str, Any], image: Optional[dict], categories: set, masks: str
+) -> Optional[Fault]:
+    """The first thing that is wrong with an annotation, if anything is.
+
+    Args:
+        image: that of the annotation, which has a size; None if it is not listed.
+        categories: all ids.
+        masks: see :class:`Needs`.
+    """
+    id, area, iscrowd = (annotation.get(key) for key in ("id", "area", "iscrowd"))
+    if image is None:
+        return "image_id is not listed", annotation.get("image_id")
+    if annotation.get("category_id") not in categories:
+        return "category_id is not listed", annotation.get("category_id")
+    fault = box_fault(annotation.get("bbox"), image["width"], image["height"])
+    if fault:
+        return fault
+    if annotation.get("ignore"):
+        return "ignore is not known to Detectron2", annotation["ignore"]
+    if iscrowd not in (0, 1):
+        return "iscrowd is not 0 or 1", iscrowd
+    if not is_numbers([area]) or area <= 0:
+        return "area is not a number above 0", area
+    if type(id) is not int or id < 1:  # COCO's evaluation takes 0 for "no match"
+        return "id is not a whole number from 1", id
+    return _mask_fault(annotation, image, masks) if masks else None
+
+
+def box_fault(box: Any, width: int, height: int) -> Optional[Fault]:
+    """What is wrong with an object's box in an image of this size, if anything."""
+    if not is_numbers(box) or len(box) != 4:
+        return "bbox is not [x, y, width, height]", box
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        return "box has no size", box
+    if min(x, y) < -_SLACK or x + w > width + _SLACK or y + h > height + _SLACK:
+        return "box leaves its image of [width, height]", (box, [width, height])
+    if max(box) <= 1 and min(width, height) > 2:
+        return "box is smaller than a pixel, in the corner of its image", box
+    return None
+
+
+def is_numbers(value: Any) -> bool:
+    """Whether it is a list of finite numbers."""
+    is_list = isinstance(value, list)
+    return is_list and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+
+
+def is_polygon(value: Any) -> bool:
+    """Whether it is [x1, y1, x2, y2, x3, y3, …]."""
+    return is_numbers(value) and len(value) >= 6 and len(value) % 2 == 0
+
+
+def _mask_fault(annotation: Mapping[str, Any], image: dict, masks: str) -> Optional[Fault]:
+    mask, box = annotation.get("segmentation"), annotation["bbox"]
+    if not mask:
+        return "segmentation is missing, and MODEL.MASK_ON is True", mask
+    if isinstance(mask, dict):
+        if masks == "polygon" and not annotation["iscrowd"]:
+            return _IS_RLE, mask
+        size = [image["height"], image["width"]]
+        return None if _is_rle(mask, size) else ("segmentation is no RLE of its image's size", mask)
+    if not isinstance(mask, list) or not all(map(is_polygon, mask)):
+        return "segmentation is not a list of polygons [x1, y1, x2, y2, x3, y3, …]", mask
+    for axis in (0, 1):
+        values = [value for polygon in mask for value in polygon[axis::2]]
+        low, high = box[axis] - _SLACK, box[axis] + box[axis + 2] + _SLACK
+        if max(values) < low or min(values) > high:
+            return "segmentation lies outside its box", mask
+    return None
+
+
+def _is_rle(mask: Mapping[str, Any], size: List[int]) -> bool:
+    """Whether pycocotools, which checks little, can read it as a mask of [height, width]."""
+    import pycocotools.mask as mask_util
+
+    counts = mask.get("counts")
+    # whole numbers only: it would read past the end of another string
+    is_text = isinstance(counts, str) and re.fullmatch("([P-o]{0,5}[0-O])+", counts)
+    if mask.get("size") != size or not (is_text or is_numbers(counts)):
+        return False
+    try:
+        rle = {**mask, "counts": counts.encode()} if is_text else mask_util.frPyObjects(mask, *size)
+        return mask_util.encode(mask_util.decode(rle))["counts"] == rle["counts"]
+    except (OverflowError, TypeError, ValueError):
+        return False

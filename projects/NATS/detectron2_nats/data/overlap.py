@@ -1,19 +1,18 @@
 """Find images that two splits share: by file, by COCO image number, by content."""
 
-import contextlib
+import functools
 import hashlib
 import logging
 import os
 import re
-from typing import Dict, Iterable, Iterator, List, Sequence, Tuple
+from collections import defaultdict
+from typing import Dict, Mapping, Sequence
 
 from detectron2.data import DatasetCatalog
-from detectron2.utils import comm
 
 from ..errors import NATSError
 
 _FEW = 5000  # up to this many files of both splits together, all are compared by content
-_MOST_READ = 5000  # in larger splits: up to this many names that both contain, spread evenly
 _MOST_NAMED = 10  # shared images that a message names
 
 logger = logging.getLogger(__name__)
@@ -33,25 +32,25 @@ def shared_images(one: Sequence[str], other: Sequence[str]) -> Dict[str, str]:
     Returns:
         file of `other` → file of `one`.
     """
-    shared: Dict[str, str] = {}
-    by_path = {os.path.realpath(file): file for file in one}
-    by_name: Dict[str, List[str]] = {}
+    few = len(one) + len(other) <= _FEW
+    by_path, by_name, by_size = {}, defaultdict(list), defaultdict(list)
     for file in one:
-        by_name.setdefault(_name(file), []).append(file)
+        by_path[os.path.realpath(file)] = file
+        by_name[_name(file)].append(file)
+        if few:
+            by_size[_size(file)].append(file)
+    digest = functools.lru_cache(maxsize=None)(_digest)
+    shared: Dict[str, str] = {}
     for file in other:
         namesakes = by_name.get(_name(file), [])
-        same = [f for f in namesakes if _is_coco(f) or _is_coco(file)]
-        same += filter(None, [by_path.get(os.path.realpath(file))])
+        same = [by_path[path] for path in [os.path.realpath(file)] if path in by_path]
+        same += [f for f in namesakes if _is_coco(f) or _is_coco(file)]
+        if not same and (few or namesakes):
+            size = _size(file)
+            alike = by_size.get(size, []) if few else [f for f in namesakes if _size(f) == size]
+            same = [f for f in alike if size and digest(f) == digest(file)]
         if same:
             shared[file] = same[0]
-
-    rest = [file for file in other if file not in shared]
-    if len(one) + len(other) > _FEW:
-        names = sorted({_name(file) for file in rest} & by_name.keys())
-        names = set(names[:: len(names) // _MOST_READ + 1])
-        one = [file for name in names for file in by_name[name]]
-        rest = [file for file in rest if _name(file) in names]
-    shared.update(_same_content(one, rest))
     return shared
 
 
@@ -63,81 +62,52 @@ def _is_coco(file: str) -> bool:
     return _name(file) != os.path.basename(file)
 
 
-def _same_content(one: Sequence[str], other: Sequence[str]) -> Iterator[Tuple[str, str]]:
-    """(file of `other`, file of `one`). Reads only files whose size occurs in both splits."""
-    sizes, other_sizes = _by_size(one), _by_size(other)
-    for size in sizes.keys() & other_sizes.keys():
-        contents = {_digest(file): file for file in sizes[size]}
-        for file in other_sizes[size]:
-            same = contents.get(_digest(file))
-            if same:
-                yield file, same
-
-
-def _by_size(files: Iterable[str]) -> Dict[int, List[str]]:
-    found: Dict[int, List[str]] = {}
-    for file in files:
-        with contextlib.suppress(OSError):  # the loader reports missing files
-            found.setdefault(os.path.getsize(file), []).append(file)
-    found.pop(0, None)  # empty files are not images
-    return found
+def _size(file: str) -> int:
+    """In bytes; 0 if it is missing, which the loader reports."""
+    return os.path.getsize(file) if os.path.isfile(file) else 0
 
 
 def _digest(file: str) -> bytes:
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.blake2b(opened.read()).digest()
-    except OSError:
-        return file.encode()  # differs from every other file's
+    with open(file, "rb") as opened:
+        return hashlib.blake2b(opened.read()).digest()
 
 
 def check_disjoint(train: Sequence[str], calibration: Sequence[str]) -> None:
     """Check that no image is in both splits: α needs images that the weights are not trained on.
 
     Raises:
-        NATSError: on all ranks; names up to ten shared images. The log names all.
+        NATSError: names up to ten shared images.
     """
-    message = ""
-    if comm.is_main_process():
-        shared = shared_images(train, calibration)
-        if shared:
-            message = (
-                f"DATASETS.TRAIN and DATASETS.CALIBRATION share {_summary(shared)}. α must be "
-                "trained on images that the weights are not trained on. "
+    shared = shared_images(train, calibration)
+    if shared:
+        cure = "Leave them out of one of the two"
+        if any(_is_coco(file) and not _is_coco(same) for file, same in shared.items()):
+            cure = (
+                "coco_2017_train, which the zoo's configs train on, contains "
+                "coco_2014_valminusminival: set DATASETS.TRAIN \"('coco_2014_train',)\""
             )
-            if any(_is_coco(file) and not _is_coco(same) for file, same in shared.items()):
-                message += (
-                    "coco_2017_train, which the zoo's configs train on, contains "
-                    "coco_2014_valminusminival: set DATASETS.TRAIN \"('coco_2014_train',)\""
-                )
-            else:
-                message += "Leave them out of one of the two"
-                if len(shared) > _MOST_NAMED:
-                    message += "; the log names all"
-                    logger.error("\n".join(["in both splits:", *_named(shared)]))
-    message = comm.all_gather(message)[0]
-    if message:
-        raise NATSError(message)
+        raise NATSError(
+            f"DATASETS.TRAIN and DATASETS.CALIBRATION share {_summary(shared)}. α must be trained "
+            f"on images that the weights are not trained on. {cure}"
+        )
 
 
 def warn_of_test_images(names: Sequence[str], files: Sequence[str], key: str) -> None:
     """Warn if the test data sets `names` contain images that are in `files`, the files of `key`."""
-    if names and comm.is_main_process():
-        records = (record for name in names for record in DatasetCatalog.get(name))
-        test = [record["file_name"] for record in records if "file_name" in record]
-        shared = shared_images(files, test)
-        if shared:
-            logger.warning(
-                f"DATASETS.TEST and {key} share {_summary(shared)}. AP on them does not tell how "
-                "well the detector works on new images"
-            )
+    records = (record for name in names for record in DatasetCatalog.get(name))
+    test = [record["file_name"] for record in records if "file_name" in record]
+    shared = shared_images(files, test)
+    if shared:
+        logger.warning(
+            f"DATASETS.TEST and {key} share {_summary(shared)}. AP on them does not tell how well "
+            "the detector works on new images"
+        )
 
 
-def _summary(shared: Dict[str, str]) -> str:
-    names = _named(shared)
-    more = ", …" if len(names) > _MOST_NAMED else ""
-    return f"{len(names)} images: {', '.join(names[:_MOST_NAMED])}{more}"
-
-
-def _named(shared: Dict[str, str]) -> List[str]:
-    return [file + (f" ({same})" if same != file else "") for file, same in shared.items()]
+def _summary(shared: Mapping[str, str]) -> str:
+    """The number of images and the first ten; if there are more, the log names all."""
+    names = [file + (f" ({same})" if same != file else "") for file, same in shared.items()]
+    if len(names) <= _MOST_NAMED:
+        return f"{len(names)} images: {', '.join(names)}"
+    logger.warning("\n".join(["in two splits:", *names]))
+    return f"{len(names)} images: {', '.join(names[:_MOST_NAMED])}, … (the log names all)"

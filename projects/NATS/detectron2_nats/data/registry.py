@@ -1,20 +1,21 @@
 """Register data sets from a config (``DATASETS.REGISTER``), and check them before a run."""
 
 import difflib
-import json
 import logging
 import os
-from typing import Callable, Dict, Iterator, List, Optional, Sequence
+from itertools import zip_longest
+from typing import Dict, List, Optional, Sequence
+
+import pycocotools.mask as mask_util
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
-from detectron2.utils import comm
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..errors import NATSError
-from ..files import write_atomically
-from .annotations import Annotations, Needs, read_annotations, read_class_names, to_records
+from .annotations import Annotations, Needs, parse, read_annotations, reading
 from .images import look_at_images
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def _needs_of(cfg: CfgNode, name: str) -> Needs:
     masks = ""
     if cfg.MODEL.MASK_ON:
         masks = "polygon" if to_train and cfg.INPUT.MASK_FORMAT == "polygon" else "any"
-    return Needs(cfg.RUN.MAX_BAD_DATA, masks, to_train)
+    return Needs(masks, to_train)
 
 
 def _load(name: str) -> List[dict]:
@@ -70,38 +71,29 @@ def _load(name: str) -> List[dict]:
     return records
 
 
-def evaluated_name(cfg: CfgNode, name: str, folder: str) -> str:
-    """The name of a data set whose annotation file is clean, for Detectron2's evaluator.
-
-    It reads the file itself. Where cleaning has changed it, the clean one is written to `folder`
-    and registered under another name.
-    """
-    annotations = _own_annotations(cfg, name)
-    if annotations is None or not annotations.changed:
-        return name
-    meta = MetadataCatalog.get(name)
-    path = os.path.join(folder, f"annotations_{name}.json")
-    os.makedirs(folder, exist_ok=True)
-    write_atomically(path, json.dumps(annotations.content))
-    cleaned = f"{name} (cleaned)"
-    MetadataCatalog.pop(cleaned, None)
-    MetadataCatalog.get(cleaned).set(
-        json_file=path,
-        image_root=meta.get("image_root"),
-        evaluator_type="coco",
-        thing_classes=annotations.class_names,
-        thing_dataset_id_to_contiguous_id=annotations.label_of,
-    )
-    return cleaned
-
-
-def _own_annotations(cfg: CfgNode, name: str) -> Optional[Annotations]:
-    """What an own annotation file contains; None of Detectron2's sets, taken as published."""
-    meta = MetadataCatalog.get(name)
-    builtin = any(name in splits for splits in _PREDEFINED_SPLITS_COCO.values())
-    if builtin or not meta.get("json_file") or meta.get("evaluator_type") != "coco":
-        return None
-    return read_annotations(meta.json_file, _needs.get(name) or _needs_of(cfg, name))
+def to_records(annotations: Annotations, image_root: str) -> List[dict]:
+    """Detectron2's dataset dicts, in the order of the image ids."""
+    labels, of_image = annotations.label_of, {}
+    for annotation in annotations.content.get("annotations", ()):
+        of_image.setdefault(annotation["image_id"], []).append(annotation)
+    records = []
+    for image in sorted(annotations.content["images"], key=lambda image: image["id"]):
+        objects = []
+        for annotation in of_image.get(image["id"], ()):
+            made = {key: annotation[key] for key in ("iscrowd", "bbox")}
+            made["category_id"] = labels[annotation["category_id"]]
+            mask = annotation.get("segmentation")
+            if mask:
+                if isinstance(mask, dict) and isinstance(mask["counts"], list):
+                    mask = mask_util.frPyObjects(mask, *mask["size"])
+                made["segmentation"] = mask
+            objects.append({**made, "bbox_mode": BoxMode.XYWH_ABS})
+        path = os.path.join(image_root, image["file_name"])
+        sizes = {"height": image["height"], "width": image["width"]}
+        records.append(
+            {"file_name": path, **sizes, "image_id": image["id"], "annotations": objects}
+        )
+    return records
 
 
 # -- before a run ---------------------------------------------------------------------------------
@@ -116,35 +108,22 @@ def check_datasets(names: Sequence[str], key: str) -> None:
     for name in names:
         known = DatasetCatalog.list()
         if name not in known:
-            close = difflib.get_close_matches(name, known, 3)
+            close = " or ".join(difflib.get_close_matches(name, known, 3))
             raise NATSError(
-                f"{key}: no data set {name!r} is registered"
-                + (f", did you mean {' or '.join(close)}" if close else "")
-                + "? Register your own data with DATASETS.REGISTER"
+                f"{key}: no data set {name!r} is registered{close and f', did you mean {close}'}? "
+                "Register your own data with DATASETS.REGISTER"
             )
         meta = MetadataCatalog.get(name)
-        json_file, folder = meta.get("json_file"), meta.get("image_root")
-        if json_file and folder and os.path.isdir(json_file) and os.path.isfile(folder):
-            raise NATSError(
-                f"{key}: {name}: {json_file} is a folder and {folder} a file: in DATASETS.REGISTER "
-                "the annotation file comes before the image folder"
-            )
         for what, path, is_there in (
-            ("annotation file", json_file, PathManager.isfile),
-            ("image folder", folder, PathManager.isdir),
+            ("annotation file", meta.get("json_file"), PathManager.isfile),
+            ("image folder", meta.get("image_root"), PathManager.isdir),
         ):
-            if path is not None and not _told(is_there, path):
+            # whether there is a file at https:// is seen when it is fetched
+            if path and not path.startswith("http") and not is_there(path):
                 raise NATSError(
                     f"{key}: {name}: {what} not found, looked for {os.path.abspath(path)}. "
                     + _how_to_get(name)
                 )
-
-
-def _told(is_there: Callable[[str], bool], path: str) -> bool:
-    try:
-        return is_there(path)
-    except NotImplementedError:  # of https:// it is seen when the file is fetched
-        return True
 
 
 def _how_to_get(name: str) -> str:
@@ -152,13 +131,13 @@ def _how_to_get(name: str) -> str:
         return "Make it from COCO's own downloads with tools/make_val35k.py"
     if name.startswith("coco_"):
         return "Download COCO and set DETECTRON2_DATASETS to the folder that contains coco/"
-    return "Correct the path in DATASETS.REGISTER"
+    return "Correct DATASETS.REGISTER, a list of [name, annotation json, image folder]"
 
 
 def check_data(cfg: CfgNode, keys: Sequence[str], classes: Optional[Sequence[str]] = None) -> None:
     """Check that a run's data sets can be used, and that all mean the same by a label.
 
-    Call it on all ranks. All data sets are read once.
+    Detectron2's own data sets are taken as published.
 
     Args:
         keys: of ``cfg.DATASETS``, such as TRAIN. Of each, the class names are compared with those
@@ -173,64 +152,61 @@ def check_data(cfg: CfgNode, keys: Sequence[str], classes: Optional[Sequence[str
     keypoints, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
     if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST and keypoints not in (17, len(sigmas)):
         raise NATSError(f"evaluation needs {keypoints} numbers in TEST.KEYPOINT_OKS_SIGMAS")
+    published = {name for splits in _PREDEFINED_SPLITS_COCO.values() for name in splits}
     for key in keys:
         check_datasets(cfg.DATASETS[key], f"DATASETS.{key}")
         for name in cfg.DATASETS[key]:
+            place, meta = f"DATASETS.{key}: {name}", MetadataCatalog.get(name)
+            if name not in _needs and name not in published and meta.get("json_file"):
+                if meta.get("evaluator_type") == "coco":  # registered in Python
+                    read_annotations(meta.json_file, _needs_of(cfg, name))
             records = DatasetCatalog.get(name)
-            if name not in _needs:  # registered in Python: its file has not been read here
-                _own_annotations(cfg, name)
             if not len(records):
-                raise NATSError(f"DATASETS.{key}: {name} contains no images")
-            _on_main_process(look_at_images, records, name, cfg.RUN.MAX_BAD_DATA)
-            meta = MetadataCatalog.get(name)
+                raise NATSError(f"{place} contains no images")
+            look_at_images(records, name, cfg.RUN.MAX_BAD_DATA)
             if key != "TEST" and cfg.MODEL.KEYPOINT_ON and not meta.get("keypoint_names"):
                 raise NATSError(
-                    f"DATASETS.{key}: {name}: keypoints need names and a map of those that "
-                    "mirroring swaps, which DATASETS.REGISTER cannot give. Register the data set "
-                    "in Python, and set keypoint_names and keypoint_flip_map in its metadata"
+                    f"{place}: keypoints need names and a map of those that mirroring swaps, which "
+                    "DATASETS.REGISTER cannot give. Register the data set in Python, and set "
+                    "keypoint_names and keypoint_flip_map in its metadata"
                 )
             names = meta.get("thing_classes")
-            if names is None:
-                continue
-            if expected is not None:
-                check_same_classes(names, expected, f"DATASETS.{key}: {name}", whose)
-            else:
-                expected, whose = names, f"DATASETS.{key}: {name}"
-            check_number_of_classes(cfg, name, len(names), len(meta.get("stuff_classes", ())))
+            if names is not None:
+                if expected is None:
+                    expected, whose = names, place
+                check_same_classes(names, expected, place, whose)
+                check_number_of_classes(cfg, name, len(names), len(meta.get("stuff_classes", ())))
 
 
 def check_registered_classes(cfg: CfgNode) -> None:
-    """Check that all of ``DATASETS.REGISTER`` have the classes of the first of ``DATASETS.TEST``.
+    """Check that all of ``DATASETS.REGISTER`` have the classes of those in ``DATASETS.TEST``.
 
     An evaluation does not read what a detector was trained on, but may know it from here.
 
     Raises:
         NATSError: names the first class that differs.
     """
-    test = [entry for entry in cfg.DATASETS.REGISTER if entry[0] in cfg.DATASETS.TEST]
-    for name, json_file, _ in cfg.DATASETS.REGISTER if test else ():
-        if os.path.isfile(json_file):
-            tested = MetadataCatalog.get(test[0][0]).thing_classes
-            place = f"DATASETS.TEST: {test[0][0]}"
-            check_same_classes(tested, read_class_names(json_file), place, name)
+    tested = [name for name, *_ in cfg.DATASETS.REGISTER if name in cfg.DATASETS.TEST]
+    for name, json_file, _ in cfg.DATASETS.REGISTER:
+        if tested and name not in tested and os.path.isfile(json_file):
+            with reading(json_file) as path:
+                names = Annotations(parse(path)).class_names
+            expected = MetadataCatalog.get(tested[0]).thing_classes
+            check_same_classes(expected, names, f"DATASETS.TEST: {tested[0]}", name)
 
 
 def check_same_classes(
     names: Sequence[str], expected: Sequence[str], place: str, whose: str
 ) -> None:
     """Raise NATSError, which names the first class that differs."""
-    for label, (own, other) in enumerate(_pairs(names, expected)):
-        if own != other:
+    for label, pair in enumerate(zip_longest(names, expected)):
+        if pair[0] != pair[1]:
+            own, other = ("not there" if name is None else repr(name) for name in pair)
             raise NATSError(
-                f"{place}: class {label} is {own or 'not there'}, of {whose} it is "
-                f"{other or 'not there'}. Write the same categories, with the same ids, into all "
-                "annotation files, also those that do not occur in one of them"
+                f"{place}: class {label} is {own}, of {whose} it is {other}. Write the same "
+                "categories, with the same ids, into all annotation files, also those that do not "
+                "occur in one of them"
             )
-
-
-def _pairs(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple]:
-    for label in range(max(len(one), len(other))):
-        yield tuple(repr(names[label]) if label < len(names) else "" for names in (one, other))
 
 
 def check_number_of_classes(cfg: CfgNode, name: str, things: int, stuff: int = 0) -> None:
@@ -252,16 +228,3 @@ def check_number_of_classes(cfg: CfgNode, name: str, things: int, stuff: int = 0
         if told != there:
             key = f"MODEL.{node}.NUM_CLASSES"
             raise NATSError(f"{name} has {there} classes, the model {told}: set {key} {there}")
-
-
-def _on_main_process(check, *args) -> None:
-    """Call a check on the main process; if it raises, all ranks do."""
-    message = ""
-    if comm.is_main_process():
-        try:
-            check(*args)
-        except NATSError as error:
-            message = str(error)
-    message = comm.all_gather(message)[0]
-    if message:
-        raise NATSError(message)

@@ -2,7 +2,7 @@
 
 import os
 from importlib.util import find_spec
-from typing import Callable, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple, Type
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -18,36 +18,17 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
-from ..data.registry import evaluated_name
 from ..errors import NATSError
 
-
-def _coco_evaluator(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
-    name = evaluated_name(cfg, name, folder)
-    # not what it converted for an earlier run, which may have had other data under this name
-    return COCOEvaluator(name, output_dir=folder, allow_cached_coco=False)
-
-
-def _panoptic_evaluators(cfg: CfgNode, name: str, folder: str) -> List[DatasetEvaluator]:
-    semantic = SemSegEvaluator(name, output_dir=folder)
-    return [semantic, _coco_evaluator(cfg, name, folder), COCOPanopticEvaluator(name, folder)]
-
-
-# Kind of data set → the package that Detectron2 imports when it evaluates it, and the evaluators.
-_KINDS: Dict[str, Tuple[str, Callable[[CfgNode, str, str], List[DatasetEvaluator]]]] = {
-    "coco": ("", lambda *place: [_coco_evaluator(*place)]),
-    "sem_seg": ("", lambda _, name, folder: [SemSegEvaluator(name, output_dir=folder)]),
-    "coco_panoptic_seg": ("panopticapi", _panoptic_evaluators),
-    "lvis": ("lvis", lambda _, name, folder: [LVISEvaluator(name, output_dir=folder)]),
-    "pascal_voc": ("", lambda _, name, __: [PascalVOCDetectionEvaluator(name)]),
-    "cityscapes_instance": (
-        "cityscapesscripts",
-        lambda _, name, __: [CityscapesInstanceEvaluator(name)],
-    ),
-    "cityscapes_sem_seg": (
-        "cityscapesscripts",
-        lambda _, name, __: [CityscapesSemSegEvaluator(name)],
-    ),
+# Kind of data set → the package that Detectron2 imports when it evaluates it, and what evaluates it
+_KINDS: Dict[str, Tuple[str, List[Type[DatasetEvaluator]]]] = {
+    "coco": ("", [COCOEvaluator]),
+    "sem_seg": ("", [SemSegEvaluator]),
+    "coco_panoptic_seg": ("panopticapi", [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator]),
+    "lvis": ("lvis", [LVISEvaluator]),
+    "pascal_voc": ("", [PascalVOCDetectionEvaluator]),
+    "cityscapes_instance": ("cityscapesscripts", [CityscapesInstanceEvaluator]),
+    "cityscapes_sem_seg": ("cityscapesscripts", [CityscapesSemSegEvaluator]),
 }
 
 
@@ -78,5 +59,14 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         NATSError: see :func:`check_evaluator`.
     """
     check_evaluator(dataset_name)
-    _, build = _KINDS[MetadataCatalog.get(dataset_name).evaluator_type]
-    return DatasetEvaluators(build(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference")))
+    kind = MetadataCatalog.get(dataset_name).evaluator_type
+    evaluators = []
+    for evaluator in _KINDS[kind][1]:
+        options: Dict[str, Any] = {}
+        if not kind.startswith(("pascal_voc", "cityscapes")):
+            options["output_dir"] = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if evaluator is COCOEvaluator:
+            # not what it converted for an earlier run, which may have had other data so named
+            options["allow_cached_coco"] = False
+        evaluators.append(evaluator(dataset_name, **options))
+    return DatasetEvaluators(evaluators)

@@ -19,7 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_test_loader
+from detectron2.data import DatasetFromList
+from detectron2.data import DatasetMapper as ImageMapper
+from detectron2.data import build_detection_test_loader
 from detectron2.data import detection_utils as utils
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import (
@@ -30,7 +32,6 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 
 from ..data.annotations import digest
-from ..data.images import ImageMapper, read_image
 from ..errors import NATSError, one_line
 from .determinism import preserved_random_states
 from .processes import (
@@ -86,7 +87,7 @@ def _is_bad_image(record: dict, error: Exception) -> bool:
     if isinstance(error, utils.SizeMismatchError):
         return True
     try:
-        read_image(record["file_name"], "RGB")
+        utils.read_image(record["file_name"], "RGB")
     except Exception:
         return True
     return False

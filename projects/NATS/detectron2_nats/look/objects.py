@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..data.annotations import Needs, read_annotations
-from ..data.pixels import eight_bits
+from ..data.images import misread
 from ..errors import NATSError, one_line
 
 
@@ -109,7 +109,10 @@ def image_on_input(record: Record, size: InputSize) -> np.ndarray:
     """
     try:
         with open(record.path, "rb") as file:  # given the name, Pillow 12.3 garbles turned TIFFs
-            shown = ImageOps.exif_transpose(eight_bits(Image.open(file))).convert("RGB")
+            image = Image.open(file)
+            if misread(image):
+                raise ValueError(misread(image))
+            shown = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises all kinds of errors for a damaged file
         raise NATSError(
             f"{record.path}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"

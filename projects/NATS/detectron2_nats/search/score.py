@@ -8,6 +8,7 @@ it predicts.
 
 import contextlib
 import copy
+import logging
 from typing import Dict, Iterator, List, Mapping, Sequence
 from unittest import mock
 
@@ -16,15 +17,17 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.utils.events import EventStorage
 
 from ..backbone import search_space_from_config
-from ..data.images import ImageMapper, readable
-from ..errors import NATSError
+from ..errors import NATSError, one_line
 from ..method.architecture import Architecture
 from ..method.layers import MixedDilationConv2d
 from ..method.names import searched_layers
+
+logger = logging.getLogger(__name__)
 
 
 def candidates(cfg: CfgNode, model: nn.Module, draws: int) -> Dict[str, Architecture]:
@@ -116,8 +119,15 @@ def scoring_batches(cfg: CfgNode, records: Sequence[dict], processes: int = 1) -
         processes: of the search; the batches are those of one of them, which fit into its memory.
     """
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    mapper = ImageMapper(cfg, is_train=True, augmentations=[resize])
-    samples = [mapper(record) for record in readable(records)]
+    mapper = DatasetMapper(cfg, is_train=True, augmentations=[resize])
+    samples = []
+    for record in records:
+        try:
+            samples.append(mapper(record))
+        except Exception as error:  # Pillow raises all kinds of errors for a damaged file
+            logger.warning(f"no score on {record['file_name']}: {one_line(error)}")
+    if not samples:
+        raise NATSError("no score: no image can be read, the log names them")
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // processes)
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
