@@ -19,10 +19,10 @@ from typing import Callable, Dict, Mapping, NamedTuple
 
 from tabulate import tabulate
 
-from detectron2_nats.look.rule import furthest, look
+from detectron2_nats.commands.cli import tool_parser
 from detectron2_nats.look.detector import Detector
 from detectron2_nats.look.objects import evenly, image_on_input, normalised
-from detectron2_nats.commands.cli import tool_parser
+from detectron2_nats.look.rule import furthest, look
 from detectron2_nats.method.architecture import Architecture
 from detectron2_nats.method.search_space import Dilation
 
