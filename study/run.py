@@ -74,7 +74,9 @@ def parse_args() -> argparse.Namespace:
         help="another method: an architecture file; may be repeated",
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (%(default)s)")
-    parser.add_argument("--folds", type=int, default=0, help="seed S is tested on fold S % FOLDS")
+    parser.add_argument(
+        "--folds", type=int, default=0, help="seed S: tested on fold S modulo FOLDS"
+    )
     parser.add_argument("--annotations", nargs="+", metavar="JSON", help="cut these into folds")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the annotations' images")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")

@@ -41,7 +41,7 @@ from detectron2_nats import (
     fuse_for_inference,
 )
 from detectron2_nats.config import load_config
-from detectron2_nats.show import interleaved_seconds
+from detectron2_nats.show.cost import interleaved_seconds
 
 EPILOG = """
 parts (--what):

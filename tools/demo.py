@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """What a wider field gains, drawn without a search and searched. Takes minutes on two CPU cores.
 
-registers: columns of tables on pages of old registers, real images. They are taller than what the
-plain detector sees. All methods get about the same time.
+registers: columns of tables on pages of old registers. They are taller than what the plain detector
+sees. All methods get about the same time.
 bars: drawn horizontal bars, whose class is told by the colours of both ends. The plain detector
 cannot see both ends at once. So the right answer of the search is known.
 
-Each command is printed before it runs, and can be run again.
+Each command is printed before it runs.
 """
 
 import argparse
@@ -20,76 +20,89 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import List, NamedTuple, Sequence
+from typing import List, Mapping, NamedTuple, Sequence
 
 from tabulate import tabulate
 
-WARM = "searched, from the super-network's weights"
-
 
 class Example(NamedTuple):
-    """What is compared on some data; its configs are configs/quickstart/NAME and NAME_search.
+    """What is compared with the configs NAME and NAME_search of configs/quickstart.
 
     Attributes:
-        schedule: of the detectors that need no search, so that all take about the same time.
         draws: row of the table → options of nats-draw.
-        right: what a search should find.
+        schedule: of what needs no search, so that all take about the same time.
         threshold: lowest score of a detection in the picture.
+        answer: what a search should find.
     """
 
+    draws: Mapping[str, Sequence[str]]
     schedule: Sequence[str]
-    draws: dict
-    right: str
-    threshold: float
+    threshold: str
+    answer: str
 
 
+HEADERS = ["", "sees, px", "AP", "AP50", "parameters", "MFLOPs"]
+RANDOM = {"drawn: random dilations": ["--random"]}
 EXAMPLES = {
     "registers": Example(
+        {**RANDOM, "drawn: (5, 1) everywhere, as nats-look says": ["--uniform", "5x1"]},
         ["SOLVER.MAX_ITER", "550", "SOLVER.STEPS", "(440,)"],
-        {
-            "drawn: random dilations": ["--random"],
-            "drawn: (5, 1) everywhere, as nats-look says": ["--uniform", "5x1"],
-        },
+        "0.5",
         "Columns are tall: dilations along the height are right, such as 5x1.",
-        0.5,
     ),
     "bars": Example(
-        [],
-        {"drawn: random dilations": ["--random"]},
-        "The bars are horizontal, and three times as long as what the detector sees: 1x3 is right.",
-        0.3,  # the scores of the plain detector are low
+        RANDOM, [], "0.3", "The bars are horizontal, and three times what is seen: 1x3 is right."
     ),
 }
 
 
-def run(command: Sequence[str], log: str = "") -> str:
-    """Print and run a command of the project; returns what it printed.
+def run(*command: str, log: str = "") -> None:
+    """Print and run a command of the project.
 
     Args:
-        log: a file for its output, which else is shown.
+        log: a file for what it prints, which else is shown.
     """
     print(f"$ {shlex.join(command)}", flush=True)
     start, program = time.perf_counter(), Path(sys.executable).with_name(command[0])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", program, *command[1:]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if log else None,
-        text=True,
-    )
+    words = [sys.executable, "-W", "ignore", str(program), *command[1:]]
     if log:
         os.makedirs(os.path.dirname(log), exist_ok=True)
-        Path(log).write_text(done.stdout)
+        with open(log, "w") as file:
+            status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
         print(f"{time.perf_counter() - start:.0f} s: {log}", flush=True)
     else:
-        print(done.stdout, flush=True)
-    if done.returncode:
-        sys.exit(f"error: {command[0]} failed" + (f": see the end of {log}" if log else ""))
-    return done.stdout
+        status = subprocess.run(words).returncode
+    if status:
+        sys.exit(f"{command[0]} failed" + (f": see the end of {log}" if log else ""))
 
 
 def train(config: str, folder: str, *options: str, command: str = "nats-train") -> None:
-    words = [command, "--config-file", config, "OUTPUT_DIR", folder, *options]
-    run(words, os.path.join(folder, "console.txt"))
+    words = ["--config-file", config, "OUTPUT_DIR", folder, *options]
+    run(command, *words, log=f"{folder}/console.txt")
+
+
+def train_all(name: str, example: Example, output: str) -> Mapping[str, str]:
+    """Train all methods, two at a time; returns row of the table → folder."""
+    plain, search = (f"configs/quickstart/{name}{kind}.yaml" for kind in ("", "_search"))
+    configs = {"plain": plain}
+    folders = {"plain": f"{output}/plain"}
+    for number, (method, options) in enumerate(example.draws.items(), 1):
+        folders[method] = f"{output}/drawn_{number}"
+        run("nats-draw", "--config-file", search, *options, "--output", folders[method])
+        configs[method] = f"{folders[method]}/retrain.yaml"
+
+    def search_and_train(folder: str) -> None:
+        weights = ["SEARCH.RETRAIN_WEIGHTS", "supernet"]
+        train(search, f"{output}/search", *weights, command="nats-search")
+        train(f"{output}/search/retrain.yaml", folder)
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        runs = [pool.submit(search_and_train, f"{output}/searched")]
+        for method, config in configs.items():
+            runs.append(pool.submit(train, config, folders[method], *example.schedule))
+        for ended in runs:
+            ended.result()
+    return {**folders, "searched, from the super-network's weights": f"{output}/searched"}
 
 
 def sees(report: str) -> str:
@@ -98,91 +111,38 @@ def sees(report: str) -> str:
     return " × ".join(max(sizes, key=lambda size: [int(side.split()[-1]) for side in size]))
 
 
-def row(name: str, folder: str, report: str) -> List[str]:
-    """The table's row of what was trained in a folder.
-
-    Args:
-        report: what nats-look says of it.
-    """
+def row(method: str, folder: str) -> List[str]:
+    """The table's row of what was trained in a folder."""
+    from detectron2.data import DatasetCatalog
     from detectron2.modeling import build_backbone
     from detectron2_nats.config import load_config
-    from detectron2_nats.show import backbone_cost
+    from detectron2_nats.show.cost import backbone_cost
 
+    config, weights = f"{folder}/config.yaml", f"{folder}/model_final.pth"
+    run("nats-look", config, weights, log=f"{folder}/look.txt")
     lines = map(json.loads, Path(folder, "metrics.json").read_text().splitlines())
     metrics = [line for line in lines if "bbox/AP" in line][-1]
-    cfg = load_config(os.path.join(folder, "config.yaml"))
-    cost = backbone_cost(build_backbone(cfg), *2 * [-(-cfg.INPUT.MIN_SIZE_TEST // 32) * 32])
+    cfg = load_config(config)
+    image = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+    size = (-(-image[side] // 32) * 32 for side in ("height", "width"))
+    cost = backbone_cost(build_backbone(cfg), *size)
     numbers = [f"{metrics['bbox/AP']:.1f}", f"{metrics['bbox/AP50']:.1f}"]
-    return [name, sees(report), *numbers, f"{cost.parameters:,}", f"{cost.flops / 1e6:,.1f}"]
-
-
-def table(rows: List[List[str]]) -> str:
-    headers = ["", "sees, px", "AP", "AP50", "parameters", "MFLOPs"]
-    align = ["left", *["right"] * 5]
-    return tabulate(rows, headers, "pipe", disable_numparse=True, colalign=align)
+    numbers += [f"{cost['parameters']:,}", f"{cost['FLOPs'] / 1e6:,.1f}"]
+    return [method, sees(Path(folder, "look.txt").read_text()), *numbers]
 
 
 def main(name: str, output: str) -> None:
-    start, example = time.perf_counter(), EXAMPLES[name]
-    config, search = (f"configs/quickstart/{name}{end}.yaml" for end in ("", "_search"))
-    print(f"{__doc__.split(f'{name}: ')[1].split('. ')[0].capitalize()}. All output: {output}\n")
+    start, example, pictures = time.perf_counter(), EXAMPLES[name], f"{output}/pictures"
     shutil.rmtree(output, ignore_errors=True)
-    run(["nats-look", config, "--output", f"{output}/pictures"])
-    folders = {"plain": f"{output}/plain"}
-    for number, (title, options) in enumerate(example.draws.items()):
-        folders[title] = f"{output}/drawn_{number}"
-        run(["nats-draw", "--config-file", search, *options, "--output", folders[title]])
-    *unsearched, searched = {**folders, WARM: f"{output}/searched"}.values()
-    folders[WARM] = searched
-
-    def search_and_train() -> None:
-        options = ["SEARCH.RETRAIN_WEIGHTS", "supernet"]
-        train(search, f"{output}/search", *options, command="nats-search")
-        train(f"{output}/search/retrain.yaml", searched)
-
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        runs = [pool.submit(search_and_train)]
-        for folder in unsearched:
-            drawn = f"{folder}/retrain.yaml"
-            start_from = drawn if os.path.isfile(drawn) else config
-            runs.append(pool.submit(train, start_from, folder, *example.schedule))
-        for ended in runs:
-            ended.result()
-    reports = [
-        run(
-            ["nats-look", f"{folder}/config.yaml", f"{folder}/model_final.pth"],
-            f"{folder}/look.txt",
-        )
-        for folder in folders.values()
-    ]
-    rows = [row(*parts) for parts in zip(folders, folders.values(), reports)]
-    print(f"\n{table(rows)}\n\nParameters and FLOPs are the backbone's, of one square image.")
-    draw(example, output, folders)
-    print(f"{time.perf_counter() - start:.0f} s in total")
-
-
-def draw(example: Example, output: str, folders: dict) -> None:
-    """Print what was found, and draw it and what two detectors detect."""
-    from detectron2_nats import Architecture
-    from detectron2_nats.show import pictures
-    from detectron2_nats.show.detectors import detections_figure
-
-    architecture = Architecture.load(f"{output}/search/architecture.yaml")
-    shares = ", ".join(f"{h}x{w} {share:.0%}" for (h, w), share in architecture.shares().items())
-    print(f"{example.right}\nThe search chose: {shares}. One seed: a few AP are chance.\n")
-    pair = {
-        key: [f"{folder}/config.yaml", f"{folder}/model_final.pth"]
-        for key, folder in (("plain", folders["plain"]), ("searched", folders[WARM]))
-    }
-    options = {"images": 2, "threshold": example.threshold, "dataset": "", "opts": [], "title": ""}
-    figures = {
-        "architecture": pictures.plot_architecture(architecture),
-        "detections": detections_figure(argparse.Namespace(**pair, **options)),
-    }
-    for name, figure in figures.items():
-        pictures.save(figure, f"{output}/pictures", name, ["png"])
-    for name in ("look", *figures):
-        print(f"wrote {output}/pictures/{name}.png")
+    run("nats-look", f"configs/quickstart/{name}.yaml", "--output", pictures)
+    folders = train_all(name, example, output)
+    rows = [row(method, folder) for method, folder in folders.items()]
+    shown = ["--images", "2", "--threshold", example.threshold, "--output", pictures]
+    run("nats-show", f"{output}/search", f"{output}/plain", f"{output}/searched", *shown)
+    align = ["left", *["right"] * 5]
+    print(f"\n{tabulate(rows, HEADERS, 'pipe', disable_numparse=True, colalign=align)}\n")
+    print(f"{example.answer} One seed: a few AP are chance. All but AP is the backbone's.")
+    print(f"{time.perf_counter() - start:.0f} s; pictures:", *sorted(Path(pictures).iterdir()))
 
 
 if __name__ == "__main__":
@@ -193,5 +153,5 @@ if __name__ == "__main__":
         "example", nargs="?", choices=EXAMPLES, default="registers", help="(%(default)s)"
     )
     parser.add_argument("--output", default="output/demo", help="emptied first (%(default)s)")
-    args = parser.parse_args()
-    main(args.example, args.output)
+    arguments = parser.parse_args()
+    main(arguments.example, arguments.output)

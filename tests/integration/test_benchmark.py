@@ -10,7 +10,6 @@ from runs import TINY
 from torch import nn
 
 from detectron2_nats.config import load_config
-from detectron2_nats.show import interleaved_seconds
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools/benchmark.py"
 FROZEN = ["frozen, paper order", "frozen, voted order"]
@@ -92,11 +91,7 @@ def test_saved_bytes(benchmark):
         assert benchmark["saved_bytes"](lambda: model(x), model) == 0
 
 
-def test_variants_are_timed_in_turn_and_compared_by_round(benchmark):
-    calls = []
-    variants = [lambda name=name: calls.append(name) for name in "ab"]
-    seconds = interleaved_seconds(variants, rounds=2, device="cpu")
-    assert "".join(calls) == "ab" * 3 and [len(values) for values in seconds] == [2, 2]
+def test_variants_are_compared_by_round(benchmark):
     step = {"plain": [1000.0, 2000.0, 4000.0], "other": [2000.0, 3000.0, 4000.0]}
     peak = {"plain": [1.0], "other": [1.25]}
     reference = {"plain": "plain", "other": "plain"}
