@@ -1,5 +1,7 @@
 # `make` alone lists the targets. Each that needs Python makes .venv first, once.
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON := .venv/bin/python
 BATCH := 8
 
@@ -33,16 +35,18 @@ faults: setup  ## break small runs in many ways and print what they survived (an
 	@$(PYTHON) tests/faults/run_faults.py
 
 bench: setup  ## time plain, frozen and super-networks on the CPU, into output/benchmark.md (hours)
-	@$(PYTHON) -W ignore tools/benchmark.py --output output/benchmark.md
+	@mkdir -p output
+	@$(PYTHON) -W ignore tools/benchmark.py | tee output/benchmark.md
 
-bench-smoke: setup  ## a small part of it (two minutes)
-	@$(PYTHON) -W ignore tools/benchmark.py --smoke
+bench-smoke: setup  ## a small part of it (minutes)
+	@$(PYTHON) -W ignore tools/benchmark.py --networks R50 --size 256 320 --rounds 3 \
+		--what inference train convs
 
 gpu: setup  ## on a GPU: its own tests, then the benchmark, into output/gpu.md; BATCH=2 for a small one
+	@mkdir -p output
 	@$(PYTHON) -m pytest tests/gpu -q -rs; tested=$$?; \
 	$(PYTHON) -W ignore tools/benchmark.py --device cuda --dtype bfloat16 float32 --batch $(BATCH) \
-		--what train inference memory convs --networks R50 --size 800 1200 --output output/gpu.md \
-		&& exit $$tested
+		--networks R50 --size 800 1200 | tee output/gpu.md && exit $$tested
 
 lint: setup  ## check the formatting and style
 	@$(PYTHON) -m black --quiet --check --diff .
@@ -55,4 +59,4 @@ format: setup  ## rewrite the code in the project's format
 
 clean:  ## remove .venv and caches; keep output/ and datasets/
 	rm -rf .venv build dist .pytest_cache .hypothesis projects/NATS/*.egg-info
-	find projects tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find projects study tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,188 +1,157 @@
 #!/usr/bin/env python
 """What a wider field gains, drawn without a search and searched. Takes minutes on two CPU cores.
 
-registers: columns of tables on pages of old registers, real images. They are taller than what the
-plain detector sees. All methods get about the same time.
+registers: columns of tables on pages of old registers. They are taller than what the plain detector
+sees. All methods get about the same time.
 bars: drawn horizontal bars, whose class is told by the colours of both ends. The plain detector
 cannot see both ends at once. So the right answer of the search is known.
+
+Each command is printed before it runs.
 """
 
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from typing import Callable, Dict, Mapping, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import List, Mapping, NamedTuple, Sequence
 
 from tabulate import tabulate
 
-from detectron2_nats.look.rule import furthest, look
-from detectron2_nats.look.detector import Detector
-from detectron2_nats.look.objects import evenly, image_on_input, normalised
-from detectron2_nats.commands.cli import tool_parser
-from detectron2_nats.method.architecture import Architecture
-from detectron2_nats.method.search_space import Dilation
-
-EPILOG = """
-examples:
-  $ python tools/demo.py --output output/demo
-  $ python tools/demo.py bars --output output/demo_bars
-"""
-
 
 class Example(NamedTuple):
-    """What is compared on some data.
+    """What is compared with the configs NAME and NAME_search of configs/quickstart.
 
     Attributes:
-        config: name of the detector's config; its search's is NAME_search.
-        methods: name in the study → name in the table. The first is plain, the last searched.
-        sentence: results → what came out.
-        title: of the report.
+        draws: row of the table → options of nats-draw.
+        schedule: of what needs no search, so that all take about the same time.
         threshold: lowest score of a detection in the picture.
+        answer: what a search should find.
     """
 
-    config: str
-    methods: Mapping[str, str]
-    sentence: Callable[[dict], str]
-    title: str
-    threshold: float
+    draws: Mapping[str, Sequence[str]]
+    schedule: Sequence[str]
+    threshold: str
+    answer: str
 
 
-def shares(results: dict) -> Dict[Dilation, float]:
-    """Each dilation's share of the channels in what the search found, largest first."""
-    return Architecture.from_config(results["searches"]["nats"]["architectures"][0.shares()]
-    )
+HEADERS = ["", "sees, px", "AP", "AP50", "parameters", "MFLOPs"]
+RANDOM = {"drawn: random dilations": ["--random"]}
+EXAMPLES = {
+    "registers": Example(
+        {**RANDOM, "drawn: (5, 1) everywhere, as nats-look says": ["--uniform", "5x1"]},
+        ["SOLVER.MAX_ITER", "550", "SOLVER.STEPS", "(440,)"],
+        "0.5",
+        "Columns are tall: dilations along the height are right, such as 5x1.",
+    ),
+    "bars": Example(
+        RANDOM, [], "0.3", "The bars are horizontal, and three times what is seen: 1x3 is right."
+    ),
+}
 
 
-def about_registers(results: dict) -> str:
-    """Whether the search found the direction, and whether a draw does as well."""
-    found = shares(results).items()
-    height, width = (sum(share for d, share in found if d[axis] == 5) for axis in (0, 1))
-    verdict = "has found" if height > width + 0.2 else "has not found"
-    _, *draws, searched = (method["AP"][0] for method in results["methods"].values())
-    gain = searched - max(draws)
-    return (
-        f"The search made {height:.0%} of res3's channels see far along the height and {width:.0%} "
-        "along the width, where a\nrandom draw gives 40% each on average: it "
-        f"{verdict} that columns are tall.\n"
-        f"It is {abs(gain):.1f} AP {'ahead of' if gain >= 0 else 'behind'} the best draw, "
-        "which needs no search. One seed: differences of a few AP are chance."
-    )
-
-
-def about_bars(results: dict) -> str:
-    """What the search chose, and whether that is right."""
-    wanted = (1, 3)
-    (chosen, share), *_ = shares(results).items()
-    if chosen != wanted:
-        return (
-            f"The search gave most channels ({share:.0%}) the dilation {chosen}. That is wrong: "
-            f"the bars are horizontal and need {wanted}."
-        )
-    return (
-        f"The search gave {share:.0%} of res3's channels the dilation {chosen}: as high as before, "
-        "three times\nas wide. That is right: the bars are horizontal, and longer than what the "
-        "plain detector sees."
-    )
-
-
-WARM = "searched, from the super-network's weights"
-REGISTERS = Example(
-    "registers",
-    {
-        "plain-2.2x": "plain",
-        "random-2.2x": "drawn: random dilations",
-        "5x1-2.2x": "drawn: (5, 1) everywhere, as nats-look says",
-        "nats-warm": WARM,
-    },
-    about_registers,
-    "Columns of registers",
-    0.5,
-)
-BARS = Example(
-    "bars",
-    {"plain": "plain", "random": "random dilations", "nats-voted": "searched", "nats-warm": WARM},
-    about_bars,
-    "Horizontal bars",
-    0.3,  # the scores of the plain detector are low
-)
-EXAMPLES = {example.config: example for example in (REGISTERS, BARS)}
-
-
-def sees(folder: str) -> str:
-    """How far the detector trained in a folder sees: height × width, px of its input."""
-    detector = Detector(f"{folder}/config.yaml", f"{folder}/model_final.pth", [])
-    records = evenly(detector.records(""), 8)
-    inputs = [image_on_input(record, detector.size) for record in records]
-    images = [normalised(image, *detector.normalisation) for image in inputs]
-    levels = look(detector.backbone, images).levels
-    return str(levels[furthest(levels)])
-
-
-def table(example: Example, results: dict, fields: Mapping[str, str]) -> str:
-    """One row for each method.
+def run(*command: str, log: str = "") -> None:
+    """Print and run a command of the project.
 
     Args:
-        fields: method → how far it sees.
+        log: a file for what it prints, which else is shown.
     """
-    rows = []
-    for method, name in example.methods.items():
-        result = results["methods"][method]
-        row = [name, fields[method], f"{result['AP'][0]:.1f}", f"{result['AP50'][0]:.1f}"]
-        row += [f"{result['parameters']:,}", f"{result['flops'] / 1e6:,.1f}"]
-        rows.append([*row, f"{result['milliseconds']:.1f}"])
-    headers = ["", "sees, px", "AP", "AP50", "parameters", "MFLOPs", "ms per image"]
-    align = ["left", *["right"] * 6]
-    return tabulate(rows, headers, "pipe", disable_numparse=True, colalign=align)
-
-
-def run(name: str, *arguments: str) -> None:
-    """Run a command of the project. It prints its own progress and errors."""
-    print(f"\n$ {shlex.join([name, *arguments])}", flush=True)
-    command = os.path.join(os.path.dirname(sys.executable), name)
-    status = subprocess.run([sys.executable, "-W", "ignore", command, *arguments]).returncode
+    print(f"$ {shlex.join(command)}", flush=True)
+    start, program = time.perf_counter(), Path(sys.executable).with_name(command[0])
+    words = [sys.executable, "-W", "ignore", str(program), *command[1:]]
+    if log:
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        with open(log, "w") as file:
+            status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
+        print(f"{time.perf_counter() - start:.0f} s: {log}", flush=True)
+    else:
+        status = subprocess.run(words).returncode
     if status:
-        sys.exit(status)
+        sys.exit(f"{command[0]} failed" + (f": see the end of {log}" if log else ""))
 
 
-def main(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
-    shutil.rmtree(args.output, ignore_errors=True)
-    example = EXAMPLES[args.example]
-    config, pictures = f"configs/quickstart/{example.config}.yaml", f"{args.output}/pictures"
-    folders = {method: f"{args.output}/seed_0/{method}" for method in example.methods}
-    plain, *_, warm = folders.values()
-    search = f"{args.output}/seed_0/search-nats"
+def train(config: str, folder: str, *options: str, command: str = "nats-train") -> None:
+    words = ["--config-file", config, "OUTPUT_DIR", folder, *options]
+    run(command, *words, log=f"{folder}/console.txt")
 
-    run("nats-look", config, "--output", pictures)
-    study = ["--config-file", config, "--search-config", config.replace(".yaml", "_search.yaml")]
-    study += ["--methods", *example.methods, "--seeds", "1"]
-    study += ["--jobs", str(min(2, os.cpu_count() or 1))]
-    run("nats-study", *study, "--output", args.output)
-    plot = ["--images", "2", "--threshold", str(example.threshold)]
-    plot += ["--plain", config, f"{plain}/model_final.pth"]
-    plot += ["--searched", f"{warm}/retrain.yaml", f"{warm}/model_final.pth"]
-    run("nats-plot", search, "--output", pictures, *plot)
-    run("nats-report", args.output, "--title", example.title)
 
-    with open(f"{args.output}/results.json") as file:
-        results = json.load(file)
-    fields = {method: sees(folder) for method, folder in folders.items()}
-    print(f"\n{table(example, results, fields)}\n\nAll but AP is the backbone's.")
-    print(f"\n{example.sentence(results)}\n\n{time.perf_counter() - start:.0f} s in total")
-    print(f"wrote {search}/architecture.yaml, {search}/retrain.yaml")
-    print(f"a page to look at, and to send to others: {args.output}/report.html")
+def train_all(name: str, example: Example, output: str) -> Mapping[str, str]:
+    """Train all methods, two at a time; returns row of the table → folder."""
+    plain, search = (f"configs/quickstart/{name}{kind}.yaml" for kind in ("", "_search"))
+    configs = {"plain": plain}
+    folders = {"plain": f"{output}/plain"}
+    for number, (method, options) in enumerate(example.draws.items(), 1):
+        folders[method] = f"{output}/drawn_{number}"
+        run("nats-draw", "--config-file", search, *options, "--output", folders[method])
+        configs[method] = f"{folders[method]}/retrain.yaml"
+
+    def search_and_train(folder: str) -> None:
+        weights = ["SEARCH.RETRAIN_WEIGHTS", "supernet"]
+        train(search, f"{output}/search", *weights, command="nats-search")
+        train(f"{output}/search/retrain.yaml", folder)
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        runs = [pool.submit(search_and_train, f"{output}/searched")]
+        for method, config in configs.items():
+            runs.append(pool.submit(train, config, folders[method], *example.schedule))
+        for ended in runs:
+            ended.result()
+    return {**folders, "searched, from the super-network's weights": f"{output}/searched"}
+
+
+def sees(report: str) -> str:
+    """The height × width that the level which sees furthest sees, by nats-look's report."""
+    sizes = re.findall(r"^\S+ +((?:over )?\d+) +((?:over )?\d+)$", report, re.MULTILINE)
+    return " × ".join(max(sizes, key=lambda size: [int(side.split()[-1]) for side in size]))
+
+
+def row(method: str, folder: str) -> List[str]:
+    """The table's row of what was trained in a folder."""
+    from detectron2.data import DatasetCatalog
+    from detectron2.modeling import build_backbone
+    from detectron2_nats.config import load_config
+    from detectron2_nats.show.cost import backbone_cost
+
+    config, weights = f"{folder}/config.yaml", f"{folder}/model_final.pth"
+    run("nats-look", config, weights, log=f"{folder}/look.txt")
+    lines = map(json.loads, Path(folder, "metrics.json").read_text().splitlines())
+    metrics = [line for line in lines if "bbox/AP" in line][-1]
+    cfg = load_config(config)
+    image = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+    size = (-(-image[side] // 32) * 32 for side in ("height", "width"))
+    cost = backbone_cost(build_backbone(cfg), *size)
+    numbers = [f"{metrics['bbox/AP']:.1f}", f"{metrics['bbox/AP50']:.1f}"]
+    numbers += [f"{cost['parameters']:,}", f"{cost['FLOPs'] / 1e6:,.1f}"]
+    return [method, sees(Path(folder, "look.txt").read_text()), *numbers]
+
+
+def main(name: str, output: str) -> None:
+    start, example, pictures = time.perf_counter(), EXAMPLES[name], f"{output}/pictures"
+    shutil.rmtree(output, ignore_errors=True)
+    run("nats-look", f"configs/quickstart/{name}.yaml", "--output", pictures)
+    folders = train_all(name, example, output)
+    rows = [row(method, folder) for method, folder in folders.items()]
+    shown = ["--images", "2", "--threshold", example.threshold, "--output", pictures]
+    run("nats-show", f"{output}/search", f"{output}/plain", f"{output}/searched", *shown)
+    align = ["left", *["right"] * 5]
+    print(f"\n{tabulate(rows, HEADERS, 'pipe', disable_numparse=True, colalign=align)}\n")
+    print(f"{example.answer} One seed: a few AP are chance. All but AP is the backbone's.")
+    print(f"{time.perf_counter() - start:.0f} s; pictures:", *sorted(Path(pictures).iterdir()))
 
 
 if __name__ == "__main__":
-    parser = tool_parser(__doc__, EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "example", nargs="?", choices=EXAMPLES, default="registers", help="(%(default)s)"
     )
-    parser.add_argument(
-        "--output", default="output/demo", help="output folder, emptied first (%(default)s)"
-    )
-    main(parser.parse_args())
+    parser.add_argument("--output", default="output/demo", help="emptied first (%(default)s)")
+    arguments = parser.parse_args()
+    main(arguments.example, arguments.output)

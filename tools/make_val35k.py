@@ -12,9 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from detectron2_nats.commands.cli import run_tool, tool_parser, write
-from detectron2_nats.errors import NATSError
-from detectron2_nats.files import write_atomically
+from detectron2_nats import NATSError
 
 EPILOG = """
 example:
@@ -90,7 +88,9 @@ def default_annotations() -> Path:
 
 
 def parse_args(arguments=None) -> argparse.Namespace:
-    parser = tool_parser(__doc__, EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--annotations",
         type=Path,
@@ -119,10 +119,19 @@ def main(args: argparse.Namespace) -> None:
             )
         print(f"{name}: {count} images, {len(part['annotations'])} annotations")
     for name, part in parts.items():
-        path = str(args.annotations / name)
-        # json.dumps is several times as fast as json.dump
-        write(path, lambda: write_atomically(path, json.dumps(part)))
+        path = args.annotations / name
+        try:
+            # json.dumps is several times as fast as json.dump
+            Path(f"{path}.new").write_text(json.dumps(part))
+            os.replace(f"{path}.new", path)
+        except OSError as error:
+            raise NATSError(f"{path}: cannot be written: {error.strerror or error}") from None
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    run_tool(main, parse_args())
+    try:
+        main(parse_args())
+    except NATSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

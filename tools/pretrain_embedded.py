@@ -6,6 +6,7 @@ drawn crops. They look like the embedded data set but use other seeds. This take
 two CPU cores.
 """
 
+import argparse
 import time
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
-from detectron2_nats.commands.cli import tool_parser
 from detectron2_nats.toy import scenes, sets
 
 EPILOG = """
@@ -124,7 +124,9 @@ def save(state, path):
 
 
 def main():
-    parser = tool_parser(__doc__, EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--output", type=Path, default=sets.WEIGHTS, help="file to write (%(default)s)"
     )

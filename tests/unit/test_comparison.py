@@ -1,37 +1,92 @@
-"""Folds, statistics and architectures of a study."""
+"""A study's parts: methods, folds, how runs share a machine, tables and intervals."""
 
+import argparse
 import json
 import math
-import statistics
+import os
+import time
+from pathlib import Path
 
-import numpy as np
+import folds
+import jobs
 import pytest
-from oracles import FPN_RESNET, tiny_cfg
+import tables
+import torch
+from methods import Method, cycle, file_argument, half_plain, method_argument, training, transposed
 
+from detectron2.config import get_cfg
 from detectron2_nats import Architecture, NATSError
-from detectron2_nats.bench import baselines
-from detectron2_nats.bench.study import folds, intervals
-from detectron2_nats.show.pictures import plot_study
 
+RESULTS = Path(__file__).parents[2] / "study/results"
 CATEGORIES = [{"id": 3, "name": "cell"}]
+
+# -- methods ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, kind, search, length",
+    [
+        ("plain", "plain", "", 1),
+        ("plain-1.5x", "plain", "", 1.5),
+        ("path-random-2x", "path-random", "", 2),
+        ("5x1-1.25x", "5x1", "", 1.25),
+        ("nats-warm", "nats-warm", "nats", 1),
+        ("transposed", "transposed", "nats", 1),
+        ("path-warm-1.5x", "path-warm", "path", 1.5),
+        ("path-one-run", "path-one-run", "", 1),
+    ],
+)
+def test_methods(name, kind, search, length):
+    method = method_argument(name)
+    assert (method.name, method.kind, method.search, method.length) == (name, kind, search, length)
+    with pytest.raises(argparse.ArgumentTypeError, match="NAME not being a method"):
+        file_argument(f"{name}=file.yaml")
+
+
+@pytest.mark.parametrize("name", ["plain-0x", "plain-x", "0x3", "mine", "SOLVER.MAX_ITER", "5x"])
+def test_what_is_no_method(name):
+    with pytest.raises(argparse.ArgumentTypeError, match="KEY VALUE pairs come after"):
+        method_argument(name)
+
+
+def test_an_architecture_file_is_a_method_with_a_length():
+    method = file_argument("mine-1.5x=some/file.yaml")
+    assert method == Method("mine-1.5x", "mine", 1.5, "some/file.yaml")
+    for text in ("mine", "=file", "a/b=file", "mine="):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=FILE"):
+            file_argument(text)
+
+
+def test_a_length_stretches_the_schedule():
+    solver = get_cfg().SOLVER
+    solver.MAX_ITER, solver.STEPS = 400, (320, 390)
+    words = ["SOLVER.MAX_ITER", "600", "SOLVER.STEPS", "(480, 585)"]
+    assert training(Method.of("plain-1.5x"), solver) == words
+
+
+def test_layers_that_are_drawn_here():
+    layers = {"res3.0.conv2": [(4, 1, 3), (4, 5, 5)], "res3.1.conv2": [(8, 3, 1)]}
+    assert transposed(layers)["res3.0.conv2"] == [(4, 3, 1), (4, 5, 5)]
+    turns = [(1, 1, 1), (1, 2, 2), (1, 1, 1), (1, 4, 4)]
+    assert cycle(layers)["res3.1.conv2"] == turns * 2
+    halves = [Architecture(half_plain(layers, 4, seed)) for seed in (0, 0, 1)]
+    assert halves[0] == halves[1] != halves[2]
+    for half in halves:
+        assert half.shares()[1, 1] == 0.5
+        assert {name: sum(s[0] for s in v) for name, v in half.layers.items()} == dict.fromkeys(
+            layers, 8
+        )
+
+
+# -- folds -----------------------------------------------------------------------------------------
 
 
 def annotation_file(path, names, categories=CATEGORIES):
     """A COCO file whose ids begin at 1, as those of separate splits do."""
-    images = [
-        {"id": i, "file_name": n, "width": 64, "height": 64} for i, n in enumerate(names, start=1)
-    ]
-    boxes = [
-        {
-            "id": i,
-            "image_id": i,
-            "category_id": 3,
-            "bbox": [i, 5, 20, 10],
-            "area": 200,
-            "iscrowd": 0,
-        }
-        for i in range(1, len(names) + 1)
-    ]
+    numbers = range(1, len(names) + 1)
+    images = [{"id": i, "file_name": names[i - 1], "width": 64, "height": 64} for i in numbers]
+    box = {"category_id": 3, "area": 200, "iscrowd": 0}
+    boxes = [{"id": i, "image_id": i, "bbox": [i, 5, 20, 10], **box} for i in numbers]
     content = {"images": images, "annotations": boxes, "categories": categories}
     path.write_text(json.dumps(content))
     return str(path)
@@ -57,101 +112,110 @@ def test_merging_keeps_each_box_with_its_image(merged):
     [
         (["a1.jpg"], CATEGORIES, "a1.jpg is in two files"),
         (["c1.jpg"], [{**c, "name": "nucleus"} for c in CATEGORIES], "its categories differ"),
-        (["c1.jpg"], [{"id": 1}], "not COCO's annotation format"),
+        (["c1.jpg"], [{"id": 1}], "two.json: not COCO's annotation format"),
+        (None, None, "two.json: cannot be read"),
     ],
 )
 def test_files_that_do_not_go_together(tmp_path, names, categories, words):
     one = annotation_file(tmp_path / "one.json", ["a1.jpg"])
-    two = annotation_file(tmp_path / "two.json", names, categories)
+    if names:
+        annotation_file(tmp_path / "two.json", names, categories)
     with pytest.raises(NATSError, match=words):
-        folds.merged_annotations([one, two])
-    with pytest.raises(NATSError, match="missing.json"):
-        folds.merged_annotations([str(tmp_path / "missing.json")])
+        folds.merged_annotations([one, str(tmp_path / "two.json")])
 
 
-def read(folder, fold, name):
-    content = json.loads((folder / f"fold_{fold}" / f"{name}.json").read_text())
-    assert {a["image_id"] for a in content["annotations"]} == {i["id"] for i in content["images"]}
-    return {image["file_name"] for image in content["images"]}
-
-
-def test_every_image_is_tested_once_and_never_trained_on_then(merged, tmp_path):
-    folds.write_folds(merged, 4, str(tmp_path))
+def test_every_image_is_tested_once_and_never_trained_on_then(merged):
+    splits = folds.cut(merged, 4)
+    for content in splits.values():
+        ids = {image["id"] for image in content["images"]}
+        assert {a["image_id"] for a in content["annotations"]} == ids
+    files = {name: {i["file_name"] for i in split["images"]} for name, split in splits.items()}
     everything = {image["file_name"] for image in merged["images"]}
-    tested = [read(tmp_path, fold, "test") for fold in range(4)]
+    tested = [files[f"fold_{fold}/test"] for fold in range(4)]
     assert set.union(*tested) == everything and sum(map(len, tested)) == len(everything)
     for fold in range(4):
-        rest = read(tmp_path, fold, "rest")
-        train, calibration = (read(tmp_path, fold, n) for n in ("train", "calibration"))
+        names = (f"fold_{fold}/{split}" for split in ("rest", "train", "calibration"))
+        rest, train, calibration = (files[name] for name in names)
         assert rest == everything - tested[fold]
         assert train | calibration == rest and not train & calibration
         assert len(calibration) == 4  # 0.3 of 15
-    before = (tmp_path / "fold_2/train.json").read_text()
-    folds.write_folds(merged, 4, str(tmp_path))
-    assert (tmp_path / "fold_2/train.json").read_text() == before
+    assert folds.cut(merged, 4) == splits
     with pytest.raises(NATSError, match="too few for 7 folds"):
-        folds.write_folds(merged, 7, str(tmp_path))
+        folds.cut(merged, 7)
 
 
-def test_pooled_ap_of_perfect_and_of_no_detections(merged, tmp_path):
-    folds.write_folds(merged, 2, str(tmp_path))
-    truth = str(tmp_path / "all.json")
-    perfect = [
-        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9}
-        for a in merged["annotations"]
-    ]
-    files = []
-    for name, part in (("one", perfect[:10]), ("two", perfect[10:]), ("none", [])):
-        (tmp_path / name).write_text(json.dumps(part))
-        files.append(str(tmp_path / name))
-    assert folds.pooled_ap(truth, files[:2]) == pytest.approx(100)
-    assert folds.pooled_ap(truth, files[2:]) == 0
-    assert 45 < folds.pooled_ap(truth, files[::2]) < 55  # half of the boxes are found
+# -- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpus, shares", [("4,5", ["4", "5", "4"]), (None, ["0", "1", "2"])])
+def test_simultaneous_runs_share_the_gpus(monkeypatch, gpus, shares):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if gpus:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    environments = [jobs.environment(slot, at_once=3) for slot in range(3)]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == shares
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A function: Python code → a job that runs it."""
+    monkeypatch.setattr(jobs, "program", lambda command: [jobs.sys.executable, *command])
+    return lambda code, name="run": jobs.Job(str(tmp_path / name), lambda: ["-c", code])
+
+
+def test_all_starts_of_a_run_count(job):
+    first = job("sum(range(10**6))")
+    for _ in range(2):
+        earlier = first.cost()["cpu_seconds"]
+        first.start({})
+        while not first.ended():
+            time.sleep(0.01)
+        assert first.done and first.cost()["cpu_seconds"] > earlier
+
+
+def test_a_run_that_had_ended_when_it_was_told_to_stop(job):
+    failing = job("raise SystemExit(3)")
+    failing.start({})
+    os.waitid(os.P_PID, failing._process.pid, os.WEXITED | os.WNOWAIT)
+    failing.stop()
+    assert not failing.done and failing._process.returncode == 3
+
+
+def test_when_one_fails_the_others_are_stopped(job, tmp_path):
+    ready = tmp_path / "ready"
+    stops = "signal.signal(signal.SIGTERM, lambda *_: exit(75))"
+    waits = job(f"import signal, time; {stops}; open('{ready}', 'w'); time.sleep(60)", "waits")
+    after = f"while not os.path.exists('{ready}'): time.sleep(0.01)"
+    fails = job(f"import os, time\n{after}\nprint('error: no luck'); exit(2)", "fails")
+    with pytest.raises(NATSError, match="exit status 2, see .*fails/console.txt: error: no luck"):
+        jobs.run_jobs([waits, fails], 2)
+    assert waits._process.returncode == 75 and not waits.done
+
+
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def test_paired_interval_by_hand():
     # mean 2, standard deviation 1, three values: t = 4.302653 with two degrees of freedom
-    mean, half = intervals.paired_interval([1.0, 2.0, 3.0])
+    mean, half = tables.paired_interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert intervals.paired_interval([1.5]) == (1.5, math.inf)
-
-
-def test_the_interval_covers_and_the_detectable_difference_is_detected():
-    rng = np.random.default_rng(0)
-    runs = rng.normal(0.7, 1.3, size=(2000, 5))
-    each = [intervals.paired_interval(run) for run in runs]
-    covered = statistics.mean(abs(mean - 0.7) <= half for mean, half in each)
-    assert 0.93 < covered < 0.97
-    # the rule of thumb is close: power of 80 % at the difference that it names
-    difference = intervals.detectable_difference({"a": [-1.0, 1.0] * 3})
-    deviation = np.std([-1, 1] * 3, ddof=1)
-    found = rng.normal(difference, deviation, size=(4000, 6))
-    each = [intervals.paired_interval(run) for run in found]
-    assert 0.75 < statistics.mean(abs(m) > h for m, h in each) < 0.85
-    assert intervals.detectable_difference({"a": [1.0]}) == math.inf
-
-
-def test_random_architectures_fit_differ_by_seed_and_use_all_genotypes():
-    cfg = tiny_cfg(FPN_RESNET)
-    cfg.MODEL.BACKBONE.NAME = "build_nats_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    one, same, other = (baselines.random_architecture(cfg, seed) for seed in (1, 1, 2))
-    assert one == same and one != other
-    dilations = {run[1:] for runs in one.layers.values() for run in runs}
-    assert {(1, 1), (3, 3)} <= dilations
+    assert tables.paired_interval([1.5]) == (1.5, math.inf)
 
 
 def test_agreement_by_hand():
-    one = Architecture({"res3.0.conv2": [(8, 1, 1), (8, 3, 3)]})
-    other = Architecture({"res3.0.conv2": [(4, 1, 1), (4, 3, 3), (8, 3, 3)]})
-    seen, chance = baselines.agreement([one, other])
-    assert seen == 0.75 and chance == 0.5 * 0.25 + 0.5 * 0.75
-    assert baselines.agreement([one, one])[0] == 1
-    assert baselines.dilation_shares([other]) == {(3, 3): 0.75, (1, 1): 0.25}
+    one = Architecture({"res3.0.conv2": [[2, 1, 1], [2, 3, 3]]})
+    other = Architecture({"res3.0.conv2": [[1, 1, 1], [1, 3, 3], [1, 1, 1], [1, 3, 3]]})
+    assert tables.agreement([one, other]) == (0.5, 0.5)
+    assert tables.agreement([one, one]) == (1, 0.5)
 
 
-def test_the_picture_has_a_line_per_seed_and_a_mean_per_method():
-    figure = plot_study({"plain": [40.0, 42.0], "random": [39.0, 40.0], "nats": [41.0, 44.0]}, "t")
-    (axes,) = figure.axes
-    assert [list(line.get_ydata()) for line in axes.lines] == [[40, 39, 41], [42, 40, 44]]
-    assert [text.get_text() for text in axes.texts] == ["41.0", "39.5", "42.5"]
+def test_published_tables_follow_from_their_numbers():
+    text = tables.tables(json.loads((RESULTS / "bars_lying.json").read_text()))
+    page = (RESULTS / "bars.md").read_text()
+    for cell in ("+45.9 [+44.7, +47.0]", "+31.4 [+29.4, +33.5]", "77.0 ± 0.2"):
+        assert cell in text and cell in page
+    assert "1×3 100% |" in text and "| nats-warm  |     80.8 |" in text
+    text = tables.tables(json.loads((RESULTS / "car_parts_res3_320_gpu.json").read_text()))
+    assert "+6.9 [+5.9, +8.0]" in text and "AP of each class" in text
