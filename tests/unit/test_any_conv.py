@@ -445,7 +445,9 @@ def test_names_that_are_paths_hold_in_the_network_and_around_it():
     with pytest.raises(NATSError, match="neck.0 is searched or dilated already"):
         apply_architecture(detector, wide)
     two = nn.ModuleDict({"student": necks(), "teacher": necks()})
-    with pytest.raises(NATSError, match=r"lacks neck.0, p2: near are teacher.neck.\*, student.neck"):
+    with pytest.raises(
+        NATSError, match=r"lacks neck.0, p2: near are teacher.neck.\*, student.neck"
+    ):
         apply_architecture(two, wide)
 
 

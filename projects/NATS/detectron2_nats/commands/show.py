@@ -8,7 +8,7 @@ from typing import Dict, Tuple
 from ..errors import NATSError
 from ..search.folder import SearchFolder
 from ..show import pictures
-from ..show.history import last_metrics, read_history
+from ..show.history import last_precision, read_history
 from .cli import write
 
 _KEY = re.compile(r"[A-Z0-9_]+(\.[A-Z0-9_]+)*")
@@ -29,10 +29,13 @@ def main(args: argparse.Namespace) -> None:
             raise NATSError(f"{path}: neither a run's output folder nor an architecture file")
         detectors.update(_detector(folder, args))
     if detectors and args.images:
-        from ..show.detections import detections_figure  # the rest needs no Detectron2
+        from ..show.detections import detections_picture  # the rest needs no Detectron2
 
-        figure = detections_figure(detectors, args.images, args.threshold)
-        _save(figure, args.output or os.path.join(runs[0], "pictures"), "detections")
+        picture = detections_picture(detectors, args.images, args.threshold)
+        path = os.path.join(args.output or os.path.join(runs[0], "pictures"), "detections.png")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write(path, lambda: picture.save(path))
+        print(f"from left to right: ground truth, {', '.join(detectors)}")
 
 
 def _show_choice(folder: SearchFolder, args: argparse.Namespace) -> None:
@@ -83,7 +86,9 @@ def _detector(folder: SearchFolder, args: argparse.Namespace) -> Dict[str, Tuple
         nats = cfg.MODEL.NATS
         if cfg.MODEL.BACKBONE.NAME == "build_nats_backbone" and not nats.ARCHITECTURE:
             continue  # a super-network
-        print(last_metrics(folder.file("metrics.json")) or "No evaluation is in its metrics.json.")
+        print(
+            last_precision(folder.file("metrics.json")) or "No evaluation is in its metrics.json."
+        )
         return {os.path.normpath(folder.path): (cfg, folder.file(weights))}
     return {}
 

@@ -67,22 +67,20 @@ class Detector:
         model = self.cfg.MODEL
         return list(model.PIXEL_MEAN), list(model.PIXEL_STD), self.cfg.INPUT.FORMAT
 
-    def records(self, dataset: str = "") -> List[Record]:
-        """The images and objects of a data set; without a name, of DATASETS.TEST or TRAIN.
+    def records(self) -> List[Record]:
+        """The images and objects of the first of DATASETS.TEST and TRAIN.
 
         Raises:
-            NATSError: there is no such data set, or it cannot be read.
+            NATSError: both are empty, there is no such data set, or it cannot be read.
         """
         register_datasets(self.cfg)
-        named = [*self.cfg.DATASETS.TEST, *self.cfg.DATASETS.TRAIN]
-        if not dataset and not named:
+        names = [*self.cfg.DATASETS.TEST, *self.cfg.DATASETS.TRAIN][:1]
+        if not names:
             raise NATSError(
-                "DATASETS.TEST and TRAIN are empty: name the data with --dataset, or with "
-                "--annotations and --images"
+                "DATASETS.TEST and TRAIN are empty: name the data with --annotations and --images"
             )
-        name = dataset or named[0]
-        check_datasets([name], "--dataset" if dataset else "DATASETS")
-        return [_record(r) for r in get_detection_dataset_dicts([name], filter_empty=False)]
+        check_datasets(names, "DATASETS")
+        return [_record(r) for r in get_detection_dataset_dicts(names, filter_empty=False)]
 
 
 def _record(record: dict) -> Record:

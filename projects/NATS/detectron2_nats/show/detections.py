@@ -1,16 +1,16 @@
-"""What trained detectors detect, side by side."""
+"""What trained detectors detect, side by side, beside what there is."""
 
-from typing import List, Mapping, Sequence, Tuple
+from typing import Mapping, Sequence, Tuple
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
-from torchvision.ops import nms
+from PIL import Image
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data import detection_utils as utils
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling import build_model
+from detectron2.utils.visualizer import Visualizer
 
 from ..backbone import check_same_dilations
 from ..config.comparing import falls_back_to_cpu
@@ -18,20 +18,16 @@ from ..data.registry import check_datasets, check_same_classes, register_dataset
 from ..engine.checkpoint import SafeCheckpointer
 from ..errors import NATSError
 from ..look.objects import evenly
-from .pictures import plot_detections
-
-Detection = Tuple[Sequence[float], int, float]
-"""Box (x0, y0, x1, y1) in pixels of the image file, class index, score."""
 
 
-def detections_figure(
-    detectors: Mapping[str, Tuple[CfgNode, str]], images: int, threshold: float
-) -> Figure:
-    """A picture of what each detector detects on the same images.
+def detections_picture(
+    detectors: Mapping[str, Tuple[CfgNode, str]], count: int, threshold: float
+) -> Image.Image:
+    """A column of ground truth, then one for each detector; a row for each image.
 
     Args:
         detectors: name → config and weights. The images are from the DATASETS.TEST of the first.
-        images: their number, spread evenly over the data set.
+        count: of images, spread evenly over the data set.
         threshold: lowest score that is drawn.
 
     Raises:
@@ -41,24 +37,24 @@ def detections_figure(
     register_datasets(first)
     if not first.DATASETS.TEST:
         raise NATSError("DATASETS.TEST is empty: name the images' data set")
+    check_datasets(first.DATASETS.TEST[:1], "DATASETS.TEST")
     name = first.DATASETS.TEST[0]
-    check_datasets([name], "DATASETS.TEST")
-    records = evenly(get_detection_dataset_dicts(name, filter_empty=False), images)
-    classes = MetadataCatalog.get(name).get("thing_classes", [])
-    return plot_detections(
-        [utils.read_image(record["file_name"], "RGB") for record in records],
-        {
-            detector: _detect(cfg, weights, records, classes, threshold)
-            for detector, (cfg, weights) in detectors.items()
-        },
-        classes,
-    )
+    records = evenly(get_detection_dataset_dicts(name, filter_empty=False), count)
+    metadata = MetadataCatalog.get(name)
+    images = [utils.read_image(record["file_name"], "RGB") for record in records]
+    columns = [
+        [
+            Visualizer(image, metadata).draw_dataset_dict(record).get_image()
+            for image, record in zip(images, records)
+        ]
+    ]
+    for cfg, weights in detectors.values():
+        columns.append(_drawn(cfg, weights, images, records, metadata, threshold))
+    return Image.fromarray(np.hstack([np.vstack(_of_one_width(column)) for column in columns]))
 
 
-def _detect(
-    cfg: CfgNode, weights: str, records: Sequence[dict], classes: Sequence[str], threshold: float
-) -> List[List[Detection]]:
-    """For each image what is detected; of boxes that overlap by more than a half, the best."""
+def _drawn(cfg: CfgNode, weights: str, images, records, metadata, threshold: float):
+    """Each image with what one detector finds in it."""
     falls_back_to_cpu(cfg)
     model = build_model(cfg).eval()
     checkpointer = SafeCheckpointer(model, "")
@@ -66,13 +62,22 @@ def _detect(
     checkpointer.check_complete()
     check_same_dilations(cfg, loaded, weights)
     if loaded.get("classes"):
+        classes = metadata.get("thing_classes", [])
         check_same_classes(classes, loaded["classes"], "the images", weights)
-    mapper, per_image = DatasetMapper(cfg, is_train=False), []
-    for record in records:
+    mapper = DatasetMapper(cfg, is_train=False)
+    for image, record in zip(images, records):
         with torch.no_grad():
             found = model([mapper(dict(record))])[0]["instances"].to("cpu")
-        found = found[found.scores >= threshold]
-        found = found[nms(found.pred_boxes.tensor, found.scores, 0.5)]
-        boxes = found.pred_boxes.tensor.tolist()
-        per_image.append(list(zip(boxes, found.pred_classes.tolist(), found.scores.tolist())))
-    return per_image
+        drawing = Visualizer(image, metadata)
+        yield drawing.draw_instance_predictions(found[found.scores >= threshold]).get_image()
+
+
+def _of_one_width(images: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    """White to the right of those that are narrower."""
+    images = list(images)
+    width = max(image.shape[1] for image in images)
+    missing = [width - image.shape[1] for image in images]
+    return [
+        np.pad(image, ((0, 0), (0, more), (0, 0)), constant_values=255)
+        for image, more in zip(images, missing)
+    ]

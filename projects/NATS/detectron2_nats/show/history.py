@@ -10,38 +10,42 @@ from ..errors import NATSError
 from ..method.search_space import Dilation
 
 
+def read_metrics(path: str) -> Dict[int, Dict[str, float]]:
+    """Iteration → what a run's ``metrics.json`` says of it; nothing if there is no such file."""
+    lines: Dict[int, Dict[str, float]] = {}
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    values = json.loads(line)
+                    # a resumed run logs some iterations again: the last line counts
+                    lines.setdefault(int(values["iteration"]), {}).update(values)
+                except (KeyError, TypeError, ValueError):
+                    continue  # the run was killed while it wrote this line
+    return dict(sorted(lines.items()))
+
+
 def read_history(path: str) -> Dict[str, Any]:
     """α's history in a search's ``metrics.json``.
 
     Returns:
-        "iteration", "entropy" (share of its maximum), "leading" (share of the groups) and
-        "votes_changed": lists over the lines of the log. "intensity": dilation → such a list, the
-        share of the votes, mean over all layers.
+        "iteration", "entropy" (share of its maximum), "leading" (share of the groups),
+        "total_loss" and "alpha_loss" (of both kinds of step; NaN before the first α step): lists
+        over the lines of the log. "intensity": dilation → such a list, the share of the votes, mean
+        over all layers.
 
     Raises:
-        NATSError: the file is missing, or contains no values of α.
+        NATSError: it contains no values of α.
     """
-    lines: Dict[int, Dict[str, float]] = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    continue  # the search was killed while it wrote this line
-                if isinstance(values, dict) and "alpha/entropy" in values:
-                    # a resumed search logs some iterations again: the last line counts
-                    lines[int(values["iteration"])] = values
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-        raise NATSError(f"{path}: cannot be read: {reason}") from None
+    lines = {i: v for i, v in read_metrics(path).items() if "alpha/entropy" in v}
     if not lines:
         raise NATSError(f"{path}: contains no history of α: is it the file of a search?")
-    history: Dict[str, Any] = {"iteration": sorted(lines)}
-    ordered = [lines[iteration] for iteration in history["iteration"]]
-    for key in ("entropy", "leading", "votes_changed"):
-        history[key] = [values.get(f"alpha/{key}", math.nan) for values in ordered]
-    per_line = [_overall_intensity(values) for values in ordered]
+    keys = {"entropy": "alpha/entropy", "leading": "alpha/leading"}
+    keys |= {"total_loss": "total_loss", "alpha_loss": "alpha/total_loss"}
+    history: Dict[str, Any] = {"iteration": list(lines)}
+    for name, key in keys.items():
+        history[name] = [values.get(key, math.nan) for values in lines.values()]
+    per_line = [_overall_intensity(values) for values in lines.values()]
     dilations = sorted({dilation for shares in per_line for dilation in shares})
     history["intensity"] = {d: [shares.get(d, 0.0) for shares in per_line] for d in dilations}
     return history
@@ -59,13 +63,8 @@ def _overall_intensity(values: Mapping[str, float]) -> Dict[Dilation, float]:
     return {dilation: total / len(layers) for dilation, total in sums.items()}
 
 
-def last_metrics(path: str) -> str:
-    """The last evaluation in a run's ``metrics.json``, as text; nothing if there is none."""
-    last: Dict[str, float] = {}
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                if "/AP" in line:
-                    last = json.loads(line)
-    found = [f"{key} {value:.1f}" for key, value in last.items() if re.search(r"/AP\d*$", key)]
-    return ", ".join(found)
+def last_precision(path: str) -> str:
+    """The last evaluation in a run's ``metrics.json``: "bbox/AP 41.2, …"; "" if there is none."""
+    evaluations = [v for v in read_metrics(path).values() if any("/AP" in key for key in v)]
+    last = evaluations[-1].items() if evaluations else ()
+    return ", ".join(f"{key} {value:.1f}" for key, value in last if re.search(r"/AP\d*$", key))
