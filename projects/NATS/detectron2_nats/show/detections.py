@@ -12,10 +12,10 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling import build_model
 
-from ..backbone import check_same_dilations
-from ..config.comparing import falls_back_to_cpu
 from ..data.registry import check_datasets, check_same_classes, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
+from ..engine.machine import set_usable_device
+from ..engine.weights import check_same_dilations
 from ..errors import NATSError
 from ..look.objects import evenly
 from .pictures import plot_detections
@@ -59,7 +59,7 @@ def _detect(
     cfg: CfgNode, weights: str, records: Sequence[dict], classes: Sequence[str], threshold: float
 ) -> List[List[Detection]]:
     """For each image what is detected; of boxes that overlap by more than a half, the best."""
-    falls_back_to_cpu(cfg)
+    set_usable_device(cfg)
     model = build_model(cfg).eval()
     checkpointer = SafeCheckpointer(model, "")
     loaded = checkpointer.load(weights, checkpointables=[])
