@@ -1,13 +1,6 @@
 """Small runs on the embedded data set, in this process or by the scripts themselves."""
 
-import atexit
-import contextlib
-import functools
-import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -68,20 +61,16 @@ SEED: 7
 """
 
 
-def script(name: str, *arguments: str, launcher=(), fresh=False, **popen):
+def script(name: str, *arguments: str, launcher=(), **popen) -> subprocess.Popen:
     """Start a script of the repository, or a command; what it prints goes to `process.log`.
 
     Args:
         launcher: the words before the script's name, if not Python alone.
-        fresh: start Python itself, which imports for seconds; else see warm.py.
     """
     if name.startswith("nats-"):
         name = str(Path(sys.executable).with_name(name))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment.update(popen.pop("env", {}))
-    environment = {name: value for name, value in environment.items() if value is not None}
-    if not launcher and not fresh:
-        return Warm([str(REPOSITORY / name), *arguments], REPOSITORY, environment, **popen)
     log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop it
     process = subprocess.Popen(
         [*(launcher or (sys.executable,)), name, *arguments],
@@ -94,67 +83,6 @@ def script(name: str, *arguments: str, launcher=(), fresh=False, **popen):
     )
     process.log = log
     return process
-
-
-@functools.lru_cache(maxsize=None)
-def _warm_socket() -> str:
-    """Where the process listens that has imported; it lives as long as this one."""
-    path = os.path.join(tempfile.mkdtemp(prefix="warm_"), "socket")
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("warm.py")), path]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    atexit.register(server.stdin.close)
-    deadline = time.monotonic() + 120
-    while not os.path.exists(path):
-        assert server.poll() is None and time.monotonic() < deadline, "no process that has imported"
-        time.sleep(0.05)
-    atexit.register(shutil.rmtree, os.path.dirname(path), ignore_errors=True)
-    return path
-
-
-class Warm:
-    """As a `subprocess.Popen` of Python with `words`, which need not import (see warm.py)."""
-
-    def __init__(self, words, folder, environment, start_new_session=False, separate=False):
-        self.log = tempfile.NamedTemporaryFile("w+")
-        files = [self.log.name]
-        if separate:
-            self.errors = tempfile.NamedTemporaryFile("w+")
-            files.append(self.errors.name)
-        request = {"words": [*words], "folder": str(folder), "environment": environment}
-        request |= {"files": files, "new_session": start_new_session}
-        self.returncode, self._socket = None, socket.socket(socket.AF_UNIX)
-        self._socket.connect(_warm_socket())
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
-        self._lines = b""
-        self.pid = self._number(None)
-
-    def _number(self, timeout):
-        self._socket.settimeout(timeout)
-        while b"\n" not in self._lines:
-            found = self._socket.recv(100)
-            assert found, "the process that has imported is gone"
-            self._lines += found
-        line, _, self._lines = self._lines.partition(b"\n")
-        return int(line)
-
-    def wait(self, timeout=None):
-        if self.returncode is None:
-            try:
-                self.returncode = self._number(timeout)
-            except (TimeoutError, BlockingIOError):
-                raise subprocess.TimeoutExpired("a test's process", timeout) from None
-        return self.returncode
-
-    def poll(self):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.wait(timeout=0)
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
 
 
 def finish(process: subprocess.Popen, status: int = 0, timeout: float = 240) -> str:
@@ -220,6 +148,7 @@ def assert_equal(a, b, path: str) -> None:
 
 def make_trainer(config: str, folder, *opts, kind="search"):
     """A trainer in this process, at its start or resumed."""
+    from detectron2.utils import comm
     from detectron2.utils.env import seed_all_rng
     from detectron2_nats import SearchTrainer
     from detectron2_nats.config import load_config
@@ -228,7 +157,7 @@ def make_trainer(config: str, folder, *opts, kind="search"):
     cfg = load_config(config, ["OUTPUT_DIR", str(folder), *opts])
     cfg.freeze()
     os.makedirs(folder, exist_ok=True)
-    seed_all_rng(cfg.SEED)
+    seed_all_rng(cfg.SEED + comm.get_rank())  # as default_setup
     trainer = (SearchTrainer if kind == "search" else ResumableTrainer)(cfg)
     trainer.resume_or_load(resume=True)
     return trainer

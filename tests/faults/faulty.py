@@ -4,6 +4,7 @@
 
 nan: [iteration, forward pass in it] whose losses become NaN (0: weights, 1: α).
 full_disk: the checkpoint, counted from 0 in this process, whose writing stops half way.
+diverged: [rank, iteration] whose first forward pass ends as Detectron2 ends it.
 out_of_memory: [rank, iteration] whose first forward pass finds no memory.
 clock: seconds to add to what the clock says.
 """
@@ -53,15 +54,23 @@ def fill_disk(at: int) -> None:
     torch.save = half
 
 
-def run_out_of_memory(rank: int, iteration: int) -> None:
+def allocate() -> None:
+    torch.empty(2**50)
+
+
+def diverge() -> None:
+    raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+
+
+def fail(rank: int, iteration: int, how) -> None:
     forward = GeneralizedRCNN.forward
 
-    def without_memory(self, batch):
+    def failing(self, batch):
         if self.training and (comm.get_rank(), get_event_storage().iter) == (rank, iteration):
-            torch.empty(2**50)
+            how()
         return forward(self, batch)
 
-    GeneralizedRCNN.forward = without_memory
+    GeneralizedRCNN.forward = failing
 
 
 def set_clock(shift: float) -> None:
@@ -72,7 +81,8 @@ def set_clock(shift: float) -> None:
 faults = json.loads(os.environ["FAULTS"])
 put_nan(faults.get("nan", []))
 fill_disk(faults.get("full_disk", -1))
-run_out_of_memory(*faults.get("out_of_memory", [-1, -1]))
+fail(*faults.get("out_of_memory", [-1, -1]), allocate)
+fail(*faults.get("diverged", [-1, -1]), diverge)
 set_clock(faults.get("clock", 0))
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]

@@ -82,7 +82,6 @@ def test_mixed_precision_takes_both_steps(config, tmp_path, precision):
     alphas = take_steps(trainer, 12)  # float16's scale may have to be found first
     assert all(alpha.isfinite().all() for alpha in alphas)
     assert any(alpha.any() for alpha in alphas)
-    assert trainer.weight_objective.bad_total == trainer.alpha_objective.bad_total == 0
 
 
 def test_a_resume_restores_the_exact_state(config, tmp_path):

@@ -1,4 +1,4 @@
-"""A run that freezes its choice and goes on training, in this process."""
+"""A run of two phases, search and train: it freezes its choice and goes on, in this process."""
 
 import json
 import logging
@@ -13,7 +13,6 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.config import load_config
-from detectron2_nats.engine import resumable
 from detectron2_nats.method.layers import GroupedDilationConv2d
 from detectron2_nats.method.transform import frozen_state_dict
 
@@ -33,35 +32,31 @@ def decide(trainer, seed=0):
         conv.alpha.copy_(4 * torch.randn(conv.alpha.shape, generator=generator))
 
 
-def frozen_detector(trainer):
-    """The plain detector of retrain.yaml, with the weights of frozen.pth."""
-    trainer.write_result()
-    cfg = load_config(f"{trainer.cfg.OUTPUT_DIR}/retrain.yaml")
-    model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return model
+def freeze(trainer):
+    """Come to the end of the search."""
+    decide(trainer)
+    trainer.iter = trainer.search_end
+    trainer.phases.before_iteration(trainer.iter)
+    assert not trainer.is_searching
 
 
 def test_alpha_stops_the_weights_go_on(trainer, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
     caplog.set_level(logging.INFO)
-    seen, freeze = {}, trainer.freeze
-    files = set(trainer.weight_objective.loader.files)
-
-    def keep_and_freeze():
-        seen.update({k: v.clone() for k, v in trainer.model.state_dict().items()})
-        freeze()
-
-    trainer.freeze = keep_and_freeze
     trainer.train()
-    assert trainer.frozen_at == 3 and trainer.alpha_start == 1
-    for name, value in trainer.model.state_dict().items():
-        if name.endswith(".alpha"):
-            assert torch.equal(value, seen[name]) and value.any()
-        elif name.endswith("conv2.weight"):
-            assert not torch.equal(value, seen[name])
-    both = set(trainer.weight_objective.loader.files)
-    assert both == files | set(trainer.alpha_objective.loader.files) and len(both) > len(files)
+    assert not trainer.is_searching
+    assert (trainer.alpha_start, trainer.phases.start, trainer.max_iter) == (1, 3, 6)
+    before, after = (
+        torch.load(tmp_path / f"run/{name}.pth", weights_only=True)
+        for name in ("model_0000003", "model_final")
+    )
+    alphas, weights = ([n for n in after["model"] if n.endswith(e)] for e in ("alpha", "2.weight"))
+    assert all(torch.equal(before["model"][name], after["model"][name]) for name in alphas)
+    assert not any(torch.equal(before["model"][name], after["model"][name]) for name in weights)
+    train, calibration = (trainer.objectives[name].loader for name in ("weight", "alpha"))
+    assert len(train.files) == 600 and set(calibration.files) < set(train.files)
+    # two steps of three were taken on the search's loader, three of three on the new one
+    assert (train.batches, calibration.batches) == (3, 2)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.json").read_text().splitlines()]
     assert [("alpha/entropy" in line) for line in lines] == [True] * 3 + [False] * 3
     assert trainer.architecture().search["iteration"] == 3
@@ -69,7 +64,7 @@ def test_alpha_stops_the_weights_go_on(trainer, tmp_path, caplog, monkeypatch):
         "frozen after iteration 2: undecided" in caplog.text and "on all 600 images" in caplog.text
     )
     assert "frozen.pth, which this run has trained already" in caplog.text
-    assert "for as long as this run took, " in caplog.text
+    assert "on as many images as this run, " in caplog.text
     assert re.search("DATASETS.TRAIN .*nats_embedded_train.*nats_embedded_calibration", caplog.text)
 
 
@@ -79,11 +74,12 @@ def test_alpha_stops_the_weights_go_on(trainer, tmp_path, caplog, monkeypatch):
 def test_a_step_is_one_of_the_plain_frozen_network(tiny_config, tmp_path, decoding):
     """Losses, gradients and statistics, and the evaluation, to the bit."""
     trainer = make_trainer(tiny_config, tmp_path / "run", *FREEZES, *decoding)
-    decide(trainer)
-    trainer.iter = 2
-    trainer.freeze()
-    batch = trainer.weight_objective.next_batch()
-    plain = frozen_detector(trainer)
+    freeze(trainer)
+    batch = trainer.objectives["weight"].next_batch()
+    trainer.write_result()
+    cfg = load_config(str(tmp_path / "run/retrain.yaml"))
+    plain = build_model(cfg)
+    DetectionCheckpointer(plain).load(cfg.MODEL.WEIGHTS)
     rebuilt = build_model(trainer.cfg)  # as --eval-only does
     rebuilt.load_state_dict(trainer.model.state_dict())
     again = rebuilt.eval()(batch)[0]["instances"].scores
@@ -107,50 +103,68 @@ def test_a_step_is_one_of_the_plain_frozen_network(tiny_config, tmp_path, decodi
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, msg=name)
 
 
-def test_its_weights_are_exported_for_nothing_else(trainer):
-    decide(trainer)
-    trainer.iter = 2
-    trainer.freeze()
+def test_its_weights_suit_nothing_else_and_no_other_search(trainer, tiny_config, tmp_path):
+    freeze(trainer)
     other = Architecture.decode(trainer.model, "voted", at_most=1)
     with pytest.raises(
         NATSError, match="this run froze .* and went on to train it; its weights do"
     ):
         frozen_state_dict(trainer.model, other)
-    frozen_state_dict(trainer.model, trainer.architecture())
+    trainer.write_result()
+    torch.save({"model": trainer.model.state_dict()}, tmp_path / "frozen_run.pth")
+    weights = str(tmp_path / "frozen_run.pth")
+    with pytest.raises(NATSError, match="nothing is left to search: start from the frozen.pth"):
+        make_trainer(tiny_config, tmp_path / "next", *FREEZES, "MODEL.WEIGHTS", weights)
+    weights = str(tmp_path / "run/frozen.pth")
+    started = make_trainer(tiny_config, tmp_path / "next", *FREEZES, "MODEL.WEIGHTS", weights)
+    assert not any(conv.settled for conv in started.searched.values())
 
 
-def test_weights_are_averaged_since_the_freeze(tiny_config, tmp_path, caplog, monkeypatch):
+def test_weights_are_averaged_over_the_train_phase_alone(
+    tiny_config, tmp_path, caplog, monkeypatch
+):
     monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
     caplog.set_level(logging.INFO)
     make_trainer(tiny_config, tmp_path, *FREEZES, "SOLVER.AVERAGE_LAST", 1.0).train()
-    assert "their mean over the last 4 iterations" in caplog.text  # what was frozen, and 3 steps
+    assert "their mean over the last 3 iterations" in caplog.text
 
 
-@pytest.mark.parametrize("last", [1, 3], ids=["before", "after"])
-def test_resumes_bit_for_bit(tiny_config, tmp_path, last):
-    make_trainer(tiny_config, tmp_path / "whole", *FREEZES).train()
-    make_trainer(tiny_config, tmp_path / "part", *FREEZES).train()
-    (tmp_path / "part/model_final.pth").unlink()
-    for later in (3, 5):
-        if later > last:
-            (tmp_path / f"part/model_{later:07d}.pth").unlink(missing_ok=True)
-    (tmp_path / "part/last_checkpoint").write_text(f"model_{last:07d}.pth")
-    rest = make_trainer(tiny_config, tmp_path / "part", *FREEZES)
-    assert rest.start_iter == last + 1 and (rest.frozen_at == 3) == (last == 3)
+EARLY = [*FREEZES[:-2], "SEARCH.FREEZE_WHEN_DECIDED", True, "SEARCH.ALPHA_LR", 0.0]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_config, tmp_path_factory):
+    """Undisturbed runs, with all their checkpoints: frozen after 3 iterations, early after 2."""
+    folder = tmp_path_factory.mktemp("whole")
+    keep = ["RUN.KEEP_CHECKPOINTS", 9, "SOLVER.CHECKPOINT_PERIOD", 1]
+    make_trainer(tiny_config, folder / "planned", *FREEZES, *keep).train()
+    early = make_trainer(tiny_config, folder / "early", *EARLY, *keep)
+    decide(early)
+    early.train()
+    assert early.phases.start == 2  # the second look is the first that sees no vote change
+    return folder
+
+
+@pytest.mark.parametrize("after", [-1, 0, 1])
+@pytest.mark.parametrize("kind, end, opts", [("planned", 3, FREEZES), ("early", 2, EARLY)])
+def test_resumes_bit_for_bit_in_both_phases_and_between(
+    whole, tiny_config, tmp_path, kind, end, opts, after
+):
+    last = end - 1 + after
+    name = f"model_{last:07d}.pth"
+    (tmp_path / name).symlink_to(whole / kind / name)
+    (tmp_path / "last_checkpoint").write_text(name)
+    rest = make_trainer(tiny_config, tmp_path, *opts)
+    assert rest.start_iter == last + 1 and rest.is_searching == (last + 1 <= end)
     rest.train()
-    assert rest.frozen_at == 3
-    assert_same_run(tmp_path / "whole", tmp_path / "part")
+    assert rest.phases.start == end
+    assert_same_run(whole / kind, tmp_path)
 
 
-def test_freezes_as_soon_as_it_has_decided(tiny_config, tmp_path):
-    opts = [*FREEZES[:-2], "SEARCH.FREEZE_WHEN_DECIDED", True, "SEARCH.ALPHA_LR", 0.0]
-    undecided = make_trainer(tiny_config, tmp_path / "undecided", *opts)
+def test_a_search_that_has_not_decided_goes_on(tiny_config, tmp_path):
+    undecided = make_trainer(tiny_config, tmp_path / "undecided", *EARLY)
     undecided.train()
-    assert undecided.frozen_at is None
-    decided = make_trainer(tiny_config, tmp_path / "decided", *opts)
-    decide(decided)
-    decided.train()
-    assert decided.frozen_at == 2  # the second look is the first that sees no vote change
+    assert undecided.is_searching
 
 
 @pytest.mark.parametrize("opts", [["MODEL.NATS.SAMPLE", False], ["SEARCH.RETRAIN_WEIGHTS", "base"]])
@@ -164,27 +178,3 @@ def test_needs_weights_that_suit(tiny_config, tmp_path, opts):
 def test_a_search_without_an_alpha_step_is_refused(tiny_config, tmp_path):
     with pytest.raises(NATSError, match="no α step: the search ends after 6 of 6 .* of it is 6"):
         make_trainer(tiny_config, tmp_path / "run", "SEARCH.ALPHA_START", 0.99)
-
-
-def test_a_search_does_not_start_where_the_choice_is_frozen(trainer, tiny_config, tmp_path):
-    decide(trainer)
-    trainer.iter = 2
-    trainer.freeze()
-    trainer.write_result()
-    torch.save({"model": trainer.model.state_dict()}, tmp_path / "frozen_run.pth")
-    weights = str(tmp_path / "frozen_run.pth")
-    with pytest.raises(NATSError, match="nothing is left to search: start from the frozen.pth"):
-        make_trainer(tiny_config, tmp_path / "next", *FREEZES, "MODEL.WEIGHTS", weights)
-    weights = str(tmp_path / "run/frozen.pth")
-    started = make_trainer(tiny_config, tmp_path / "next", *FREEZES, "MODEL.WEIGHTS", weights)
-    assert not any(conv.settled for conv in started.searched.values())
-
-
-def test_checkpoints_of_older_versions_fit(trainer):
-    """They hold no choice, of searches that froze nothing."""
-    whole, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
-    older = {name: value for name, value in whole.items() if not name.endswith(".choice")}
-    assert len(older) == len(whole) - len(trainer.searched)
-    assert resumable._sizes(older, optimizer) == resumable._sizes(whole, optimizer)
-    trainer.model.load_state_dict(older)
-    assert all(conv.settled is None for conv in trainer.searched.values())

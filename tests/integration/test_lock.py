@@ -33,11 +33,12 @@ def holder(tmp_path):
     os.kill(process.loader, 9)
 
 
-def test_names_who_holds_the_folder(holder, tmp_path):
+def test_names_who_holds_the_folder(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
     words = f"{tmp_path} is in use by another run, process {holder.pid} on {socket.gethostname()}: "
     for _ in range(2):
         with pytest.raises(NATSError) as error:
-            lock.lock_folder(str(tmp_path), patience=0.3)
+            lock.lock_folder(str(tmp_path))
         assert str(error.value).startswith(words)
 
 

@@ -1,22 +1,29 @@
 """The one-shot score against the decoded network that it stands for."""
 
-import json
 import logging
+import re
 
 import numpy as np
 import pytest
 import torch
-from runs import TINY, make_trainer
+from ranks import on_two_ranks
+from runs import TINY, assert_same_run, make_trainer
 
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from detectron2_nats.bench.baselines import random_architecture
-from detectron2_nats.commands import export, score
-from detectron2_nats.config import load_config
-from detectron2_nats.errors import NATSError
-from detectron2_nats.method.architecture import Architecture
+from detectron2_nats import Architecture, NATSError
+from detectron2_nats.engine.loader import dataset_dicts
+from detectron2_nats.search import hooks, score
 from detectron2_nats.search.export import export_config, frozen_weights, searched_detector
-from detectron2_nats.search.score import field_verdict, one_shot_score, scoring_batches
+from detectron2_nats.search.folder import SearchFolder
+from detectron2_nats.search.score import (
+    candidates,
+    field_verdict,
+    one_shot_score,
+    score_folder,
+    scoring_batches,
+    some_of,
+)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mixed", "sampled"])
@@ -36,8 +43,6 @@ def trainer(tmp_path_factory, request):
 
 @pytest.fixture(scope="module")
 def batches(trainer):
-    from detectron2_nats.engine.loader import dataset_dicts
-
     records = dataset_dicts(trainer.cfg, trainer.cfg.DATASETS.CALIBRATION)[:4]
     return scoring_batches(trainer.cfg, records)
 
@@ -69,14 +74,6 @@ def test_scores_change_nothing_and_repeat(trainer, batches):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_an_architecture_of_another_space_is_refused(trainer, batches):
-    strange = Architecture({n: [(c.out_channels, 7, 7)] for n, c in trainer.searched.items()})
-    with pytest.raises(NATSError, match=r"res3\.0\.conv2: .* channel group 0 .*\(7, 7\)"):
-        one_shot_score(trainer.model, strange, batches)
-    with pytest.raises(NATSError, match=r"res3\.0\.conv2: 3 channels in the architecture"):
-        one_shot_score(trainer.model, Architecture({"res3.0.conv2": [(3, 1, 1)]}), batches)
-
-
 @pytest.mark.parametrize(
     "plain, worse, verdict",
     [
@@ -92,70 +89,130 @@ def test_the_place_of_plain_among_random_ones_is_the_verdict(plain, worse, verdi
     assert sentence == f"Plain has a higher loss than {worse} of 4 random architectures: {verdict}."
 
 
-def test_the_command_scores_one_dilation_everywhere_too(trainer, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "search"
-    folder.mkdir()
-    (folder / "config.yaml").write_text(trainer.cfg.dump())
-    torch.save({"model": trainer.model.state_dict()}, folder / "model_final.pth")
-    (folder / "last_checkpoint").write_text("model_final.pth")
-    found = Architecture.decode(trainer.model, "voted")
-    mine, other = (str(tmp_path / part / "architecture.yaml") for part in ("mine", "other"))
-    found.save(mine)
-    random_architecture(trainer.cfg, 0).save(other)
-    options = ["--random", "2", "--images", "2", "--architecture", mine, "--architecture", other]
-    written = ["--write", str(tmp_path / "candidates")]
-    monkeypatch.setattr("sys.argv", ["score.py", str(folder), *options, *written])
-    score.run()
-    scores = json.loads((folder / "scores.json").read_text())
+def rows_of(text):
+    """Name → loss, as printed."""
+    return dict(re.findall(r"^(\w+(?: \w+)?) +(\d+\.\d{4})$", text, re.MULTILINE))
+
+
+def assert_report(text, trainer, records):
+    """It has the scores of all candidates on these images, and their verdict."""
+    rows = rows_of(text)
+    batches = scoring_batches(trainer.cfg, records)
+    expected = {
+        name: one_shot_score(trainer.model, architecture, batches)
+        for name, architecture in candidates(trainer.cfg, trainer.model, 6).items()
+    }
     common = set.intersection(*(set(conv.genotypes) for conv in trainer.searched.values()))
-    wider = common - {(1, 1)}
-    assert wider
-    uniform = {"plain"} | {f"all {h}x{w}" for h, w in wider}
-    assert set(scores) == {"found", mine, other, "random 0", "random 1"} | uniform
-    assert scores[mine] == scores["found"] != scores["plain"]
-    assert scores[other] == scores["random 0"]
-    worse = sum(scores["plain"] > scores[f"random {seed}"] for seed in range(2))
-    assert f"Plain has a higher loss than {worse} of 2 random" in capsys.readouterr().out
-    names = {name.replace(" ", "_") for name in set(scores) - {mine, other}}
-    assert {path.stem for path in (tmp_path / "candidates").iterdir()} == names
-    for h, w in wider:
-        written = Architecture.load(str(tmp_path / "candidates" / f"all_{h}x{w}.yaml"))
-        assert {segment[1:] for layer in written.layers.values() for segment in layer} == {(h, w)}
+    names = {"plain" if d == (1, 1) else f"all {d[0]}x{d[1]}" for d in common}
+    assert len(names) > 1
+    assert set(expected) == {"found", *names, *(f"random {seed}" for seed in range(6))}
+    assert rows == {name: f"{score:.4f}" for name, score in expected.items()}
+    assert text.endswith(field_verdict(expected))
 
 
-def test_a_folder_without_a_checkpoint_is_no_search(trainer, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def folder(trainer, tmp_path):
+    """Its search's output folder, whose newest checkpoint is damaged."""
     (tmp_path / "config.yaml").write_text(trainer.cfg.dump())
-    monkeypatch.setattr("sys.argv", ["score.py", str(tmp_path)])
-    with pytest.raises(SystemExit) as left:
-        score.run()
-    assert left.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path} contains no checkpoint: search first\n"
-
-
-def test_export_and_score_fall_back_to_the_same_checkpoint(trainer, tmp_path, monkeypatch, caplog):
-    """If the newest one is damaged, both read the one before it, with a warning."""
-    folder = tmp_path / "search"
-    folder.mkdir()
-    (folder / "config.yaml").write_text(trainer.cfg.dump())
     state_dict = trainer.model.state_dict()
-    torch.save({"model": state_dict}, folder / "model_0000003.pth")
-    found = Architecture.decode(trainer.model, "voted")
-    found.save(str(folder / "architecture.yaml"))
+    torch.save({"model": state_dict}, tmp_path / "model_0000003.pth")
     other = {k: -v if k.endswith(".alpha") else v for k, v in state_dict.items()}
-    newest = folder / "model_final.pth"
+    newest = tmp_path / "model_final.pth"
     torch.save({"model": other}, newest)
     newest.write_bytes(newest.read_bytes()[:-1000])
-    (folder / "last_checkpoint").write_text("model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    return tmp_path
+
+
+def test_export_and_score_read_the_same_intact_checkpoint(trainer, folder, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
-    config, candidates = str(tmp_path / "voted.yaml"), tmp_path / "candidates"
-    for command, options in (
-        (export, ["--order", "voted", "--output", config]),
-        (score, ["--random", "1", "--images", "2", "--write", str(candidates)]),
-    ):
+    found = Architecture.decode(trainer.model, "voted")
+    assert SearchFolder(str(folder)).decode("voted").layers == found.layers
+    assert f"{folder}/model_final.pth is damaged" in caplog.text
+    caplog.clear()
+    report = score_folder(SearchFolder(str(folder)), 4)
+    assert f"{folder}/model_final.pth is damaged" in caplog.text
+    records = dataset_dicts(trainer.cfg, trainer.cfg.DATASETS.CALIBRATION)
+    assert_report(report, trainer, some_of(records, 4))
+
+
+def test_a_folder_without_a_checkpoint_is_no_search(trainer, tmp_path):
+    (tmp_path / "config.yaml").write_text(trainer.cfg.dump())
+    with pytest.raises(NATSError, match=f"{tmp_path} contains no checkpoint: search first"):
+        score_folder(SearchFolder(str(tmp_path)), 4)
+
+
+# -- at the end of a search -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def search(tiny_config, tmp_path, caplog):
+    """A function: runs a search, and returns the trainer and what its hook said."""
+
+    def searched(name, *opts):
         caplog.clear()
-        monkeypatch.setattr("sys.argv", ["nats", str(folder), *options])
-        command.run()
-        assert f"{newest} is damaged" in caplog.text
-    exported = Architecture.from_config(load_config(config).MODEL.NATS.ARCHITECTURE)
-    scored = Architecture.load(str(candidates / "found.yaml"))
-    assert exported.layers == scored.layers == found.layers
+        with caplog.at_level(logging.INFO, "detectron2_nats"):
+            trainer = make_trainer(tiny_config, tmp_path / name, *opts)
+            trainer.train()
+        said = [r.getMessage() for r in caplog.records if r.name == hooks.__name__]
+        return trainer, [message for message in said if not message.startswith("alpha: ")]
+
+    return searched
+
+
+def test_a_search_ends_with_what_the_score_says(search, tmp_path):
+    trainer, (report, show) = search("search", "SEARCH.SCORE_IMAGES", "4")
+    records = dataset_dicts(trainer.cfg, trainer.cfg.DATASETS.CALIBRATION)
+    assert_report(report, trainer, some_of(records, 4))
+    assert show.endswith(f"\n  nats-show {tmp_path}/search --score 200")
+
+    # it changes nothing; a finished search says it again
+    states = torch.get_rng_state()
+    _, (again, _) = search("search", "SEARCH.SCORE_IMAGES", "4")
+    assert again.split(" s):")[1] == report.split(" s):")[1]
+    _, (short,) = search("other")
+    assert short == show.replace("/search ", "/other ")
+    assert torch.equal(torch.get_rng_state(), states)
+    assert_same_run(str(tmp_path / "search"), str(tmp_path / "other"))
+
+
+def test_a_search_does_not_fail_by_its_score(search, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(score, "one_shot_score", fail)
+    _, (warning, _) = search("search", "SEARCH.SCORE_IMAGES", "2")
+    assert warning == "no score of the architecture: RuntimeError: out of memory"
+    assert (tmp_path / "search/retrain.yaml").is_file()
+
+
+def said_by_a_rank(config, folder, *opts):
+    """What one of two processes logs of its score."""
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger(hooks.__name__)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    make_trainer(config, folder, *opts).train()
+    return [message for message in said if message.startswith("Losses")]
+
+
+def test_the_first_of_two_processes_scores(tiny_config, tmp_path):
+    """Alone: a norm that waited there for the other one would never end."""
+    opts = ["MODEL.RESNETS.NORM", "SyncBN", "SEARCH.SCORE_IMAGES", 2]
+    first, second = on_two_ranks(said_by_a_rank, tiny_config, str(tmp_path), *opts)
+    assert len(first) == 1 and "Plain has a higher loss than" in first[0] and not second
+
+
+def test_a_run_that_freezes_is_scored_at_that_moment(search, tmp_path):
+    """It changes nothing of the run, and afterwards the weights suit nothing else."""
+    opts = ["MODEL.NATS.SAMPLE", True, "SEARCH.RETRAIN_WEIGHTS", "supernet"]
+    opts += ["SEARCH.FREEZE_AT", 0.5]
+    _, said = search("silent", *opts)
+    assert not said
+    trainer, (report,) = search("said", *opts, "SEARCH.SCORE_IMAGES", 2)
+    assert report.startswith("Losses on 2 calibration images")
+    assert_same_run(tmp_path / "silent", tmp_path / "said")
+    (tmp_path / "said/config.yaml").write_text(trainer.cfg.dump())
+    with pytest.raises(NATSError, match="went on to train what it found"):
+        score_folder(SearchFolder(str(tmp_path / "said")), 2)

@@ -3,6 +3,7 @@
 import errno
 import functools
 import http.server
+import itertools
 import logging
 import os
 import pickle
@@ -20,8 +21,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from detectron2.utils import file_io
-from detectron2_nats import NATSError, add_nats_config
+from detectron2_nats import Architecture, NATSError, add_nats_config
 from detectron2_nats.engine.checkpoint import SafeCheckpointer, _damage
+from detectron2_nats.engine.weights import check_same_dilations
 from detectron2_nats.method.names import searched_layers
 
 
@@ -142,18 +144,6 @@ def test_pruning_keeps_the_newest(checkpointer, tmp_path):
     checkpointer.prune(2)
     kept = ["last_checkpoint", "model_0000007.pth", "model_10000001.pth"]
     assert names(tmp_path) == [*kept, "model_best.pth", "model_final.pth"]
-
-
-def test_pruning_keeps_the_newest_also_where_their_numbers_are_smaller(checkpointer, tmp_path):
-    """More processes took the run over, whose iterations are fewer."""
-    save(checkpointer, 20, 30, 40)
-    checkpointer.prune(3)
-    kept = []
-    for iteration in (22, 24, 26, 28):
-        save(checkpointer, iteration)
-        checkpointer.prune(3)
-        kept.append([int(name[6:13]) for name in names(tmp_path)[1:]])
-    assert kept == [[20, 22, 40], [20, 22, 24], [22, 24, 26], [24, 26, 28]]
 
 
 # -- damage ---------------------------------------------------------------------------------------
@@ -405,3 +395,29 @@ def test_plain_detectron2s_checkpoint_loads_as_weights(tmp_path):
     DetectionCheckpointer(model, str(tmp_path)).save("model_0000001", iteration=1)
     SafeCheckpointer(other).load(str(tmp_path / "model_0000001.pth"))
     assert torch.equal(model.weight, other.weight)
+
+
+def test_weights_under_other_dilations_than_they_were_trained_with():
+    plain, mixed = tiny_cfg(FPN_RESNET), tiny_cfg(FPN_RESNET)
+    mixed.MODEL.BACKBONE.NAME = "build_nats_backbone"
+    frozen, other, unchanged, sampled = (mixed.clone() for _ in range(4))
+    for cfg, dilation in ((frozen, (3, 3)), (other, (1, 3)), (unchanged, (1, 1))):
+        architecture = Architecture.uniform(build_backbone(plain), dilation)
+        cfg.MODEL.NATS.ARCHITECTURE = architecture.to_config()
+    sampled.MODEL.NATS.SAMPLE = True
+
+    def refused(trained, cfg):
+        try:
+            saved = {"config": trained.dump(), "computed_by": []}
+            check_same_dilations(cfg, saved, "w.pth")
+        except NATSError as error:
+            assert str(error).startswith("w.pth was trained with other dilations than the config")
+            return True
+        return False
+
+    for cfg in (plain, mixed, frozen, other, unchanged):
+        assert not refused(cfg, cfg) and not refused(sampled, cfg)
+        check_same_dilations(cfg, {"config": "of another program"}, "w.pth")
+    assert not refused(plain, unchanged) and not refused(unchanged, plain)
+    for one, another in itertools.permutations((plain, mixed, frozen, other), 2):
+        assert refused(one, another)

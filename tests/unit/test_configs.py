@@ -11,8 +11,9 @@ from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.engine import DefaultTrainer
 from detectron2_nats import NATSError, add_nats_config
 from detectron2_nats.config import load_config
-from detectron2_nats.config.comparing import config_differences, with_norms_for
+from detectron2_nats.config.comparing import config_differences
 from detectron2_nats.config.keys import check_config
+from detectron2_nats.engine.machine import with_cpu_sync_bn
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -150,10 +151,10 @@ def test_groups_fit_the_network(name):
 @pytest.mark.parametrize("name", RETRAIN)
 def test_retraining_by_cpu_processes_takes_norms_that_work_there(name):
     cfg = load(CONFIGS / "retrain" / f"{name}.yaml", nats=False)
-    assert with_norms_for(cfg, 8) is cfg
+    assert with_cpu_sync_bn(cfg, 8) is cfg
     cfg.MODEL.DEVICE = "cpu"
-    assert with_norms_for(cfg, 1) is cfg
-    assert re.findall("(naive)?SyncBN", with_norms_for(cfg, 2).dump()) == ["naive"]
+    assert with_cpu_sync_bn(cfg, 1) is cfg
+    assert re.findall("(naive)?SyncBN", with_cpu_sync_bn(cfg, 2).dump()) == ["naive"]
     assert cfg.MODEL.RESNETS.NORM == "SyncBN"
 
 

@@ -1,5 +1,10 @@
 """How a process of several leaves: with the exit status that it means."""
 
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
 import sys
 
 import pytest
@@ -7,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from detectron2_nats import NATSError
-from detectron2_nats.commands import train
 from detectron2_nats.config import load_config
-from detectron2_nats.engine import processes
+from detectron2_nats.engine import machine, processes
 from detectron2_nats.engine.processes import STOPPED_EXIT_CODE
 
 
@@ -56,11 +60,12 @@ def test_a_restart_by_torchrun_reads_nothing_of_the_dead_group(monkeypatch):
     """torchrun keeps its store, where the addresses of the dead ranks are."""
     kept, groups = dist.HashStore(), []
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(kept, 0, 1)]))
-    monkeypatch.setattr(processes, "_join_group", lambda *_, store, **__: groups.append(store))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, store, **__: groups.append(store))
+    monkeypatch.setattr(processes.comm, "create_local_process_group", lambda size: None)
     for function in ("die_with_parent", "handle_signals", "_call"):
         monkeypatch.setattr(processes, function, lambda *_: None)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "0")
+        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for count in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
@@ -104,55 +109,67 @@ def test_without_a_group_an_error_is_a_status(capfd):
 
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     """Whatever OMP_NUM_THREADS says goes before."""
-    chosen = []
-    monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(processes.torch, "set_num_threads", chosen.append)
-    processes._share_out_cores(2)  # conftest.py set it
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    machine.share_out_cores(2)  # conftest.py set it
     monkeypatch.delenv("OMP_NUM_THREADS")
-    processes._share_out_cores(2)
-    processes._share_out_cores(9)
-    assert chosen == [4, 1]
+    machine.share_out_cores(2)
+    machine.share_out_cores(9)
+    assert threads == [4, 1]
 
 
 def test_several_processes_without_a_gpu_each_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(processes, "why_no_cuda", lambda: "the driver is too old")
+    monkeypatch.setattr(machine, "why_no_cuda", lambda: "the driver is too old")
     words = "GPUs that PyTorch can use here: 0 .the driver is too old.. .*add MODEL.DEVICE cpu"
     with pytest.raises(NATSError, match=words):
-        processes._check_gpus(load_config(""), 2)
-    processes._check_gpus(load_config("", ["MODEL.DEVICE", "cpu"]), 2)
+        machine.check_gpus(load_config(""), 2)
+    machine.check_gpus(load_config("", ["MODEL.DEVICE", "cpu"]), 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(NATSError, match="machine: 2, GPUs that PyTorch can use here: 1. Start"):
-        processes._check_gpus(load_config(""), 2)
-    processes._check_gpus(load_config(""), 1)
+        machine.check_gpus(load_config(""), 2)
+    machine.check_gpus(load_config(""), 1)
 
 
-def test_the_reason_is_pytorchs(monkeypatch):
+def test_one_process_without_a_gpu_computes_on_the_cpu_and_says_so(monkeypatch, caplog):
     def init():
         raise RuntimeError("The NVIDIA driver on your system is too old")
 
+    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", init)
-    assert processes.why_no_cuda() == "RuntimeError: The NVIDIA driver on your system is too old"
+    cfg = load_config("")
+    machine.set_usable_device(cfg)
+    assert cfg.MODEL.DEVICE == "cpu"
+    assert "finds no GPU: RuntimeError: The NVIDIA driver on your system" in caplog.text
 
 
-@pytest.mark.parametrize("device, expected", [("cpu", ["gloo"]), ("cuda", [1, "nccl"])])
-def test_the_device_chooses_the_groups_backend(monkeypatch, device, expected):
-    """Not whether there is a GPU."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cpu")
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
-    monkeypatch.setattr(processes.comm, "create_local_process_group", lambda size: None)
-    processes._join_group(device, 1, 2, rank=1, world_size=2)
-    assert chosen == expected
+def test_detectron2s_launcher_gets_the_machines_and_sees_no_gpu_that_is_not_wanted(monkeypatch):
+    """By the GPUs that it sees it would choose NCCL."""
+    launched = []
+    monkeypatch.setattr(processes, "launch", lambda *words, **more: launched.append((words, more)))
+    monkeypatch.setattr(processes, "handle_signals", lambda role: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    place = dict(num_gpus=2, num_machines=3, machine_rank=1, dist_url="tcp://first:29500")
+    args, cfg = argparse.Namespace(**place), load_config("", ["MODEL.DEVICE", "cpu"])
+    processes._launch(print, cfg, args)
+    words = (processes._run_rank, 2, 3, 1, "tcp://first:29500")
+    assert launched == [(words, {"args": (print, cfg, args)})]
+    assert not os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-@pytest.mark.parametrize("capability, emulated", [("AVX2", True), ("AVX512", False)])
-def test_emulated_bfloat16_is_told(monkeypatch, capability, emulated):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    options = ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION"]
-    assert train._emulates_bfloat16(load_config("", [*options, "bfloat16"])) == emulated
-    assert not train._emulates_bfloat16(load_config("", [*options, "float16"]))
-    options += ["bfloat16", "MODEL.DEVICE", "cuda"]
-    assert not train._emulates_bfloat16(load_config("", options))
+def interrupted(times):
+    processes.handle_signals("alone")
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(75 if processes.stop_requested() else 1)
+
+
+@pytest.mark.parametrize("times, status", [(1, 75), (2, -signal.SIGINT)])
+def test_the_second_interrupt_ends_at_once(times, status):
+    process = multiprocessing.get_context("fork").Process(target=interrupted, args=(times,))
+    process.start()
+    process.join(30)
+    assert process.exitcode == status

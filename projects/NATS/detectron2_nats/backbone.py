@@ -1,7 +1,5 @@
 """The registered builder: any base backbone, then the super-network or the frozen choice."""
 
-from typing import Any, Mapping, Sequence
-
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -27,46 +25,6 @@ def search_space_from_config(cfg: CfgNode) -> SearchSpace:
         share_weights=nats.SHARE_WEIGHTS,
         sample=nats.SAMPLE,
     )
-
-
-def check_same_dilations(cfg: CfgNode, loaded: Mapping[str, Any], weights: str) -> None:
-    """Check that a trained detector had the dilations that a config gives it.
-
-    Names and shapes of its weights fit any dilations, and under others it detects badly.
-
-    Args:
-        loaded: what its file holds besides the weights. Only this project's files tell.
-        weights: the file, for the message.
-
-    Raises:
-        NATSError: it had others.
-    """
-    trained = None
-    if "batch_scale" in loaded:  # a run's checkpoint
-        trained = _dilations(CfgNode.load_cfg(loaded["config"]))
-    elif loaded.get("__author__") == "detectron2-nats" and "architecture" in loaded:
-        trained = _changed(loaded["architecture"])
-    if trained is not None and trained != _dilations(cfg):
-        raise NATSError(
-            f"{weights} was trained with other dilations than the config has: give it the config "
-            "that it was trained with, such as config.yaml beside it"
-        )
-
-
-def _dilations(cfg: CfgNode) -> Any:
-    """Those of a network's convs; None of a search whose weights are for all dilations."""
-    nats = cfg.MODEL.NATS
-    if cfg.MODEL.BACKBONE.NAME != "build_nats_backbone":
-        return {}
-    if not nats.ARCHITECTURE:
-        return None if nats.get("SAMPLE") or nats.SHARE_WEIGHTS else "a mixture"
-    return _changed(nats.ARCHITECTURE)
-
-
-def _changed(architecture: Sequence[Any]) -> Mapping[str, Any]:
-    """The layers that are not plain."""
-    layers = Architecture.from_config(architecture).layers
-    return {k: v for k, v in layers.items() if any(tuple(d) != (1, 1) for _, *d in v)}
 
 
 @BACKBONE_REGISTRY.register()

@@ -6,50 +6,27 @@ import logging
 import os
 from typing import Iterator, Type
 
-import torch
-
 import nats_commands
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from ..backbone import check_same_dilations
 from ..config import load_config
-from ..config.comparing import falls_back_to_cpu
 from ..config.keys import check_config
-from ..data.registry import (
-    check_data,
-    check_datasets,
-    check_registered_classes,
-    register_datasets,
-)
+from ..data.registry import check_data, check_registered_classes, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
-from ..engine.evaluation import check_evaluator
 from ..engine.lock import lock_folder
-from ..engine.processes import run_in_processes, why_no_cuda
+from ..engine.machine import set_usable_device
+from ..engine.processes import run_in_processes
 from ..engine.resumable import ResumableTrainer
+from ..engine.weights import check_same_dilations
 from ..errors import NATSError
 from ..files import read_bounded, write_atomically
 
-logger = logging.getLogger(__name__)
-
 
 def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Check the config and its data sets, lock OUTPUT_DIR, start the log; freezes `cfg`."""
-    no_cuda = falls_back_to_cpu(cfg)
-    check_config(cfg)
-    register_datasets(cfg)
-    if not args.eval_only:
-        if not cfg.DATASETS.TRAIN:
-            raise NATSError("DATASETS.TRAIN is empty: name the data set to train on")
-        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    elif not cfg.DATASETS.TEST:
-        raise NATSError("DATASETS.TEST is empty: name the data set to evaluate on")
-    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
-    for name in cfg.DATASETS.TEST:  # now, and not after days of training
-        check_evaluator(name)
-    cfg.freeze()
+    """Lock OUTPUT_DIR, start the log, choose the device; freezes `cfg`. The trainer checks it."""
     if comm.is_main_process() and not args.eval_only:
         lock_folder(cfg.OUTPUT_DIR)
     if args.config_file and not os.path.isfile(args.config_file):
@@ -57,13 +34,8 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     with _unchanged(_config_path(cfg)):  # default_setup overwrites it
         default_setup(cfg, args)
     logging.getLogger("detectron2_nats").parent = logging.getLogger("detectron2")
-    if no_cuda:
-        logger.warning(f"computing on the CPU, because PyTorch finds no GPU: {why_no_cuda()}")
-    if _emulates_bfloat16(cfg):
-        logger.warning(
-            "this CPU has no bfloat16: PyTorch emulates it, several times slower than float32. "
-            "Stop, and start with SOLVER.AMP.ENABLED False"
-        )
+    set_usable_device(cfg)
+    cfg.freeze()
 
 
 def _config_path(cfg: CfgNode) -> str:
@@ -80,17 +52,15 @@ def _unchanged(path: str) -> Iterator[None]:
         write_atomically(path, lambda file: file.write(earlier))
 
 
-def _emulates_bfloat16(cfg: CfgNode) -> bool:
-    amp = cfg.SOLVER.AMP
-    wanted = cfg.MODEL.DEVICE == "cpu" and amp.ENABLED and amp.PRECISION == "bfloat16"
-    return wanted and torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
 def train_or_evaluate(
     trainer_class: Type[ResumableTrainer], cfg: CfgNode, args: argparse.Namespace
 ):
     """Do what the command line asks for: evaluate, start training, or resume it."""
     if args.eval_only:
+        check_config(cfg)
+        if not cfg.DATASETS.TEST:
+            raise NATSError("DATASETS.TEST is empty: name the data set to evaluate on")
+        register_datasets(cfg)
         model = build_model(cfg)
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR)
         loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

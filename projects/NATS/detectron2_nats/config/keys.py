@@ -96,8 +96,6 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.RUN.KEEP_CHECKPOINTS = 3
     # Iterations between two lines of the log.
     cfg.RUN.LOG_PERIOD = 20
-    # The run stops after this many steps in a row with non-finite losses or gradients.
-    cfg.RUN.MAX_BAD_STEPS = 10
     # The run stops if a larger share of a data set's images or annotations is unusable.
     cfg.RUN.MAX_BAD_DATA = 0.01
     # Iterations between two checks that all ranks hold the same α.
@@ -139,6 +137,11 @@ _RULES = (
     ("SEARCH.SCORE_IMAGES", lambda v: v >= 0, "at least 0"),
     ("SOLVER.AMP.PRECISION", lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),
     ("SOLVER.AVERAGE_LAST", lambda v: 0 <= v <= 1, "a share of the run, 0 to 1"),
+    (
+        "TEST.PRECISE_BN.ENABLED",
+        lambda v: not v,
+        "False: a resumed run would compute other statistics",
+    ),
     ("RUN.KEEP_CHECKPOINTS", lambda v: v >= 1, "at least 1"),
     ("RUN.LOG_PERIOD", lambda v: v >= 1, "at least 1"),
     ("RUN.RANK_CHECK_PERIOD", lambda v: v >= 1, "at least 1"),

@@ -3,7 +3,6 @@
 import glob
 import logging
 import os
-import pickle
 import re
 import zipfile
 from typing import Any, Dict, List
@@ -12,11 +11,11 @@ import torch
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
 from ..errors import NATSError, one_line
 from ..files import write_atomically
 from ..method.names import searchable
+from .weights import fetched, from_torchvision, read_pkl
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +67,10 @@ class SafeCheckpointer(DetectionCheckpointer):
                 os.unlink(path)
 
     def _periodic_checkpoints(self) -> List[str]:
-        """Paths, newest first: by number, but those above the newest checkpoint's number come last.
-
-        They were written by fewer processes, which count more and smaller steps.
-        """
-        newest = os.path.basename(self.get_checkpoint_file())
+        """Paths, newest first."""
         names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
         names = [name for name in names if re.fullmatch(r"model_\d+\.pth", name)]
-        names.sort(key=lambda name: (not newest or name <= newest, name), reverse=True)
+        names.sort(key=lambda name: int(name[6:-4]), reverse=True)
         return [os.path.join(self.save_dir, name) for name in names]
 
     def find_usable_checkpoint(self) -> str:
@@ -100,7 +95,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return self.load(usable) if usable else self.load(path, checkpointables=[])
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
-        if path and not os.path.isfile(_fetched(path.split("?")[0])):
+        if path and not os.path.isfile(fetched(path.split("?")[0])):
             raise NATSError(f"weights not found: {path} (MODEL.WEIGHTS)")
         self.loaded_from, self._missing = path, {name for name, _ in self.model.named_parameters()}
         return super().load(path, *args, **kwargs)
@@ -122,13 +117,13 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if filename.endswith(".pkl"):
-            return _read_pkl(filename)
+            return read_pkl(filename)
         try:
             loaded = super()._load_file(filename)
         except Exception as error:  # readers raise all kinds of errors for other files
             raise NATSError(f"{filename}: not readable as weights: {one_line(error)}") from None
         if "layer1.0.conv1.weight" in loaded["model"]:
-            loaded["model"] = _from_torchvision(loaded["model"])
+            loaded["model"] = from_torchvision(loaded["model"])
             loaded["matching_heuristics"] = True
         return loaded
 
@@ -166,19 +161,6 @@ class SafeCheckpointer(DetectionCheckpointer):
         return [f"{name}.weight" for name, m in self.model.named_modules() if m in convs]
 
 
-def _fetched(path: str) -> str:
-    """The local path of a file; one of https:// or detectron2:// is downloaded, once."""
-    try:
-        return PathManager.get_local_path(path)
-    except NATSError:
-        raise
-    except Exception as error:  # no network, no such file, no room
-        raise NATSError(
-            f"weights {path}: cannot be fetched ({one_line(error)}). Fetch them elsewhere, and set "
-            "MODEL.WEIGHTS to the file"
-        ) from None
-
-
 def _damage(path: str) -> str:
     """What is wrong with a checkpoint file; "" if it is intact."""
     try:
@@ -190,56 +172,3 @@ def _damage(path: str) -> str:
         return ""
     except Exception as error:  # zipfile raises all kinds of errors for a damaged header
         return one_line(error)
-
-
-def _read_pkl(filename: str) -> Dict[str, Any]:
-    """Read a `.pkl` of Detectron2's or Caffe2's model zoo; its content tells which."""
-    with PathManager.open(filename, "rb") as file:
-        try:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-        except Exception as error:  # unpicklers raise all kinds of errors for other files
-            raise NATSError(f"{filename}: not readable as weights: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise NATSError(f"{filename}: not readable as weights: it contains no dict")
-    if "model" in content and "__author__" in content:
-        return content
-    blobs = content.get("blobs", content)
-    blobs = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
-    return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays and plain types, and executes no code."""
-
-    ALLOWED = {
-        ("collections", "OrderedDict"),
-        ("_codecs", "encode"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-    }
-
-    def find_class(self, module: str, name: str):
-        reconstructs = re.fullmatch(r"numpy\.(_?core)\.multiarray", module)
-        if (module, name) in self.ALLOWED or (reconstructs and name in ("_reconstruct", "scalar")):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"it contains {module}.{name}, not only arrays and plain types"
-        )
-
-
-def _from_torchvision(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Rename a torchvision ResNet's weights to Detectron2's names.
-
-    torchvision's networks take RGB images in [0, 1], normalised with their own mean and deviation.
-    INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be set accordingly.
-    """
-    renamed = {}
-    for key, value in state_dict.items():
-        if not key.startswith("layer"):
-            key = "stem." + key
-        key = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", key)
-        key = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", key)
-        key = key.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
-        if "fc." not in key and not key.endswith("num_batches_tracked"):
-            renamed[key] = value
-    return renamed

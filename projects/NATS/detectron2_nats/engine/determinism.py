@@ -54,23 +54,20 @@ def set_random_states(state: Dict[str, Any], device: torch.device) -> None:
 
 
 def computed_by(device: str) -> List[Any]:
-    """Kind of processor and number of threads: the last bit of a sum depends on both."""
+    """[kind of processor, number of threads]: the last bit of a sum depends on both."""
     if device.startswith("cuda"):
-        return [torch.cuda.get_device_name(device), None]
+        return [torch.cuda.get_device_name(device), torch.get_num_threads()]
     return [f"CPU with {torch.backends.cpu.get_cpu_capability()}", torch.get_num_threads()]
 
 
 def compute_as(before: List[Any], device: str) -> None:
     """Use as many threads as before, unless OMP_NUM_THREADS is set; warn if anything differs."""
-    threads = before[1]
-    if threads and "OMP_NUM_THREADS" not in os.environ and not device.startswith("cuda"):
-        torch.set_num_threads(threads)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(before[1])
     now = computed_by(device)
     if now != before:
-        before, now = (
-            kind + (f", {threads} threads" if threads else "") for kind, threads in (before, now)
-        )
         logger.warning(
-            f"rank {comm.get_rank()}: the checkpoint was computed by a {before}, and now it is a "
-            f"{now}: the run continues, but not bit for bit"
+            f"rank {comm.get_rank()}: the checkpoint was computed by {before[0]}, {before[1]} "
+            f"threads, and now it is {now[0]}, {now[1]} threads: the run continues, but not bit "
+            "for bit"
         )

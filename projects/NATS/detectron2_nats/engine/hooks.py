@@ -1,10 +1,9 @@
 """What a training does between steps: write checkpoints, evaluate, average the last weights."""
 
 import logging
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import torch
-from torch import nn
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -41,50 +40,40 @@ class EvalHook(hooks.EvalHook):
 
 
 class AverageHook(HookBase):
-    """At the end, replaces the weights by their mean over the last `share` of the iterations."""
+    """At the end, replaces the weights by their mean over the last `share` of the iterations.
+
+    Those of an earlier phase, which trained another network, do not count.
+    """
 
     def __init__(self, share: float):
         self._share = share
-        self._count, self._means = 0, {}
+        self._means: List[torch.Tensor] = []
 
     def after_step(self):
-        trainer, length = self.trainer, round(self._share * self.trainer.max_iter)
-        if trainer.iter < trainer.max_iter - length:
+        trainer = self.trainer
+        length = round(self._share * trainer.max_iter)
+        first = max(trainer.max_iter - length, trainer.phases.start)
+        if trainer.iter < first:
             return
-        averaged = self._averaged()
-        if not self._count:
-            self._means = {name: torch.zeros_like(value) for name, value in averaged.items()}
-        self._count += 1
-        for name, value in averaged.items():
-            self._means[name].lerp_(value, 1 / self._count)
+        averaged, count = self._averaged(), trainer.iter - first + 1
+        if count == 1:
+            self._means = [tensor.clone() for tensor in averaged]
+        for mean, tensor in zip(self._means, averaged):
+            mean.lerp_(tensor, 1 / count)
         if trainer.iter + 1 == trainer.max_iter:
-            logger.info(f"the weights are now their mean over the last {self._count} iterations")
-            for name, value in averaged.items():
-                value.copy_(self._means[name])
+            logger.info(f"the weights are now their mean over the last {count} iterations")
+            for mean, tensor in zip(self._means, averaged):
+                tensor.copy_(mean)
 
-    def restart(self) -> None:
-        """Forget the iterations so far: another network is trained from now on."""
-        self._count = 0
-
-    def rescale(self, factor: float) -> None:
-        """Count the mean so far as `factor` times as many iterations."""
-        if self._count:
-            self._count = max(1, round(self._count * factor))
-
-    def _averaged(self) -> Dict[str, torch.Tensor]:
+    def _averaged(self) -> List[torch.Tensor]:
         """The trained weights, and the batch norm statistics that belong to them."""
         model = self.trainer.model
-        averaged = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        for prefix, norm in model.named_modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
-                averaged[f"{prefix}.running_mean"] = norm.running_mean
-                averaged[f"{prefix}.running_var"] = norm.running_var
-        return averaged
+        tensors = [p.detach() for p in model.parameters() if p.requires_grad]
+        return [*tensors, *(b for b in model.buffers() if b.is_floating_point())]
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"count": self._count, "means": self._means}
+        return {"means": self._means}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         device = next(self.trainer.model.parameters()).device
-        self._count = state["count"]
-        self._means = {name: value.to(device) for name, value in state["means"].items()}
+        self._means = [mean.to(device) for mean in state["means"]]

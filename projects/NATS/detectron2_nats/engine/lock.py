@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 _held: Dict[str, IO[str]] = {}  # the files stay open: closing one would release its lock
 
 
-def lock_folder(folder: str, patience: float = 10.0) -> None:
-    """Lock `folder` until this process ends, in whatever way.
+PATIENCE_S = 10.0
+"""How long to wait for the lock, because a killed run's processes may take a moment to die."""
 
-    Args:
-        patience: seconds to wait for the lock, because a killed run's processes may take a moment
-            to die.
+
+def lock_folder(folder: str) -> None:
+    """Lock `folder` until this process ends, in whatever way.
 
     Raises:
         NATSError: another run holds the lock; names its host and process.
@@ -29,7 +29,7 @@ def lock_folder(folder: str, patience: float = 10.0) -> None:
         return
     os.makedirs(folder, exist_ok=True)
     file = open(path, "a+")
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             # lockf, not flock: loader processes would inherit flock's lock and keep it

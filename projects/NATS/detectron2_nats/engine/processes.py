@@ -1,4 +1,4 @@
-"""The processes of a run: start them (our own, torchrun's), stop on a signal, leave with a status.
+"""The processes of a run: Detectron2's launcher or torchrun starts them, a signal stops them.
 
 SIGTERM, SIGUSR1 or Ctrl-C let the step finish and a checkpoint be written.
 """
@@ -11,8 +11,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from datetime import timedelta
 from multiprocessing import util
@@ -20,19 +18,18 @@ from typing import Callable, Iterator, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore
 from torch.multiprocessing import (
     ProcessExitedException,
     ProcessRaisedException,
     _prctl_pr_set_pdeathsig,
-    start_processes,
 )
 
 from detectron2.config import CfgNode
-from detectron2.engine.launch import _find_free_port
+from detectron2.engine import launch
 from detectron2.utils import comm
 
-from ..errors import NATSError, one_line
+from ..errors import NATSError
+from .machine import check_gpus, share_out_cores
 
 Main = Callable[[CfgNode, argparse.Namespace], object]
 """What each process of a run calls, with the config and the command line."""
@@ -44,7 +41,7 @@ def run_in_processes(main: Main, cfg: CfgNode, args: argparse.Namespace) -> NoRe
     """Call ``main(cfg, args)`` in each process of the run, and exit.
 
     Exit status: 0 done; 2 bad input (one line on stderr); 75 stopped on request (if it was
-    training, with a checkpoint); 130 interrupted twice; 1 anything else.
+    training, with a checkpoint); 130 interrupted twice, to a shell; 1 anything else.
 
     Args:
         args: of Detectron2's ``default_argument_parser``. A `dist_url` of "auto" is a free port of
@@ -71,94 +68,49 @@ def run_in_processes(main: Main, cfg: CfgNode, args: argparse.Namespace) -> NoRe
 
 
 def _launch(main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Detectron2's ``launch``, except that MODEL.DEVICE decides between CPU and GPUs."""
-    _check_gpus(cfg, args.num_gpus)
-    if args.dist_url == "auto":  # two runs on one machine must not use the same port
-        args.dist_url = f"tcp://127.0.0.1:{_find_free_port()}"
+    check_gpus(cfg, args.num_gpus)
+    if not cfg.MODEL.DEVICE.startswith("cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else Detectron2 joins the ranks by their GPUs
     handle_signals("launcher")
     # PyTorch reports each rank that it ends; our error should be the last line
     logging.getLogger("torch.multiprocessing.spawn").addFilter(
         lambda record: not str(record.msg).startswith("Terminating process")
     )
-    start_processes(_worker, (main, cfg, args), nprocs=args.num_gpus)
+    machines = args.num_machines, args.machine_rank, args.dist_url
+    launch(_run_rank, args.num_gpus, *machines, args=(main, cfg, args))
 
 
-def _worker(local_rank: int, main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
+def _run_rank(main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
     die_with_parent()
-    _join_group(
-        cfg.MODEL.DEVICE,
-        local_rank,
-        args.num_gpus,
-        init_method=args.dist_url,
-        rank=args.machine_rank * args.num_gpus + local_rank,
-        world_size=args.num_machines * args.num_gpus,
-    )
     handle_signals("worker")
+    share_out_cores(args.num_gpus)
     _call(main, cfg, args)
 
 
 def _run_under_torchrun(main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
     die_with_parent()
     handle_signals("alone")
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if restarts and not args.resume and not args.eval_only:
-        raise NATSError(
-            "torchrun --max-restarts also needs --resume: a restart would find the checkpoints of "
-            "an earlier run. Without any, --resume starts from the beginning"
-        )
     local_rank, processes = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    _check_gpus(cfg, processes)
+    check_gpus(cfg, processes)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps this store over a restart. Without a prefix of its own, the new group would
         # find the addresses of the dead one.
-        store = PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    group = {"store": store, "rank": rank, "world_size": world_size}
-    _join_group(cfg.MODEL.DEVICE, local_rank, processes, **group)
-    _call(main, cfg, args)
-
-
-def _check_gpus(cfg: CfgNode, processes: int) -> None:
-    """Raise NATSError if the processes are for GPUs, and this machine has too few."""
-    if not cfg.MODEL.DEVICE.startswith("cuda"):
-        return
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if here < processes:
-        reason = "" if here else f" ({why_no_cuda()})"
-        raise NATSError(
-            f"processes on this machine: {processes}, GPUs that PyTorch can use here: {here}"
-            f"{reason}. Start fewer, or add MODEL.DEVICE cpu to compute on the CPU"
-        )
-
-
-def _join_group(device: str, local_rank: int, processes: int, **group) -> None:
-    cuda = device.startswith("cuda")
+        store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
     if cuda:
         torch.cuda.set_device(local_rank)
-    else:
-        _share_out_cores(processes)
-    backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30), **group)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        timeout=timedelta(minutes=30),
+        store=store,
+        rank=rank,
+        world_size=world_size,
+    )
     comm.create_local_process_group(processes)
+    share_out_cores(processes)
     comm.synchronize()  # so that a slow start does not use up the timeout of what comes next
-
-
-def why_no_cuda() -> str:
-    """PyTorch's reason for using no GPU."""
-    try:
-        torch.cuda.init()
-    except (AssertionError, RuntimeError) as error:  # PyTorch without CUDA, or no usable GPU
-        return one_line(error)
-    return "no reason given"
-
-
-def _share_out_cores(processes: int) -> None:
-    """Give each process on this machine its share of the cores.
-
-    The last bit of a sum depends on the number of threads, so OMP_NUM_THREADS goes first.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    _call(main, cfg, args)
 
 
 # -- stopping on request --------------------------------------------------------------------------
@@ -176,7 +128,7 @@ def stop_requested() -> bool:
 
 
 def handle_signals(role: str = "alone") -> None:
-    """Let SIGTERM, SIGUSR1 and SIGINT request a stop. A second SIGINT exits at once, status 130.
+    """Let SIGTERM, SIGUSR1 and SIGINT request a stop. A second SIGINT kills at once.
 
     Args:
         role: "alone"; "launcher", which passes the request on to its workers; or "worker", which
@@ -187,13 +139,12 @@ def handle_signals(role: str = "alone") -> None:
 
     def handle(number, frame):
         global _stop
-        if number == signal.SIGINT and _stop:
-            if role == "launcher":
-                _send_to_children(signal.SIGKILL)
-            os._exit(130)
         _stop = True
         if role == "launcher":
-            _send_to_children(signal.SIGTERM)
+            for process in multiprocessing.active_children():
+                process.terminate()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for number in _SIGNALS:
         signal.signal(number, handle)
@@ -202,26 +153,17 @@ def handle_signals(role: str = "alone") -> None:
 
 
 @contextlib.contextmanager
-def hold_signals() -> Iterator[None]:
+def held_signals() -> Iterator[None]:
     """Delay stop requests to the end of the block. Processes started in it never receive them.
 
-    Otherwise a signal would kill a loader process that has not yet called :func:`ignore_signals`.
+    For loader processes: a scheduler signals them too, but the run still needs their images. Call
+    :func:`kill_children_at_exit` too: Python would send them SIGTERM at exit, and then wait.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def ignore_signals() -> None:
-    """For loader processes: a scheduler signals them too, but the run still needs their images.
-
-    The process that starts them must call :func:`kill_children_at_exit`. Python itself would send
-    them SIGTERM at exit, and then wait.
-    """
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def kill_children_at_exit() -> None:
@@ -239,13 +181,8 @@ def die_with_parent() -> None:
     starter = multiprocessing.parent_process()
     parent = starter.pid if starter else os.getppid()
     _prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux does it, whatever this process is doing
-
-    def watch():  # for other systems, and for a parent that has died before the line above
-        while os.getppid() == parent:
-            time.sleep(1)
+    if os.getppid() != parent:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def exit_at_once(status: int) -> NoReturn:
@@ -262,20 +199,12 @@ def kill(processes: Sequence[multiprocessing.Process]) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report a crash
     for process in processes:
         process.kill()
-    for process in processes:
         process.join()
     signal.signal(signal.SIGCHLD, before)
 
 
 def _kill_children() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a crash
-    _send_to_children(signal.SIGKILL)
-
-
-def _send_to_children(number: int) -> None:
-    for process in multiprocessing.active_children():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, number)
+    kill(multiprocessing.active_children())
 
 
 # -- leaving --------------------------------------------------------------------------------------

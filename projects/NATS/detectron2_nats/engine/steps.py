@@ -1,11 +1,8 @@
 """One step of a training: forward and backward pass of an objective, in agreement of all ranks."""
 
-import logging
-import math
-import resource
-import time
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -18,8 +15,6 @@ from detectron2.utils.events import EventStorage
 from .determinism import random_states, set_random_states
 from .processes import stop_requested
 
-logger = logging.getLogger(__name__)
-
 
 def _nothing() -> None:
     pass
@@ -30,33 +25,29 @@ class Objective:
     """What one kind of step does: which losses, of which data, change which parameters.
 
     Attributes:
-        name: "weight" or "alpha".
+        name: "weight" or "alpha", also in checkpoints.
         losses: callable, batch → dict of losses.
         loader: endless iterable of batches.
         optimizer: of the parameters that the step changes.
-        device: where they are.
-        amp: ``SOLVER.AMP``.
+        cfg: says where they are, and in which precision they are trained (``SOLVER.AMP``).
+        scope: makes a context manager in which a step is taken.
         average_gradients: called after each backward pass, to average the gradients over the ranks;
             by default `losses` is wrapped for data parallelism, which has done it by then.
         prefix: of the names of all that the step logs.
-        bad_in_row: steps skipped since the last one taken, for a loss or gradient that is not
-            finite.
-        bad_total: steps skipped in the whole run.
     """
 
     name: str
     losses: Callable[[List[dict]], Dict[str, torch.Tensor]]
     loader: Any
     optimizer: torch.optim.Optimizer
-    device: torch.device
-    amp: CfgNode
+    cfg: CfgNode
+    scope: Callable[[], ContextManager] = nullcontext
     average_gradients: Callable[[], None] = _nothing
     prefix: str = ""
-    bad_in_row: int = 0
-    bad_total: int = 0
     _iterator: Optional[Iterator] = None
 
     def __post_init__(self):
+        self.device, self.amp = torch.device(self.cfg.MODEL.DEVICE), self.cfg.SOLVER.AMP
         loss_scaling = self.amp.ENABLED and self.amp.PRECISION == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=loss_scaling)
 
@@ -82,48 +73,35 @@ class Objective:
         self.average_gradients()
         return losses
 
-    def rehearse(self) -> str:
+    def apply_gradients(self) -> bool:
+        """Change the parameters; returns False, and changes nothing, if a gradient is not finite.
+
+        float16's loss scale starts too high on purpose. The steps that :class:`GradScaler` skips to
+        find it count as taken.
+        """
+        self.scaler.unscale_(self.optimizer)
+        if self.scaler.get_scale() <= 1.0 and not finite_gradients(self.parameters):
+            return False
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)  # free the memory for the other objective
+        return True
+
+    def rehearse(self) -> None:
         """Compute the gradient of the next step, then restore everything that this changed.
 
-        Call it on all ranks, in :func:`.alpha.alpha_training`. The run then continues as if nothing
-        had happened, bit for bit.
-
-        Returns:
-            Time and peak memory, as text.
+        Call it on all ranks. The run then continues as if nothing had happened, bit for bit.
         """
         states, loader_state = random_states(self.device), self.loader.state_dict()
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             batch = self.next_batch()
         finally:
             self.close()
-        start = time.perf_counter()
-        with EventStorage(-1):  # what it logs belongs to no iteration
+        with self.scope(), EventStorage(-1):  # what it logs belongs to no iteration
             self.compute_gradients(batch)
-        if on_gpu:
-            torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - start
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
         self.loader.load_state_dict(loader_state)
         set_random_states(states, self.device)
-        if on_gpu:
-            peak = f"{torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MiB of the GPU"
-        else:
-            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
-        return f"{seconds:.2f} s, peak memory {peak}"
-
-    @property
-    def settings(self) -> List[Dict[str, Any]]:
-        """Rate, weight decay and so on of each group of parameters."""
-        groups = self.optimizer.param_groups
-        return [{k: v for k, v in group.items() if k != "params"} for group in groups]
-
-    @settings.setter
-    def settings(self, values: List[Dict[str, Any]]) -> None:
-        for group, own in zip(self.optimizer.param_groups, values):
-            group.update(own)
 
     @property
     def parameters(self) -> List[nn.Parameter]:
@@ -134,46 +112,13 @@ class Objective:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
-            "bad_in_row": self.bad_in_row,
-            "bad_total": self.bad_total,
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
-        self.bad_in_row, self.bad_total = state["bad_in_row"], state["bad_total"]
         self._iterator = None
-
-
-class LossModule(nn.Module):
-    """A detector's losses; one NaN loss if Detectron2 raises because predictions are not finite.
-
-    If a rank raised inside the forward pass, the others would wait for it in the all-reduces of the
-    backward pass: those of the weights' gradients, and those of SyncBN in the backbone. With a NaN
-    loss every rank takes part in them, and all ranks skip the step together.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, data: List[dict]) -> Dict[str, torch.Tensor]:
-        reached = [p for p in self.model.parameters() if p.requires_grad]
-
-        def keep(module, inputs, features):
-            if isinstance(features, dict):  # Detectron2's backbones return a dict, others may not
-                reached.extend(features.values())
-
-        # Detectron2 checks the predictions after the backbone's forward pass
-        hook = getattr(self.model, "backbone", self.model).register_forward_hook(keep)
-        try:
-            return self.model(data)
-        except FloatingPointError as error:
-            logger.warning(f"rank {comm.get_rank()}, forward pass: {error}")
-            return {"loss": sum(tensor.sum() for tensor in reached) * math.nan}
-        finally:
-            hook.remove()
 
 
 def distributed(module: nn.Module) -> nn.Module:
@@ -189,16 +134,15 @@ def distributed(module: nn.Module) -> nn.Module:
 
 
 def mean_over_ranks(losses: Dict[str, torch.Tensor]) -> Tuple[Dict[str, float], bool]:
-    """Mean losses; NaN where a rank lacks a loss because its forward pass raised.
+    """Mean losses, equal on all ranks.
 
     Returns:
         Also whether any rank was asked to stop, which the same message tells.
     """
     values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
-    ranks = comm.all_gather((stop_requested(), dict(zip(losses, values))))
-    names = dict.fromkeys(name for _, own in ranks for name in own)  # the same on all ranks
-    means = {name: sum(own.get(name, math.nan) for _, own in ranks) / len(ranks) for name in names}
-    return means, any(stop for stop, _ in ranks)
+    ranks = comm.all_gather((stop_requested(), values))
+    means = [sum(column) / len(ranks) for column in zip(*(own for _, own in ranks))]
+    return dict(zip(losses, means)), any(stop for stop, _ in ranks)
 
 
 def finite_gradients(parameters: List[nn.Parameter]) -> bool:

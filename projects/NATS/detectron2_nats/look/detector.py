@@ -12,9 +12,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
 from ..config import load_config
-from ..config.comparing import falls_back_to_cpu
 from ..data.registry import check_datasets, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
+from ..engine.machine import set_usable_device
 from ..errors import NATSError
 from .objects import InputSize, Record
 
@@ -47,7 +47,7 @@ class Detector:
 
     def __init__(self, config: str, weights: str, opts: Sequence[str]):
         self.cfg: CfgNode = load_config(config, opts)
-        falls_back_to_cpu(self.cfg)
+        set_usable_device(self.cfg)
         model = build_model(self.cfg).eval()
         checkpointer = _QuietCheckpointer(model, "")
         # what the file has beyond the model, such as a classifier's last stage, is no news either

@@ -1,9 +1,7 @@
-"""What a search is to be compared with: architectures that cost no search, at equal time."""
+"""What a search is to be compared with: architectures that cost no search, for as many images."""
 
 import os
 import shlex
-import statistics
-from typing import List, Optional
 
 from detectron2.config import CfgNode
 
@@ -11,41 +9,20 @@ from ..method.architecture import Architecture
 from ..method.search_space import Dilation
 
 
-class StepTimes:
-    """What the steps of a search take, in seconds. A resumed search knows those since its start."""
-
-    def __init__(self) -> None:
-        self._weight: List[float] = []
-        self._alpha: List[float] = []
-
-    def add(self, weight: float, alpha: Optional[float] = None) -> None:
-        """One iteration: its weight step and, if it had one, its α step."""
-        self._weight.append(weight)
-        if alpha is not None:
-            self._alpha.append(alpha)
-
-    def in_weight_steps(self, max_iter: int, alpha_steps: int) -> Optional[float]:
-        """How many weight steps take as long as the whole run; None if nothing was measured."""
-        if not self._weight or not self._alpha:
-            return None
-        # medians: the first steps, and those beside a checkpoint, take longer
-        ratio = statistics.median(self._alpha) / statistics.median(self._weight)
-        return max_iter + ratio * alpha_steps
-
-
-def equal_time_iterations(
-    search: CfgNode, retrain: CfgNode, steps: float, trained: bool = False
+def equal_iterations(
+    search: CfgNode, retrain: CfgNode, alpha_steps: int, trained: bool = False
 ) -> int:
-    """Iterations of `retrain` that take as long as search and retraining together.
+    """Iterations of `retrain` that see as many images as search and retraining together.
 
-    A training step is taken to cost what the search's weight step costs for the same images. It
-    costs less, since a super-network computes more: the result is a lower bound.
+    They take less time, since a super-network computes more.
 
     Args:
-        steps: the search's length in its own weight steps (:class:`StepTimes`).
+        alpha_steps: of the search.
         trained: whether the search has trained its result, and no retraining follows.
     """
-    bought = steps * search.SOLVER.IMS_PER_BATCH / retrain.SOLVER.IMS_PER_BATCH
+    images = search.SOLVER.MAX_ITER * search.SOLVER.IMS_PER_BATCH
+    images += alpha_steps * (search.SEARCH.ALPHA_IMS_PER_BATCH or search.SOLVER.IMS_PER_BATCH)
+    bought = images / retrain.SOLVER.IMS_PER_BATCH
     return round(bought if trained else retrain.SOLVER.MAX_ITER + bought)
 
 
@@ -53,7 +30,7 @@ def comparison_commands(
     search: CfgNode,
     retrain: CfgNode,
     architecture: Architecture,
-    steps: Optional[float],
+    alpha_steps: int,
     trained: bool = False,
 ) -> str:
     """The commands that train what the search has to beat.
@@ -62,31 +39,28 @@ def comparison_commands(
         search: the search's config, for one process; its OUTPUT_DIR contains config.yaml.
         retrain: the plain config that the search wrote.
         architecture: what the search found.
-        steps, trained: see :func:`equal_time_iterations`; steps are None if unknown.
+        alpha_steps, trained: see :func:`equal_iterations`.
 
     Returns:
         Lines to log.
     """
-    folder, schedule = search.OUTPUT_DIR, []
-    length = "for as long as the retraining (the search's time was not measured here)"
-    if steps is not None:
-        iterations = equal_time_iterations(search, retrain, steps, trained)
-        took = "this run took" if trained else "search and retraining take together"
-        length = (
-            f"for as long as {took}, {iterations} iterations (a lower bound: a super-network's "
-            "step is counted as one of training)"
-        )
-        schedule = ["SOLVER.MAX_ITER", str(iterations)]
-        if retrain.SOLVER.STEPS and retrain.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-            factor = iterations / retrain.SOLVER.MAX_ITER
-            stretched = tuple(round(step * factor) for step in retrain.SOLVER.STEPS)
-            schedule += ["SOLVER.STEPS", repr(stretched)]
+    folder = search.OUTPUT_DIR
+    iterations = equal_iterations(search, retrain, alpha_steps, trained)
+    whole = "this run" if trained else "search and retraining together"
+    schedule = ["SOLVER.MAX_ITER", str(iterations)]
+    if retrain.SOLVER.STEPS and retrain.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        factor = iterations / retrain.SOLVER.MAX_ITER
+        stretched = tuple(round(step * factor) for step in retrain.SOLVER.STEPS)
+        schedule += ["SOLVER.STEPS", repr(stretched)]
     if trained:  # on the images of both splits
         both = (*search.DATASETS.TRAIN, *search.DATASETS.CALIBRATION)
         schedule += ["DATASETS.TRAIN", repr(both)]
     d_h, d_w = most_frequent(architecture)
     drawn = {"random": ["--random"], "uniform": ["--uniform", f"{d_h}x{d_w}"]}
-    lines = [f"Compare it with architectures that need no search, trained {length}:"]
+    lines = [
+        "Compare it with architectures that need no search, trained on as many images as "
+        f"{whole}, {iterations} iterations (which take less time):"
+    ]
     for name, options in drawn.items():
         output = os.path.join(folder, name)
         config = ["--config-file", os.path.join(folder, "config.yaml")]

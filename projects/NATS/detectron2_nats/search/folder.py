@@ -103,11 +103,11 @@ class SearchFolder:
         """The searched detector, with the checkpoint's weights, on a device that there is here."""
         from detectron2.modeling import build_model
 
-        from ..config.comparing import falls_back_to_cpu
         from ..engine.checkpoint import SafeCheckpointer
+        from ..engine.machine import set_usable_device
 
         cfg = self.cfg
-        falls_back_to_cpu(cfg)
+        set_usable_device(cfg)
         model = build_model(cfg)
         SafeCheckpointer(model, "").load(self.checkpoint, checkpointables=[])
         return model

@@ -12,10 +12,10 @@ from detectron2.data import detection_utils as utils
 from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
 
-from ..backbone import check_same_dilations
-from ..config.comparing import falls_back_to_cpu
 from ..data.registry import check_datasets, check_same_classes, register_datasets
 from ..engine.checkpoint import SafeCheckpointer
+from ..engine.machine import set_usable_device
+from ..engine.weights import check_same_dilations
 from ..errors import NATSError
 from ..look.objects import evenly
 
@@ -55,7 +55,7 @@ def detections_picture(
 
 def _drawn(cfg: CfgNode, weights: str, images, records, metadata, threshold: float):
     """Each image with what one detector finds in it."""
-    falls_back_to_cpu(cfg)
+    set_usable_device(cfg)
     model = build_model(cfg).eval()
     checkpointer = SafeCheckpointer(model, "")
     loaded = checkpointer.load(weights, checkpointables=[])
