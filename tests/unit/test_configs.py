@@ -137,17 +137,6 @@ def test_search(name):
     assert (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST) == (1200, 800)
 
 
-@pytest.mark.parametrize("name", SEARCH)
-def test_groups_fit_the_network(name):
-    cfg = load(CONFIGS / "search" / f"{name}.yaml")
-    resnets = cfg.MODEL.RESNETS
-    for pattern in cfg.MODEL.NATS.CONVS:
-        width = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 2 ** (int(pattern[3]) - 2)
-        group = cfg.MODEL.NATS.CHANNELS_PER_GROUP or width // cfg.MODEL.NATS.NUM_GROUPS
-        assert width % group == 0
-        assert group % (width // resnets.NUM_GROUPS) == 0 or resnets.NUM_GROUPS == 1
-
-
 @pytest.mark.parametrize("name", RETRAIN)
 def test_retraining_by_cpu_processes_takes_norms_that_work_there(name):
     cfg = load(CONFIGS / "retrain" / f"{name}.yaml", nats=False)
@@ -262,15 +251,6 @@ def test_own_data():
     assert list(search.DATASETS.CALIBRATION) == ["my_calib"]
 
 
-def test_a_key_that_an_older_version_had_not_is_no_difference():
-    cfg = load_config("configs/quickstart/search.yaml")
-    older = cfg.clone()
-    del older.MODEL.NATS["SAMPLE"]
-    assert config_differences(older.dump(), cfg) == []
-    cfg.MODEL.NATS.SAMPLE = True
-    assert config_differences(older.dump(), cfg) == ["MODEL.NATS.SAMPLE: False, now True"]
-
-
 @pytest.mark.parametrize(
     "opts, message",
     [
@@ -332,7 +312,7 @@ def test_the_repositorys_names_are_known(path):
 @pytest.mark.parametrize(
     "key, value, expected",
     [
-        ("SEARCH.ALPHA_START", 1.0, "a fraction of the search, at least 0 and below 1"),
+        ("SEARCH.ALPHA_START", 1.0, "a share of the search, below 1"),
         ("SEARCH.RETRAIN_WEIGHTS", "coco", "base or supernet"),
         ("SOLVER.AMP.PRECISION", "float8", "float16 or bfloat16"),
         ("SOLVER.AVERAGE_LAST", 1.5, "a share of the run, 0 to 1"),

@@ -75,9 +75,9 @@ def test_what_cannot_be_drawn():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_drawn_architectures_fit_every_config(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, backbone, space, named_set = command._detector(str(path), [])
+    _, backbone, space = command._detector(str(path), [])
     convs = command._trained(space.convs, backbone)
-    drawn = Architecture.random(backbone, command._drawn_from(space, named_set, convs, ()), 1)
+    drawn = Architecture.random(backbone, command._drawn_from(space, convs, ()), 1)
     assert list(drawn.stages) == [pattern.removesuffix(".*") for pattern in convs]
     apply_architecture(backbone, drawn)
 

@@ -19,9 +19,8 @@ examples:
     $ nats-draw --network torchvision:mobilenet_v3_large --convs 'features.1?.*' \\
         --uniform 1x3 --output output/mobilenet
 
-Writes architecture.yaml, and with --config-file retrain.yaml, a plain config of full length.
-The config may be a detector's or its search's; of a search, SEARCH.RETRAIN_CONFIG is written.
-KEY VALUE pairs change it. Stages that the detector does not build, or does not train, are left out.
+Writes architecture.yaml, and with --config-file retrain.yaml, a plain config of full length: of the
+detector, or of a search's SEARCH.RETRAIN_CONFIG.
 """
 
 

@@ -18,9 +18,8 @@ examples:
     $ nats-look --network torchvision:resnet50 --weights resnet50.pth \\
         --annotations val.json --images images --size 800
 
-A level's field is the central rectangle that holds 90 percent of what its output depends on. It is
-that of the given weights: networks with weights drawn at random may see more or less. Without
-WEIGHTS, the config's MODEL.WEIGHTS are taken. The verdict is on the level that sees furthest.
+A level's field is the central rectangle that holds 90 percent of what its output depends on, with
+these weights. Without WEIGHTS, the config's MODEL.WEIGHTS are taken.
 """
 
 

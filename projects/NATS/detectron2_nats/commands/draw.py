@@ -22,13 +22,12 @@ def main(args: argparse.Namespace) -> None:
     if args.opts and args.network:
         raise NATSError(f"{args.opts[0]}: KEY VALUE pairs need --config-file")
     if args.network:
-        base, network = None, build_network(args.network, "meta")
-        space, named_set = SearchSpace("C"), "C"
+        base, network, space = None, build_network(args.network, "meta"), SearchSpace()
     else:
-        base, network, space, named_set = _detector(args.config_file, args.opts)
+        base, network, space = _detector(args.config_file, args.opts)
     convs = _trained(args.convs or space.convs, network)
     if args.random:
-        drawn_from = _drawn_from(space, named_set, convs, args.dilations)
+        drawn_from = _drawn_from(space, convs, args.dilations)
         architecture = Architecture.random(network, drawn_from, args.seed)
     else:
         architecture = Architecture.uniform(network, args.uniform, convs)
@@ -44,28 +43,24 @@ def main(args: argparse.Namespace) -> None:
     print(f"\n{architecture.summary()}\n\nnext: {following}")
 
 
-def _detector(path: str, opts: Sequence[str]) -> Tuple[Any, nn.Module, SearchSpace, Any]:
+def _detector(path: str, opts: Sequence[str]) -> Tuple[Any, nn.Module, SearchSpace]:
     """A config's detector: plain config, backbone without weights; and what it searches."""
     from detectron2.modeling import build_backbone
 
     from ..backbone import search_space_from_config
     from ..config import load_config
-    from ..config.keys import genotype_set
     from ..search.export import retrain_config, searched_detector
 
     cfg = load_config(path, opts)
     is_search = cfg.MODEL.BACKBONE.NAME == "build_nats_backbone" and not cfg.MODEL.NATS.ARCHITECTURE
     base = searched_detector(retrain_config(cfg, opts) if is_search else cfg)
-    if is_search and not cfg.SEARCH.RETRAIN_CONFIG:
-        iterations = cfg.SOLVER.MAX_ITER
-        print(f"SEARCH.RETRAIN_CONFIG is empty: the schedule is the search's ({iterations})")
     base.MODEL.NATS.ARCHITECTURE = []
     plain = base.clone()
     if plain.MODEL.BACKBONE.NAME == "build_nats_backbone":
         plain.MODEL.BACKBONE.NAME = plain.MODEL.NATS.BASE_BACKBONE
     with torch.device("meta"):
         backbone = build_backbone(plain)
-    return base, backbone, search_space_from_config(cfg), genotype_set(cfg)
+    return base, backbone, search_space_from_config(cfg)
 
 
 def _trained(convs: Sequence[str], network: nn.Module) -> List[str]:
@@ -87,32 +82,18 @@ def _trained(convs: Sequence[str], network: nn.Module) -> List[str]:
 
 
 def _drawn_from(
-    space: SearchSpace, named_set: Any, convs: Sequence[str], dilations: Sequence[Dilation]
+    space: SearchSpace, convs: Sequence[str], dilations: Sequence[Dilation]
 ) -> SearchSpace:
-    """The search space of the patterns `convs` alone.
-
-    Args:
-        named_set: the name of the set of `space`, or its list.
-        dilations: for all of them, instead of those of `space`.
-    """
-    if dilations:
-        genotypes = [dilations] * len(convs)
-    elif isinstance(named_set, str):
-        genotypes = named_set
-    else:
-        unknown = [pattern for pattern in convs if pattern not in space.genotypes]
-        if unknown:
-            raise NATSError(
-                f"MODEL.NATS.SPACE lists dilations of {', '.join(space.genotypes)}, none of "
-                f"{unknown[0]}: name some by --dilations, or choose other --convs"
-            )
-        genotypes = [space.genotypes[pattern] for pattern in convs]
-    return SearchSpace(
-        genotypes,
-        convs,
-        num_groups=space.num_groups,
-        channels_per_group=space.channels_per_group,
-    )
+    """The search space of the patterns `convs` alone, or with the same `dilations` for all."""
+    unknown = [pattern for pattern in convs if pattern not in space.genotypes]
+    if unknown and not dilations:
+        raise NATSError(
+            f"MODEL.NATS.SPACE has dilations of {', '.join(space.genotypes)}, none of "
+            f"{unknown[0]}: name some by --dilations"
+        )
+    groups = {"num_groups": space.num_groups, "channels_per_group": space.channels_per_group}
+    genotypes = [dilations or space.genotypes[pattern] for pattern in convs]
+    return SearchSpace(genotypes, convs, **groups)
 
 
 def _write_config(base: Any, architecture: Architecture, args: argparse.Namespace) -> str:

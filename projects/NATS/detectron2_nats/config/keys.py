@@ -103,48 +103,28 @@ def add_nats_config(cfg: CfgNode) -> None:
 
 
 # What a value must be, where that can be said without the model and the data.
+_CHOICES = {
+    "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "SEARCH.DECODE_ORDER": ("paper", "voted"),
+    "SEARCH.RETRAIN_WEIGHTS": ("base", "supernet"),
+    "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+}
+_AT_LEAST = {
+    "RUN.KEEP_CHECKPOINTS": 1,
+    "RUN.LOG_PERIOD": 1,
+    "RUN.RANK_CHECK_PERIOD": 1,
+    "SEARCH.DECODE_AT_MOST": 0,
+    "SEARCH.SCORE_IMAGES": 0,
+    "SOLVER.MAX_ITER": 1,
+}
 _RULES = (
-    (
-        "MODEL.DEVICE",
-        lambda v: re.fullmatch(r"cpu|cuda(:\d+)?|mps", v),
-        "cpu, cuda, or one of several GPUs such as cuda:1",
-    ),
-    ("SOLVER.MAX_ITER", lambda v: v >= 1, "at least 1"),
-    ("SOLVER.BASE_LR", lambda v: v > 0, "above 0"),
-    (
-        "INPUT.RANDOM_FLIP",
-        lambda v: v in ("none", "horizontal", "vertical"),
-        "none, horizontal or vertical",
-    ),
-    (
-        "INPUT.MIN_SIZE_TRAIN_SAMPLING",
-        lambda v: v in ("choice", "range"),
-        "choice, or range with two sizes in INPUT.MIN_SIZE_TRAIN",
-    ),
-    (
-        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
-        lambda v: v in ("value", "norm"),
-        "value or norm, of each parameter",
-    ),
-    (
-        "SEARCH.ALPHA_START",
-        lambda v: 0 <= v < 1,
-        "a fraction of the search, at least 0 and below 1",
-    ),
-    ("SEARCH.FREEZE_AT", lambda v: 0 < v <= 1, "a fraction of the run, above 0 and at most 1"),
-    ("SEARCH.DECODE_AT_MOST", lambda v: v >= 0, "a number of dilations, or 0 for all"),
-    ("SEARCH.RETRAIN_WEIGHTS", lambda v: v in ("base", "supernet"), "base or supernet"),
-    ("SEARCH.SCORE_IMAGES", lambda v: v >= 0, "at least 0"),
-    ("SOLVER.AMP.PRECISION", lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),
+    ("MODEL.DEVICE", lambda v: re.fullmatch(r"cpu|cuda(:\d+)?|mps", v), "cpu, cuda or cuda:1"),
+    ("SEARCH.ALPHA_START", lambda v: 0 <= v < 1, "a share of the search, below 1"),
+    ("SEARCH.FREEZE_AT", lambda v: 0 < v <= 1, "a share of the run, above 0 and at most 1"),
     ("SOLVER.AVERAGE_LAST", lambda v: 0 <= v <= 1, "a share of the run, 0 to 1"),
-    (
-        "TEST.PRECISE_BN.ENABLED",
-        lambda v: not v,
-        "False: a resumed run would compute other statistics",
-    ),
-    ("RUN.KEEP_CHECKPOINTS", lambda v: v >= 1, "at least 1"),
-    ("RUN.LOG_PERIOD", lambda v: v >= 1, "at least 1"),
-    ("RUN.RANK_CHECK_PERIOD", lambda v: v >= 1, "at least 1"),
+    ("SOLVER.BASE_LR", lambda v: v > 0, "above 0"),
 )
 
 
@@ -156,14 +136,20 @@ def check_config(cfg: CfgNode) -> None:
     """
     values = flat(cfg)
     for key, holds, expected in _RULES:
-        if not holds(values[key]):
-            raise NATSError(f"{key} {values[key]!r}: expected {expected}")
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(cfg.INPUT.MIN_SIZE_TRAIN) != 2:
-        raise NATSError(
-            f"INPUT.MIN_SIZE_TRAIN {cfg.INPUT.MIN_SIZE_TRAIN}: MIN_SIZE_TRAIN_SAMPLING range takes "
-            "two sizes, the least and the largest"
-        )
+        _check(key, values[key], holds(values[key]), expected)
+    for key, least in _AT_LEAST.items():
+        _check(key, values[key], values[key] >= least, f"at least {least}")
+    for key, choices in _CHOICES.items():
+        _check(key, values[key], values[key] in choices, " or ".join(choices))
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    is_range = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+    _check("INPUT.MIN_SIZE_TRAIN", sizes, not is_range or len(sizes) == 2, "two, for a range")
     _check_names(values)
+
+
+def _check(key: str, value: Any, holds: Any, expected: str) -> None:
+    if not holds:
+        raise NATSError(f"{key} {value!r}: expected {expected}")
 
 
 def genotype_set(cfg: CfgNode) -> Any:
