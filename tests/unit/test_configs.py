@@ -11,7 +11,6 @@ from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.engine import DefaultTrainer
 from detectron2_nats import NATSError, add_nats_config
 from detectron2_nats.config import load_config
-from detectron2_nats.config.comparing import config_differences
 from detectron2_nats.config.keys import check_config
 from detectron2_nats.engine.machine import with_cpu_sync_bn
 
