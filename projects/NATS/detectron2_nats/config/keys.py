@@ -98,7 +98,7 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.RUN.LOG_PERIOD = 20
     # The run stops after this many steps in a row with non-finite losses or gradients.
     cfg.RUN.MAX_BAD_STEPS = 10
-    # The run stops if a larger share of a data set's images or annotations is unusable.
+    # The run stops if a larger share of a data set's image files is missing or damaged.
     cfg.RUN.MAX_BAD_DATA = 0.01
     # Iterations between two checks that all ranks hold the same α.
     cfg.RUN.RANK_CHECK_PERIOD = 100
