@@ -43,15 +43,12 @@ def test_by_path_also_through_links(tmp_path):
 def test_of_many_shared_images_ten_stand_in_the_error_and_all_in_the_log(tmp_path, messages):
     copies = {f"image{i:02d}": bytes([i]) for i in range(11)}
     train, other = write(tmp_path / "a", **copies), write(tmp_path / "b", **copies)
-    with pytest.raises(NATSError, match="share 10 images: .*. α .* one of the two$"):
-        check_disjoint(train[1:], other)
-    assert not messages.records
     with pytest.raises(NATSError, match=r"share 11 .*, … \(the log names all\)\. α") as caught:
         check_disjoint(train, other)
     assert "\n" not in str(caught.value) and str(caught.value).count(" (/") == 10
     (record,) = messages.records
     pairs = [f"{copy} ({image})" for copy, image in zip(other, train)]
-    assert sorted(record.getMessage().splitlines()[1:]) == pairs
+    assert record.getMessage().splitlines()[1:] == pairs
 
 
 @pytest.mark.parametrize("few", [0, 5000])

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from unittest import mock
 
 import pytest
@@ -52,19 +51,13 @@ def test_registers_and_loads(tmp_path):
     meta = MetadataCatalog.get(NAME)
     assert meta.thing_classes == ["cat", "dog"] and meta.evaluator_type == "coco"
     register_datasets(cfg)  # the same again is fine
-
-
-def test_a_taken_name(tmp_path):
-    cfg, path = register(tmp_path)
-    for entry in ([NAME, str(path), "elsewhere"], ["coco_2017_train", str(path), str(tmp_path)]):
-        cfg.DATASETS.REGISTER = [entry]
-        with pytest.raises(NATSError, match=f"DATASETS.REGISTER: the name '{entry[0]}' is taken"):
+    for name, folder in ((NAME, "elsewhere"), ("coco_2017_train", str(tmp_path))):
+        cfg.DATASETS.REGISTER = [[name, str(path), folder]]
+        with pytest.raises(NATSError, match=f"DATASETS.REGISTER: the name '{name}' is taken"):
             register_datasets(cfg)
 
 
-@pytest.mark.parametrize(
-    "entry", [[], ["a", "b"], ["a", "b", "c", "d"], ["a", "b", 3], ["", "b", "c"], "abc", None, 7]
-)
+@pytest.mark.parametrize("entry", [["a", "b"], ["a", "b", 3], ["", "b", "c"], "abc", None])
 def test_malformed_entries(entry):
     cfg = get_cfg()
     add_nats_config(cfg)
@@ -73,51 +66,41 @@ def test_malformed_entries(entry):
         register_datasets(cfg)
 
 
-CORRECT = "Correct DATASETS.REGISTER, a list of [name, annotation json, image folder]"
-
 # -- where files are looked for -------------------------------------------------------------------
 
+CORRECT = r"\. Correct DATASETS.REGISTER, a list of \[name, annotation json, image folder\]$"
 
-def test_missing_files_of_own_data(tmp_path):
-    cfg, path = register(tmp_path)
-    path.unlink()
-    with pytest.raises(NATSError) as caught:
-        check_datasets([NAME], "DATASETS.TRAIN")
-    expected = f"DATASETS.TRAIN: {NAME}: annotation file not found, looked for {path}. "
-    assert str(caught.value) == expected + CORRECT
-    path.touch()
-    MetadataCatalog.remove(NAME)
-    MetadataCatalog.get(NAME).set(json_file=str(path), image_root=str(tmp_path / "nowhere"))
-    with pytest.raises(NATSError, match=f"image folder not found, looked for {tmp_path}/nowhere"):
+
+@pytest.mark.parametrize(
+    "json_file, folder, words",
+    [
+        ("none.json", ".", "annotation file not found, looked for {}/none.json"),
+        ("a.json", "none", "image folder not found, looked for {}/none"),
+        (".", "a.json", "annotation file not found, looked for {}"),  # exchanged
+    ],
+)
+def test_missing_files_of_own_data(tmp_path, json_file, folder, words):
+    (tmp_path / "a.json").touch()
+    paths = {"json_file": str(tmp_path / json_file), "image_root": str(tmp_path / folder)}
+    DatasetCatalog.register(NAME, list)
+    MetadataCatalog.get(NAME).set(**paths)
+    words = f"^DATASETS.TRAIN: {NAME}: {words.format(tmp_path)}.*{CORRECT}"
+    with pytest.raises(NATSError, match=words):
         check_datasets([NAME], "DATASETS.TRAIN")
 
 
 @pytest.mark.parametrize(
-    "name, cure",
+    "name, words",
     [
-        ("coco_2017_train", "Download COCO and set DETECTRON2_DATASETS"),
-        ("coco_2014_minival", "tools/make_val35k.py"),
-        ("coco_2014_valminusminival", "tools/make_val35k.py"),
+        ("coco_2017_train", "annotation file not found, looked for /.* Set DETECTRON2_DATASETS"),
+        ("coco_2014_minival", "annotation file not found, looked for /.* tools/make_val35k.py"),
+        ("coco_2017_trian", "'coco_2017_trian' is registered, did you mean coco_2017_train"),
+        ("mine", "no data set 'mine' is registered.*DATASETS.REGISTER"),
     ],
 )
-def test_missing_coco_says_how_to_get_it(name, cure):
-    with pytest.raises(NATSError, match=f"{name}: annotation file not found, looked for /.*{cure}"):
+def test_missing_and_unknown_names(name, words):
+    with pytest.raises(NATSError, match=f"^DATASETS.TEST: .*{words}"):
         check_datasets([name], "DATASETS.TEST")
-
-
-def test_unknown_names():
-    with pytest.raises(NATSError, match="'coco_2017_trian' is registered, did you mean coco_2017_"):
-        check_datasets(["coco_2017_trian"], "DATASETS.TRAIN")
-    with pytest.raises(NATSError, match="no data set 'mine' is registered.*DATASETS.REGISTER"):
-        check_datasets(["mine"], "DATASETS.TRAIN")
-
-
-def test_a_folder_for_a_file(tmp_path):
-    cfg, path = register(tmp_path)
-    cfg.DATASETS.REGISTER = [[f"{NAME}_swapped", str(tmp_path), str(path)]]
-    register_datasets(cfg)
-    with pytest.raises(NATSError, match=f"annotation file not found.*{re.escape(CORRECT)}"):
-        check_datasets([f"{NAME}_swapped"], "DATASETS.TRAIN")
 
 
 def test_remote_files_are_looked_for_when_they_are_fetched():
@@ -161,9 +144,11 @@ def categories(*names):
     return [{"id": id, "name": name} for id, name in zip((3, 7, 9), names)]
 
 
-def test_good_data_pass(tmp_path):
+def test_the_classes_of_a_checkpoint(tmp_path):
     check_data(run_config(tmp_path), ALL, ["cat", "dog"])
     check_registered_classes(run_config(tmp_path))
+    with pytest.raises(NATSError, match="DATASETS.TEST: .* 'cat', of the detector it is 'dog'"):
+        check_data(run_config(tmp_path), ["TEST"], ["dog", "cat"])
 
 
 @pytest.mark.parametrize("key", ["CALIBRATION", "TEST"])
@@ -205,12 +190,6 @@ def test_a_split_with_only_the_classes_that_occur(tmp_path):
         check_data(cfg, ALL)
 
 
-def test_the_classes_of_a_checkpoint(tmp_path):
-    with pytest.raises(NATSError, match="DATASETS.TEST: .* 'cat', of the detector it is 'dog'"):
-        check_data(run_config(tmp_path), ["TEST"], ["dog", "cat"])
-
-
-@pytest.mark.parametrize("count", [1, 3, 80])
 @pytest.mark.parametrize(
     "architecture, node",
     [
@@ -220,15 +199,13 @@ def test_the_classes_of_a_checkpoint(tmp_path):
         ("ProposalNetwork", ""),
     ],
 )
-def test_the_number_of_classes(tmp_path, architecture, node, count):
+def test_the_number_of_classes(tmp_path, architecture, node):
     cfg = run_config(tmp_path, "MODEL.META_ARCHITECTURE", architecture)
     if not node:
         check_data(cfg, ALL)
         return
-    cfg.MODEL[node].NUM_CLASSES = count
-    with pytest.raises(
-        NATSError, match=f"2 classes, the model {count}: set MODEL.{node}.NUM_CLASSES 2"
-    ):
+    cfg.MODEL[node].NUM_CLASSES = 80
+    with pytest.raises(NATSError, match=f"2 classes, the model 80: set MODEL.{node}.NUM_CLASSES 2"):
         check_data(cfg, ALL)
 
 

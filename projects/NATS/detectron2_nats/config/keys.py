@@ -96,7 +96,7 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.RUN.KEEP_CHECKPOINTS = 3
     # Iterations between two lines of the log.
     cfg.RUN.LOG_PERIOD = 20
-    # The run stops if a larger share of a data set's images or annotations is unusable.
+    # The run stops if a larger share of a data set's image files is missing or damaged.
     cfg.RUN.MAX_BAD_DATA = 0.01
     # Iterations between two checks that all ranks hold the same α.
     cfg.RUN.RANK_CHECK_PERIOD = 100

@@ -132,7 +132,8 @@ def check_annotations(json_file: str, content: Dict[str, Any], needs: Needs) -> 
     """
     check_lists(json_file, content)
     annotations = content.get("annotations", [])
-    _refuse_twice(json_file, "annotation", [a for a in annotations if a.get("id") is not None])
+    named = [annotation for annotation in annotations if annotation.get("id") is not None]
+    _refuse_twice(json_file, "annotation", named, "id")
     faults = list(_faults(content, needs))
     if faults:
         place, what, value = faults[0]
@@ -159,16 +160,16 @@ def check_lists(json_file: str, content: Mapping[str, Any]) -> None:
     """Check what cannot be cleaned: categories, and images that cannot be told apart."""
     categories, images = content["categories"], content["images"]
     for what, entries, name in (("category", categories, "name"), ("image", images, "file_name")):
-        _refuse_twice(json_file, what, entries)
         if not all(isinstance(entry[name], str) for entry in entries):
             raise TypeError(f"the {name} of a {what} is not a string")
+        for key in ("id", name):
+            _refuse_twice(json_file, what, entries, key)
         sorted(entry["id"] for entry in entries)  # raises where they mix numbers and words
-    _refuse_twice(json_file, "image", images, "file_name")
     if not categories:
         raise NATSError(f"{json_file}: its list of categories is empty")
 
 
-def _refuse_twice(json_file: str, what: str, entries: Sequence[dict], key: str = "id") -> None:
+def _refuse_twice(json_file: str, what: str, entries: Sequence[dict], key: str) -> None:
     for value, count in Counter(entry[key] for entry in entries).most_common(1):
         if count > 1:
             raise NATSError(
@@ -274,15 +275,20 @@ def _mask_fault(annotation: Mapping[str, Any], image: dict, masks: str) -> Optio
 
 def _is_rle(mask: Mapping[str, Any], size: List[int]) -> bool:
     """Whether pycocotools, which checks little, can read it as a mask of [height, width]."""
+    counts = mask.get("counts")
+    if mask.get("size") != size:
+        return False
+    if isinstance(counts, list):
+        return all(type(run) is int and run >= 0 for run in counts) and sum(counts) == math.prod(
+            size
+        )
+    # whole numbers only: it would read past the end of another string
+    if not isinstance(counts, str) or not re.fullmatch("([P-o]{0,5}[0-O])+", counts):
+        return False
     import pycocotools.mask as mask_util
 
-    counts = mask.get("counts")
-    # whole numbers only: it would read past the end of another string
-    is_text = isinstance(counts, str) and re.fullmatch("([P-o]{0,5}[0-O])+", counts)
-    if mask.get("size") != size or not (is_text or is_numbers(counts)):
-        return False
     try:
-        rle = {**mask, "counts": counts.encode()} if is_text else mask_util.frPyObjects(mask, *size)
-        return mask_util.encode(mask_util.decode(rle))["counts"] == rle["counts"]
-    except (OverflowError, TypeError, ValueError):
+        again = mask_util.encode(mask_util.decode({"size": size, "counts": counts}))
+    except ValueError:
         return False
+    return again["counts"].decode() == counts

@@ -120,18 +120,14 @@ def check_datasets(names: Sequence[str], key: str) -> None:
         ):
             # whether there is a file at https:// is seen when it is fetched
             if path and not path.startswith("http") and not is_there(path):
+                cure = "Correct DATASETS.REGISTER, a list of [name, annotation json, image folder]"
+                if name.startswith("coco_"):
+                    cure = "Set DETECTRON2_DATASETS to the folder that contains coco/"
+                if name in ("coco_2014_valminusminival", "coco_2014_minival"):
+                    cure = "Make it from COCO's own downloads with tools/make_val35k.py"
                 raise NATSError(
-                    f"{key}: {name}: {what} not found, looked for {os.path.abspath(path)}. "
-                    + _how_to_get(name)
+                    f"{key}: {name}: {what} not found, looked for {os.path.abspath(path)}. {cure}"
                 )
-
-
-def _how_to_get(name: str) -> str:
-    if name in ("coco_2014_valminusminival", "coco_2014_minival"):
-        return "Make it from COCO's own downloads with tools/make_val35k.py"
-    if name.startswith("coco_"):
-        return "Download COCO and set DETECTRON2_DATASETS to the folder that contains coco/"
-    return "Correct DATASETS.REGISTER, a list of [name, annotation json, image folder]"
 
 
 def check_data(cfg: CfgNode, keys: Sequence[str], classes: Optional[Sequence[str]] = None) -> None:
