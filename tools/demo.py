@@ -51,7 +51,7 @@ EXAMPLES = {
         "Columns are tall: dilations along the height are right, such as 5x1.",
     ),
     "bars": Example(
-        RANDOM, [], "0.3", "The bars are horizontal, and three times what is seen: 1x3 is right."
+        RANDOM, [], "0.3", "The bars are horizontal, and longer than what is seen: 1x3 is right."
     ),
 }
 
