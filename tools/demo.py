@@ -139,6 +139,8 @@ def main(name: str, output: str) -> None:
     rows = [row(method, folder) for method, folder in folders.items()]
     shown = ["--images", "2", "--threshold", example.threshold, "--output", pictures]
     run("nats-show", f"{output}/search", f"{output}/plain", f"{output}/searched", *shown)
+    with open(f"{output}/table.json", "w") as file:
+        json.dump([dict(zip(HEADERS, values)) for values in rows], file, indent=1)
     align = ["left", *["right"] * 5]
     print(f"\n{tabulate(rows, HEADERS, 'pipe', disable_numparse=True, colalign=align)}\n")
     print(f"{example.answer} One seed: a few AP are chance. All but AP is the backbone's.")
