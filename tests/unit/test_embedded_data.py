@@ -70,22 +70,18 @@ def test_the_same_seed_gives_the_same_files(folder, tmp_path, dataset):
 def test_splits_share_neither_images_nor_ids(folder):
     images = [hash_ for name, hash_ in digests(folder).items() if name.endswith(".png")]
     assert len(images) == sum(COUNTS.values()) == len(set(images))
+    files = [json.loads((folder / f"instances_{split}.json").read_text()) for split in COUNTS]
     for key in ("images", "annotations"):
-        ids = [
-            entry["id"]
-            for split in COUNTS
-            for entry in json.loads((folder / f"instances_{split}.json").read_text())[key]
-        ]
+        ids = [entry["id"] for content in files for entry in content[key]]
         assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("split, count", COUNTS.items())
-def test_is_valid_coco(folder, dataset, split, count):
-    coco = COCO(str(folder / f"instances_{split}.json"))
-    assert len(coco.imgs) == count
+def test_is_valid_coco(folder, dataset):
+    coco = COCO(str(folder / "instances_train.json"))
+    assert len(coco.imgs) == COUNTS["train"]
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(dataset.classes)
     for image in coco.imgs.values():
-        pixels = Image.open(folder / split / image["file_name"])
+        pixels = Image.open(folder / "train" / image["file_name"])
         assert (pixels.mode, pixels.size) == ("RGB", (image["width"], image["height"]))
         assert coco.getAnnIds(imgIds=[image["id"]])
     for annotation in coco.anns.values():
@@ -170,16 +166,16 @@ def test_a_killed_run_leaves_nothing_half_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", SMALL)
-@pytest.mark.parametrize("split, count", COUNTS.items())
-def test_registered_names_load(tmp_path, folder, split, count):
-    name, classes = f"{folder}_{split}", SMALL[folder].classes
+def test_registered_names_load(tmp_path, folder):
     assert not (tmp_path / folder).exists()  # registering makes nothing
-    assert MetadataCatalog.get(name).thing_classes == list(classes)
-    dicts = DatasetCatalog.get(name)
-    assert len(dicts) == count
-    assert all(Path(record["file_name"]).is_file() for record in dicts)
-    labels = {a["category_id"] for record in dicts for a in record["annotations"]}
-    assert labels <= set(range(len(classes)))
+    classes = list(SMALL[folder].classes)
+    for split, count in COUNTS.items():
+        assert MetadataCatalog.get(f"{folder}_{split}").thing_classes == classes
+        records = DatasetCatalog.get(f"{folder}_{split}")
+        assert len(records) == count
+        assert all(Path(record["file_name"]).is_file() for record in records)
+        labels = {a["category_id"] for record in records for a in record["annotations"]}
+        assert labels <= set(range(len(classes)))
 
 
 def test_an_evaluator_may_come_before_the_data(tmp_path):
@@ -187,29 +183,32 @@ def test_an_evaluator_may_come_before_the_data(tmp_path):
     assert len(evaluator._coco_api.imgs) == COUNTS["val"]
 
 
-def test_weights_load_into_every_key_of_a_detectors_backbone():
+@pytest.fixture
+def detector():
+    """The quickstart's, with the embedded weights; and their name."""
     cfg = get_cfg()
     cfg.merge_from_file(str(ROOT / "configs/quickstart/base.yaml"), allow_unsafe=False)
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    saved = torch.load(PathManager.get_local_path(cfg.MODEL.WEIGHTS))["model"]
+    return model.eval(), cfg.MODEL.WEIGHTS
+
+
+def test_weights_load_into_every_key_of_a_detectors_backbone(detector):
+    model, name = detector
+    saved = torch.load(PathManager.get_local_path(name))["model"]
     backbone = model.backbone.bottom_up.state_dict()
     assert set(saved) == set(backbone)
-    for name, value in backbone.items():
+    for key, value in backbone.items():
         assert value.dtype in (torch.float32, torch.int64)
-        assert torch.isfinite(value).all(), name  # a variance may be too large for half precision
-        assert torch.equal(value, saved[name].to(value.dtype)), name
+        assert torch.isfinite(value).all(), key  # a variance may be too large for half precision
+        assert torch.equal(value, saved[key].to(value.dtype)), key
     assert sum(p.numel() for p in model.backbone.bottom_up.parameters()) < 1.6e6
 
 
-def test_the_weights_tell_the_classes_apart_without_training():
+def test_the_weights_tell_the_classes_apart_without_training(detector):
     # Features of one class lie closer to their own class's mean than to any other's.
-    cfg = get_cfg()
-    cfg.merge_from_file(str(ROOT / "configs/quickstart/base.yaml"), allow_unsafe=False)
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    model, _ = detector
     images, labels = [], []
     for seed in range(96):
         image, objects = scenes.render_scene(np.random.default_rng([7, seed]), 64, 64, 1)

@@ -171,7 +171,9 @@ def check_data(cfg: CfgNode, keys: Sequence[str], classes: Optional[Sequence[str
                 if expected is None:
                     expected, whose = names, place
                 check_same_classes(names, expected, place, whose)
-                check_number_of_classes(cfg, name, len(names), len(meta.get("stuff_classes", ())))
+                _check_number_of_classes(
+                    cfg, name, len(names), len(meta.get("stuff_classes", ())) or None
+                )
 
 
 def check_registered_classes(cfg: CfgNode) -> None:
@@ -205,22 +207,15 @@ def check_same_classes(
             )
 
 
-def check_number_of_classes(cfg: CfgNode, name: str, things: int, stuff: int = 0) -> None:
-    """Compare with what the model is told, by the keys that its architecture reads.
-
-    Raises:
-        NATSError: names the key to set.
-    """
+def _check_number_of_classes(cfg: CfgNode, name: str, things: int, stuff: Optional[int]) -> None:
+    """Compare with what the model is told, by the keys that its architecture reads."""
     architecture = cfg.MODEL.META_ARCHITECTURE
-    read = {}
-    if architecture in ("GeneralizedRCNN", "PanopticFPN"):
-        read["ROI_HEADS"] = things
-    if architecture == "RetinaNet":
-        read["RETINANET"] = things
-    if architecture in ("PanopticFPN", "SemanticSegmentor") and stuff:
-        read["SEM_SEG_HEAD"] = stuff
-    for node, there in read.items():
+    for node, architectures, count in (
+        ("ROI_HEADS", ("GeneralizedRCNN", "PanopticFPN"), things),
+        ("RETINANET", ("RetinaNet",), things),
+        ("SEM_SEG_HEAD", ("PanopticFPN", "SemanticSegmentor"), stuff),
+    ):
         told = cfg.MODEL[node].NUM_CLASSES
-        if told != there:
+        if architecture in architectures and count is not None and told != count:
             key = f"MODEL.{node}.NUM_CLASSES"
-            raise NATSError(f"{name} has {there} classes, the model {told}: set {key} {there}")
+            raise NATSError(f"{name} has {count} classes, the model {told}: set {key} {count}")
