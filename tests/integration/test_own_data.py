@@ -201,9 +201,9 @@ def test_a_run_is_not_resumed_on_other_data(tiny_config, tmp_path, kind, changed
     plain = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"] if kind == "train" else []
     trainer_on(tiny_config, tmp_path, *plain, kind=kind).save_checkpoint("model_0000001")
     trainer_on(tiny_config, tmp_path, *plain, kind=kind)  # the same data will do
-    split, key = ("calibration", "CALIBRATION") if kind == "search" else ("train", "TRAIN")
+    split = "calibration" if kind == "search" else "train"
     write(tmp_path, split, **changed)
-    with pytest.raises(NATSError, match=f"is of a run on other data: DATASETS.{key} had 4 images"):
+    with pytest.raises(NATSError, match=f"is of a run on other data: {NAME}_{split} had 4 images"):
         trainer_on(tiny_config, tmp_path, *plain, kind=kind)
 
 
@@ -246,12 +246,11 @@ def test_a_test_set_that_cannot_be_evaluated_is_refused_at_the_start(
     tiny_config, tmp_path, monkeypatch, kind, words
 ):
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
-    DatasetCatalog.register(f"{NAME}_far", list)
-    if kind:
-        MetadataCatalog.get(f"{NAME}_far").evaluator_type = kind
+    DatasetCatalog.register(f"{NAME}_far", lambda: DatasetCatalog.get("nats_embedded_val"))
+    MetadataCatalog.get(f"{NAME}_far").set(**({"evaluator_type": kind} if kind else {}))
     opts = ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", repr((f"{NAME}_far",))]
     with pytest.raises(NATSError, match=words):
-        train.setup(load_config(tiny_config, opts), argparse.Namespace(eval_only=False))
+        SearchTrainer(load_config(tiny_config, opts))
 
 
 def test_a_searchs_config_is_not_trained(tiny_config):
