@@ -61,7 +61,6 @@ class Bench:
         self.config.write_text(TINY)
         self._count = itertools.count()
         self._references: Dict[str, Path] = {}
-        self._mounts: List[Path] = []
         self._children: List[subprocess.Popen] = []
 
     def new_folder(self, name: str = "run") -> Path:
@@ -129,24 +128,10 @@ class Bench:
             raise NothingTried
         return f"{delay:.2f} s after {done} iterations"
 
-    def mount(self, folder: Path, size: int) -> bool:
-        """A disk in memory of `size` bytes at `folder`; again: change its size."""
-        options = ("remount," if folder in self._mounts else "") + f"size={size}"
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=10).returncode == 0
-        except OSError:
-            return False
-        if done and folder not in self._mounts:
-            self._mounts.append(folder)
-        return done
-
     def clean_up(self) -> None:
         for process in self._children:
             if process.poll() is None:
                 kill_group(process)
-        for folder in self._mounts:
-            subprocess.run(["umount", str(folder)], capture_output=True, timeout=10)
 
 
 def kill_group(process, number: int = signal.SIGKILL) -> None:
@@ -249,23 +234,6 @@ def rank_diverged(bench: Bench):
     return rank_fails(bench, "diverged", 2, "step is not finite, Predicted boxes or scores")
 
 
-def second_run(bench: Bench):
-    """It is refused, and the first one, which stands still meanwhile, ends unharmed."""
-    reference, folder = bench.reference(), bench.new_folder()
-    process = bench.start(folder, "DATALOADER.NUM_WORKERS", "2")
-    moment = bench.wait_at_random(process)
-    process.send_signal(signal.SIGSTOP)
-    second = bench.start(folder)
-    output = bench.end(second)
-    process.send_signal(signal.SIGCONT)
-    expect(second.returncode == 2, f"status {second.returncode} of the second", output)
-    words = f"error: {folder} is in use by another run, process {process.pid} on "
-    expect(words in output, "no clear error", output)
-    output = bench.end(process)
-    expect(process.returncode == 0, f"status {process.returncode} of the first", output)
-    return f"refused {moment}", folder, reference
-
-
 def evaluation_killed(bench: Bench):
     ranks = bench.random.choice([1, 2])
     reference, folder = bench.reference(str(ranks), ranks=ranks), bench.new_folder()
@@ -283,19 +251,6 @@ def evaluation_killed(bench: Bench):
     kill_group(process)
     bench.go_on(folder, *opts, ranks=ranks)
     return f"ranks: {ranks}, killed {delay:.2f} s after the evaluation's start", folder, reference
-
-
-def clock_set_back(bench: Bench):
-    """Killed; then it is some days earlier, and what lies there is from the future."""
-    reference, folder = bench.reference(), bench.new_folder()
-    process = bench.start(folder)
-    moment = bench.wait_at_random(process)
-    kill_group(process)
-    for path in folder.iterdir():
-        os.utime(path, (future := time.time() + bench.random.uniform(0, 1e5), future))
-    days = bench.random.uniform(0.1, 1000)
-    bench.go_on(folder, faults={"clock": -days * 86400})
-    return f"killed {moment}, then {days:.1f} days earlier", folder, reference
 
 
 def stop_signal(bench: Bench, ranks: int = 1):
@@ -387,23 +342,16 @@ def flipped(bench: Bench):
 
 def full_disk(bench: Bench):
     reference, folder = bench.reference(), bench.new_folder()
-    size = (reference / "model_final.pth").stat().st_size
-    room = int(size * bench.random.uniform(0.2, 3.8))  # at the end it wants four
-    if bench.mount(folder, room):
-        process, what = bench.start(folder), f"disk of {room / size:.1f} checkpoints"
-    else:  # not allowed to mount
-        number = bench.random.randrange(ITERATIONS // 2)
-        process, what = bench.start(folder, faults={"full_disk": number}), f"writer fails: {number}"
+    number = bench.random.randrange(ITERATIONS // 2)
+    process = bench.start(folder, faults={"full_disk": number})
     output = bench.end(process)
     expect(process.returncode == 2, f"status {process.returncode} on a full disk", output)
     last = output.strip().splitlines()[-1]
     expect("could not be written" in last and "No space left" in last, "no clear error", output)
     litter = [path.name for path in folder.glob(".*") if path.name != ".lock"]
     expect(not litter, f"left over: {litter}")
-    if folder in bench._mounts:
-        bench.mount(folder, 20 * size)
     bench.go_on(folder)
-    return what, folder, reference
+    return f"at checkpoint {number}", folder, reference
 
 
 def damaged_images(bench: Bench):
@@ -468,11 +416,9 @@ KINDS = {
     "launcher killed, two ranks": launcher_killed,
     "a rank out of memory": rank_out_of_memory,
     "a rank diverges": rank_diverged,
-    "second run in the same folder": second_run,
     "SIGKILL of a retraining": sigkill_retraining,
     "SIGKILL of a retraining, two ranks": sigkill_retraining_two_ranks,
     "SIGKILL in an evaluation": evaluation_killed,
-    "clock set back": clock_set_back,
 }
 
 
