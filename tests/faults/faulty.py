@@ -6,7 +6,6 @@ nan: [iteration, forward pass in it] whose losses become NaN (0: weights, 1: α)
 full_disk: the checkpoint, counted from 0 in this process, whose writing stops half way.
 diverged: [rank, iteration] whose first forward pass ends as Detectron2 ends it.
 out_of_memory: [rank, iteration] whose first forward pass finds no memory.
-clock: seconds to add to what the clock says.
 """
 
 import errno
@@ -15,7 +14,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -73,17 +71,11 @@ def fail(rank: int, iteration: int, how) -> None:
     GeneralizedRCNN.forward = failing
 
 
-def set_clock(shift: float) -> None:
-    now = time.time
-    time.time = lambda: now() + shift
-
-
 faults = json.loads(os.environ["FAULTS"])
 put_nan(faults.get("nan", []))
 fill_disk(faults.get("full_disk", -1))
 fail(*faults.get("out_of_memory", [-1, -1]), allocate)
 fail(*faults.get("diverged", [-1, -1]), diverge)
-set_clock(faults.get("clock", 0))
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     os.environ["FAULTY_SCRIPT"] = sys.argv[0]

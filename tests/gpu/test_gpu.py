@@ -15,7 +15,6 @@ from runs import TINY, assert_equal, finish, make_trainer, printed, script, wait
 from detectron2.layers import Conv2d
 from detectron2.utils.events import EventStorage
 from detectron2_nats import GroupedDilationConv2d, MixedDilationConv2d
-from detectron2_nats.engine import processes
 from detectron2_nats.toy.sets import ensure_embedded_dataset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no usable CUDA")
@@ -141,10 +140,3 @@ def test_ranks_die_with_their_launcher_and_leave_the_gpu(config, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert "Search done" in finish(script("search_net.py", *arguments, launcher=launcher))
-
-
-def test_its_memory_is_told_from_other_errors(capfd):
-    with pytest.raises(RuntimeError) as error:
-        torch.empty(2**50, device=DEVICE)
-    processes._report(error.value)
-    assert "error: out of memory: lower SOLVER.IMS_PER_BATCH" in capfd.readouterr().err

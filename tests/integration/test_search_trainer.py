@@ -507,8 +507,7 @@ def test_mixed_precision(tiny_config, tmp_path, precision):
     conv = trainer.searched["res4.0.conv2"]
     conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     before = snapshot(trainer)
-    for iteration in range(2, 12):  # float16 looks for its loss scale first
-        steps(trainer, iteration, 1)
+    steps(trainer, 2, 8)  # float16 looks for its loss scale first
     after = snapshot(trainer)
     assert set(seen) == {getattr(torch, precision)}
     assert trainer.objectives["weight"].scaler.is_enabled() == (precision == "float16")
@@ -540,14 +539,11 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
     assert cfg.SOLVER.BASE_LR_END == pytest.approx(0.00005)
     assert cfg.SEARCH.ALPHA_IMS_PER_BATCH == 2
     assert cfg.SEARCH.ALPHA_LR == pytest.approx(0.005)  # twice as many α steps: as far as before
-
-
-def test_a_small_batch_of_the_alpha_step_is_not_scaled_to_none(tiny_config):
-    """0 would mean as many images as for a weight step."""
-    for given, expected in ((1, 1), (0, 0)):
-        opts = ["SOLVER.REFERENCE_WORLD_SIZE", 8, "SEARCH.ALPHA_IMS_PER_BATCH", given]
-        cfg = load_config(tiny_config, [*opts, "SOLVER.IMS_PER_BATCH", 16])
-        assert scaled_to_processes(cfg, 1).SEARCH.ALPHA_IMS_PER_BATCH == expected
+    # 0 means as many images as for a weight step: 1 is not scaled to it
+    for images in (0, 1):
+        opts = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SEARCH.ALPHA_IMS_PER_BATCH", images]
+        scaled = scaled_to_processes(load_config(tiny_config, opts), 1)
+        assert scaled.SEARCH.ALPHA_IMS_PER_BATCH == images
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -566,8 +562,6 @@ def test_a_small_batch_of_the_alpha_step_is_not_scaled_to_none(tiny_config):
         (["TEST.PRECISE_BN.ENABLED", True], "PRECISE_BN.ENABLED True: expected False"),
         (["DATASETS.CALIBRATION", "()"], "DATASETS.CALIBRATION is empty"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "weights not found: nowhere.pth"),
-        (["MODEL.BACKBONE.FREEZE_AT", 3], "stage res3 is frozen .*FREEZE_AT"),
-        (["MODEL.NATS.NUM_GROUPS", 5], "NUM_GROUPS 5 does not divide"),
         (["MODEL.NATS.CHANNELS_PER_GROUP", 4, "MODEL.NATS.NUM_GROUPS", 8], "both NUM_GROUPS"),
     ],
 )

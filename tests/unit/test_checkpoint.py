@@ -64,21 +64,18 @@ def names(folder):
 # -- writing --------------------------------------------------------------------------------------
 
 
-def test_saves_and_loads(checkpointer, tmp_path):
+def test_saves_and_loads_tensors_and_plain_types(checkpointer, tmp_path):
+    assert checkpointer.find_usable_checkpoint() == "" and checkpointer.resume_or_load("") == {}
     save(checkpointer, 3)
     assert names(tmp_path) == ["last_checkpoint", "model_0000003.pth"]
+    content = torch.load(tmp_path / "model_0000003.pth", weights_only=True)
+    assert set(content) == {"model", "run", "iteration"}
     weight = checkpointer.model.weight.detach().clone()
     checkpointer.model.weight.data.zero_()
     checkpointer.checkpointables["run"].value = 0
     assert checkpointer.resume_or_load("") == {"iteration": 3}
     assert torch.equal(checkpointer.model.weight, weight)
     assert checkpointer.checkpointables["run"].value == 3
-
-
-def test_holds_tensors_and_plain_types_only(checkpointer, tmp_path):
-    save(checkpointer, 3)
-    content = torch.load(tmp_path / "model_0000003.pth", weights_only=True)
-    assert set(content) == {"model", "run", "iteration"}
 
 
 def fail_half_way(monkeypatch, error):
@@ -183,29 +180,12 @@ def test_the_one_before_a_damaged_one_is_taken(checkpointer, tmp_path, warnings,
     assert lines[0].endswith("): trying the one before it")
 
 
-def test_several_damaged_ones_are_passed_over(checkpointer, tmp_path):
-    save(checkpointer, 1, 3, 5, 7)
-    checkpointer.save("model_final", iteration=9)
-    for name, damage in (
-        ("model_final", flip),
-        ("model_0000007", truncate),
-        ("model_0000005", empty),
-    ):
-        damage(tmp_path / f"{name}.pth")
-    assert checkpointer.resume_or_load("") == {"iteration": 3}
-
-
 def test_all_damaged(checkpointer, tmp_path):
     save(checkpointer, 1, 3)
     for path in tmp_path.glob("*.pth"):
         truncate(path)
     with pytest.raises(NATSError, match="no checkpoint in .* is intact: use another OUTPUT_DIR"):
         checkpointer.resume_or_load("")
-
-
-def test_nothing_to_resume_from(checkpointer):
-    assert checkpointer.find_usable_checkpoint() == ""
-    assert checkpointer.resume_or_load("") == {}
 
 
 def test_a_flip_anywhere_is_seen_or_does_no_harm(checkpointer, tmp_path):
@@ -254,7 +234,7 @@ def test_code_in_a_file_is_not_run(checkpointer, tmp_path, name):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80", b"junk", pickle.dumps([1]), pickle.dumps(7)])
+@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps([1])])
 @pytest.mark.parametrize("name", ["a.pth", "b.pkl"])
 def test_what_is_no_weights_file(checkpointer, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -330,7 +310,7 @@ def torchvision_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", ["plain", "searched", "frozen"])
+@pytest.mark.parametrize("kind", ["searched", "frozen"])
 def test_torchvision_weights_fill_the_backbone(torchvision_file, kind):
     cfg = get_cfg()
     add_nats_config(cfg)
@@ -339,7 +319,7 @@ def test_torchvision_weights_fill_the_backbone(torchvision_file, kind):
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
     cfg.MODEL.NATS.SPACE, cfg.MODEL.NATS.BASE_BACKBONE = "A", FPN_RESNET
-    cfg.MODEL.BACKBONE.NAME = FPN_RESNET if kind == "plain" else "build_nats_backbone"
+    cfg.MODEL.BACKBONE.NAME = "build_nats_backbone"
     if kind == "frozen":
         cfg.MODEL.NATS.ARCHITECTURE = ARCHITECTURE
     model = nn.Module()

@@ -17,13 +17,6 @@ from detectron2_nats.engine import machine, processes
 from detectron2_nats.engine.processes import STOPPED_EXIT_CODE
 
 
-@pytest.fixture
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def raising(error):
     def main(cfg, args):
         raise error
@@ -32,28 +25,24 @@ def raising(error):
 
 
 @pytest.mark.parametrize(
-    "error, status",
+    "error, asked, status, printed",
     [
-        (NATSError("bad"), 2),
-        (SystemExit(STOPPED_EXIT_CODE), STOPPED_EXIT_CODE),
+        (NATSError("bad"), False, 2, "error: bad\n"),
+        (SystemExit(STOPPED_EXIT_CODE), True, STOPPED_EXIT_CODE, ""),
+        (KeyError("no such thing"), False, 1, "KeyError: 'no such thing'\n"),
+        (RuntimeError("connection closed"), False, 1, "RuntimeError: connection closed\n"),
+        (RuntimeError("connection closed"), True, STOPPED_EXIT_CODE, ""),
     ],
 )
-def test_waits_for_no_other_rank_otherwise(group, monkeypatch, capfd, error, status):
+def test_a_rank_that_fails_leaves_at_once(monkeypatch, capfd, error, asked, status, printed):
+    """A teardown of the interpreter would wait for the others in NCCL."""
     monkeypatch.setattr(processes, "exit_at_once", sys.exit)
+    monkeypatch.setattr(processes, "stop_requested", lambda: asked)
     with pytest.raises(SystemExit) as left:
-        processes._call(raising(error), None, None)
-    assert left.value.code == status and dist.is_initialized()
-    assert capfd.readouterr().err.startswith("error: " if status < 75 else "")
-
-
-def test_a_cut_connection_is_a_stop_only_when_one_was_asked_for(group, monkeypatch, capfd):
-    monkeypatch.setattr(processes, "exit_at_once", sys.exit)
-    with pytest.raises(SystemExit, match="^1$"):
-        processes._call(raising(RuntimeError("connection closed")), None, None)
-    assert capfd.readouterr().err.endswith("RuntimeError: connection closed\n")
-    monkeypatch.setattr(processes, "stop_requested", lambda: True)
-    with pytest.raises(SystemExit, match="75"):
-        processes._call(raising(RuntimeError("connection closed")), None, None)
+        processes._call_in_group(raising(error), None, None)
+    assert left.value.code == status
+    text = capfd.readouterr().err
+    assert text.endswith(printed) and text.count("Traceback") == (status == 1)
 
 
 def test_a_restart_by_torchrun_reads_nothing_of_the_dead_group(monkeypatch):
@@ -62,7 +51,7 @@ def test_a_restart_by_torchrun_reads_nothing_of_the_dead_group(monkeypatch):
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(kept, 0, 1)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *_, store, **__: groups.append(store))
     monkeypatch.setattr(processes.comm, "create_local_process_group", lambda size: None)
-    for function in ("die_with_parent", "handle_signals", "_call"):
+    for function in ("die_with_parent", "handle_signals", "_call_in_group"):
         monkeypatch.setattr(processes, function, lambda *_: None)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
@@ -73,38 +62,6 @@ def test_a_restart_by_torchrun_reads_nothing_of_the_dead_group(monkeypatch):
     first, second = groups
     first.set("address", "of the dead")
     assert first.check(["address"]) and not second.check(["address"])
-
-
-def test_a_rank_that_fails_leaves_at_once(group, monkeypatch, capfd):
-    """A teardown of the interpreter would wait for the others in NCCL."""
-    left = []
-    monkeypatch.setattr(processes, "exit_at_once", left.append)
-    monkeypatch.setattr(processes, "exit_from_group", lambda: None)
-    with pytest.raises(SystemExit):
-        processes._call(raising(KeyError("no such thing")), None, None)
-    assert left == [1] and capfd.readouterr().err.endswith("KeyError: 'no such thing'\n")
-
-
-def allocate(cfg, args):
-    torch.empty(2**50)
-
-
-@pytest.mark.parametrize(
-    "main",
-    [allocate, raising(torch.OutOfMemoryError("CUDA out of memory")), raising(MemoryError())],
-)
-def test_out_of_memory_says_what_to_lower(capfd, main):
-    with pytest.raises(SystemExit, match="^1$"):
-        processes._call(main, None, None)
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[0].startswith("Traceback")
-    assert lines[-1].startswith("error: out of memory: lower SOLVER.IMS_PER_BATCH")
-
-
-def test_without_a_group_an_error_is_a_status(capfd):
-    with pytest.raises(SystemExit) as left:
-        processes._call(raising(NATSError("bad")), None, None)
-    assert left.value.code == 2 and capfd.readouterr().err == "error: bad\n"
 
 
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):

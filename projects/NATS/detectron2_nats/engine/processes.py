@@ -18,11 +18,7 @@ from typing import Callable, Iterator, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import (
-    ProcessExitedException,
-    ProcessRaisedException,
-    _prctl_pr_set_pdeathsig,
-)
+from torch.multiprocessing import ProcessExitedException, _prctl_pr_set_pdeathsig
 
 from detectron2.config import CfgNode
 from detectron2.engine import launch
@@ -37,34 +33,24 @@ Main = Callable[[CfgNode, argparse.Namespace], object]
 # -- starting -------------------------------------------------------------------------------------
 
 
-def run_in_processes(main: Main, cfg: CfgNode, args: argparse.Namespace) -> NoReturn:
-    """Call ``main(cfg, args)`` in each process of the run, and exit.
+def run_in_processes(main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Call ``main(cfg, args)`` in each process of the run.
 
-    Exit status: 0 done; 2 bad input (one line on stderr); 75 stopped on request (if it was
-    training, with a checkpoint); 130 interrupted twice, to a shell; 1 anything else.
+    Exit status of each: 0 done; 2 bad input (one line on stderr); 75 stopped on request (if it was
+    training, with a checkpoint); 130 interrupted twice, to a shell; 1 anything else. One process
+    alone leaves errors to the caller.
 
     Args:
         args: of Detectron2's ``default_argument_parser``. A `dist_url` of "auto" is a free port of
             this machine.
     """
-    try:
-        if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            _run_under_torchrun(main, cfg, args)
-        elif args.num_gpus * args.num_machines > 1:
-            _launch(main, cfg, args)
-        else:
-            handle_signals("alone")
-            _call(main, cfg, args)
-    except NATSError as error:
-        sys.exit(_report(error))
-    except ProcessExitedException as error:
-        # a signal kills ranks that do not handle it yet, because they are still starting
-        killed = STOPPED_EXIT_CODE if stop_requested() else 1
-        sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else killed)
-    except ProcessRaisedException as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
-    sys.exit(0)
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _run_under_torchrun(main, cfg, args)
+    elif args.num_gpus * args.num_machines > 1:
+        _launch(main, cfg, args)
+    else:
+        handle_signals("alone")
+        main(cfg, args)
 
 
 def _launch(main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -77,14 +63,19 @@ def _launch(main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
         lambda record: not str(record.msg).startswith("Terminating process")
     )
     machines = args.num_machines, args.machine_rank, args.dist_url
-    launch(_run_rank, args.num_gpus, *machines, args=(main, cfg, args))
+    try:
+        launch(_run_rank, args.num_gpus, *machines, args=(main, cfg, args))
+    except ProcessExitedException as error:
+        # a signal kills ranks that do not handle it yet, because they are still starting
+        killed = STOPPED_EXIT_CODE if stop_requested() else 1
+        sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else killed)
 
 
 def _run_rank(main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
     die_with_parent()
     handle_signals("worker")
     share_out_cores(args.num_gpus)
-    _call(main, cfg, args)
+    _call_in_group(main, cfg, args)
 
 
 def _run_under_torchrun(main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -110,7 +101,7 @@ def _run_under_torchrun(main: Main, cfg: CfgNode, args: argparse.Namespace) -> N
     comm.create_local_process_group(processes)
     share_out_cores(processes)
     comm.synchronize()  # so that a slow start does not use up the timeout of what comes next
-    _call(main, cfg, args)
+    _call_in_group(main, cfg, args)
 
 
 # -- stopping on request --------------------------------------------------------------------------
@@ -210,43 +201,24 @@ def _kill_children() -> None:
 # -- leaving --------------------------------------------------------------------------------------
 
 
-def _call(main: Main, cfg: CfgNode, args: argparse.Namespace) -> None:
-    status = 0
+def _call_in_group(main: Main, cfg: CfgNode, args: argparse.Namespace) -> NoReturn:
+    """Call ``main(cfg, args)`` and exit; after an error without waiting for the other ranks."""
     try:
         main(cfg, args)
     except SystemExit as stop:
-        status = stop.code or 0
-    except Exception as error:
-        status = _report(error)
-    if dist.is_initialized():
-        if status:  # a normal exit would wait in NCCL for the other ranks
-            exit_at_once(status)
-        exit_from_group()
-    if status:
-        sys.exit(status)
-
-
-def _report(error: Exception) -> int:
-    """Print what is wrong; returns the exit status."""
-    if isinstance(error, NATSError):
+        exit_at_once(stop.code or 0)
+    except NATSError as error:
         # Every rank prints it: only one of them may have failed
         rank = comm.get_rank()
-        print(f"error: {error}" + (f" [rank {rank}]" if rank else ""), file=sys.stderr, flush=True)
-        return 2
-    if isinstance(error, RuntimeError) and dist.is_initialized() and stop_requested():
-        # Another rank stopped first, during an evaluation, and closed the connection
-        return STOPPED_EXIT_CODE
-    traceback.print_exception(error)
-    # GPU memory or main memory: the types of the errors do not tell
-    words = ("out of memory", "can't allocate memory")
-    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
-        less = (
-            "lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True "
-            "or, in a search, SEARCH.ALPHA_IMS_PER_BATCH to the number of processes or "
-            "MODEL.NATS.SHARE_WEIGHTS True, and start a new run"
-        )
-        print(f"error: out of memory: {less}", file=sys.stderr, flush=True)
-    return 1
+        print(f"error: {error}" + (f" [rank {rank}]" if rank else ""), file=sys.stderr)
+        exit_at_once(2)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and stop_requested():
+            # Another rank stopped first, during an evaluation, and closed the connection
+            exit_at_once(STOPPED_EXIT_CODE)
+        traceback.print_exception(error)
+        exit_at_once(1)
+    exit_from_group()
 
 
 def exit_from_group() -> NoReturn:

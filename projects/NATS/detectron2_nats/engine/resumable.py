@@ -140,10 +140,7 @@ class ResumableTrainer(DefaultTrainer):
             total = sum(means.values())
             if not math.isfinite(total) or not objective.apply_gradients():
                 self._end_not_finite(objective, f"losses {means}")
-        prefix = objective.prefix
-        self.storage.put_scalars(**{f"{prefix}{name}": value for name, value in means.items()})
-        self.storage.put_scalar(f"{prefix}total_loss", total)
-        self.storage.put_scalar(f"{prefix}data_time", data_time)
+            self.storage.put_scalars(**means, total_loss=total, data_time=data_time)
 
     def _end_not_finite(self, objective: Objective, what: str) -> NoReturn:
         last = self.checkpointer.get_checkpoint_file() or "none yet"

@@ -30,10 +30,9 @@ class Objective:
         loader: endless iterable of batches.
         optimizer: of the parameters that the step changes.
         cfg: says where they are, and in which precision they are trained (``SOLVER.AMP``).
-        scope: makes a context manager in which a step is taken.
+        scope: makes a context manager in which a step is taken and logged.
         average_gradients: called after each backward pass, to average the gradients over the ranks;
             by default `losses` is wrapped for data parallelism, which has done it by then.
-        prefix: of the names of all that the step logs.
     """
 
     name: str
@@ -43,7 +42,6 @@ class Objective:
     cfg: CfgNode
     scope: Callable[[], ContextManager] = nullcontext
     average_gradients: Callable[[], None] = _nothing
-    prefix: str = ""
     _iterator: Optional[Iterator] = None
 
     def __post_init__(self):
@@ -97,7 +95,7 @@ class Objective:
             batch = self.next_batch()
         finally:
             self.close()
-        with self.scope(), EventStorage(-1):  # what it logs belongs to no iteration
+        with EventStorage(-1), self.scope():  # what it logs belongs to no iteration
             self.compute_gradients(batch)
             self.optimizer.zero_grad(set_to_none=True)
         self.loader.load_state_dict(loader_state)

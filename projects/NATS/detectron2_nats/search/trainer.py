@@ -1,8 +1,9 @@
 """The search: SGD trains the weights on one split, Adam trains α on another (section 4.2)."""
 
+import contextlib
 import logging
 import os
-from typing import Dict, List
+from typing import Dict, Iterator, List
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class SearchTrainer(ResumableTrainer):
         warn_of_test_images(cfg.DATASETS.TEST, loader.files, "DATASETS.CALIBRATION")
         self.objectives["alpha"] = Objective(
             "alpha",
-            self._alpha_losses,
+            self.model,
             loader,
             torch.optim.Adam(
                 alpha_parameters(self.model),
@@ -103,10 +104,8 @@ class SearchTrainer(ResumableTrainer):
                 weight_decay=cfg.SEARCH.ALPHA_WEIGHT_DECAY,
             ),
             cfg,
-            # nothing else changes
-            scope=lambda: alpha_training(self.model),
+            scope=self._alpha_scope,
             average_gradients=self._average_alpha_gradients,
-            prefix="alpha/",
         )
 
     def prepare_model(self, model: nn.Module) -> None:
@@ -173,10 +172,11 @@ class SearchTrainer(ResumableTrainer):
         self.objectives["alpha"].rehearse()
         del momentum
 
-    def _alpha_losses(self, batch: List[dict]) -> Dict[str, torch.Tensor]:
-        # The scope separates what the heads log from what they log in the weight step.
-        with get_event_storage().name_scope("alpha"):
-            return self.model(batch)
+    @contextlib.contextmanager
+    def _alpha_scope(self) -> Iterator[None]:
+        """Nothing but α changes, and what is logged is told from what a weight step logs."""
+        with get_event_storage().name_scope("alpha"), alpha_training(self.model):
+            yield
 
     def _average_alpha_gradients(self) -> None:
         """In one message over all ranks, because data parallelism does not include α."""
