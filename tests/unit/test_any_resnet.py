@@ -192,6 +192,14 @@ def test_parts_of_a_detector_that_only_sound_alike_are_passed_over():
     assert beside == "it lies beside the main path of a residual stage"
 
 
+def test_a_path_that_is_another_convs_name_is_refused():
+    block = nn.ModuleDict({"conv2": nn.Conv2d(8, 8, 3, padding=1)})
+    network = nn.ModuleDict({"body": resnet(BasicBlock), "res3": nn.ModuleList([block])})
+    message = "two convs have the name res3.0.conv2, at body.layer2.0.conv2 and res3.0.conv2"
+    with pytest.raises(NATSError, match=message):
+        named_convs(network)
+
+
 def test_files_of_before_named_convs_by_their_paths_too():
     layers = {f"body.layer2.{i}.conv2": [[16, 1, 1], [16, 1, 3]] for i in range(2)}
     layers["fpn.layer_blocks.0.0"] = [[16, 1, 3]]
