@@ -562,6 +562,8 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
         (["TEST.PRECISE_BN.ENABLED", True], "PRECISE_BN.ENABLED True: expected False"),
         (["DATASETS.CALIBRATION", "()"], "DATASETS.CALIBRATION is empty"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "weights not found: nowhere.pth"),
+        (["MODEL.BACKBONE.FREEZE_AT", 3], r"res3.\*.: nothing to search: .*FREEZE_AT"),
+        (["MODEL.NATS.NUM_GROUPS", 5], "NUM_GROUPS 5 does not fit"),
         (["MODEL.NATS.CHANNELS_PER_GROUP", 4, "MODEL.NATS.NUM_GROUPS", 8], "both NUM_GROUPS"),
     ],
 )

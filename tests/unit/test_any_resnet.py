@@ -30,60 +30,7 @@ from detectron2_nats import (
     frozen_state_dict,
     to_supernet,
 )
-from detectron2_nats.look.receptive_field import effective_receptive_fields
 from detectron2_nats.method.names import named_convs, residual_stages, searched_layers
-
-
-class MMResLayer(nn.Sequential):
-    """As mmdet's ResLayer: a subclass of nn.Sequential."""
-
-
-class MMBottleneck(nn.Module):
-    """As mmdet's: norms under names of their own, read through properties; caffe's stride."""
-
-    def __init__(self, channels, width, stride=1):
-        super().__init__()
-        self.norm2_name = "bn2"
-        self.conv1 = nn.Conv2d(channels, width, 1, stride=stride, bias=False)
-        self.add_module("bn1", nn.BatchNorm2d(width))
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.add_module("bn2", nn.BatchNorm2d(width))
-        self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
-        self.add_module("bn3", nn.BatchNorm2d(channels))
-        self.relu = nn.ReLU(inplace=True)
-        self.stride = stride
-
-    @property
-    def norm2(self):
-        return getattr(self, self.norm2_name)
-
-    def forward(self, x):
-        def _inner_forward(x):
-            out = self.relu(self.bn1(self.conv1(x)))
-            out = self.relu(self.norm2(self.conv2(out)))
-            return self.bn3(self.conv3(out)) + x[..., :: self.stride, :: self.stride]
-
-        return self.relu(_inner_forward(x))
-
-
-class MMResNet(nn.Module):
-    """As mmdet's ResNet: layers are named in a list, and added by name."""
-
-    def __init__(self, block=MMBottleneck):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 7, stride=4, padding=3, bias=False)
-        self.add_module("bn1", nn.BatchNorm2d(16))
-        self.res_layers = [f"layer{i}" for i in range(1, 5)]
-        for index, name in enumerate(self.res_layers):
-            first = block(16, 8, stride=1 if index == 0 else 2)
-            self.add_module(name, MMResLayer(first, block(16, 8)))
-
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        outputs = {}
-        for name in self.res_layers:
-            x = outputs[name] = getattr(self, name)(x)
-        return outputs
 
 
 def resnet(block=Bottleneck, **kwargs):
@@ -97,6 +44,17 @@ def resnet_fpn():
     """As in torchvision's detectors."""
     layers = {f"layer{i}": str(i) for i in range(1, 5)}
     return BackboneWithFPN(resnet(), layers, [256, 512, 1024, 2048], 16)
+
+
+class ResLayer(nn.Sequential):
+    """As mmdet's, a subclass of nn.Sequential."""
+
+
+def mmdet():
+    network = resnet()
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        setattr(network, name, ResLayer(*getattr(network, name)))
+    return network
 
 
 def timm_model(name, **kwargs):
@@ -113,7 +71,7 @@ MODELS = {
     "torchvision, ResNeXt": lambda: resnet(groups=8, width_per_group=4),
     "torchvision, DC5": lambda: resnet(replace_stride_with_dilation=[False, False, True]),
     "torchvision, FPN": resnet_fpn,
-    "mmdet": MMResNet,
+    "mmdet": mmdet,
     "timm, basic blocks": lambda: timm_resnet("resnet18"),
     "timm, features": lambda: timm_resnet("resnet50", features_only=True, base_width=16),
     "timm, deep stem": lambda: timm_resnet("resnet50d", base_width=16),
@@ -221,12 +179,6 @@ def test_a_whole_detector_of_torchvision_takes_losses_and_detects():
         assert set(frozen.eval()([image()[0]])[0]) == {"boxes", "labels", "scores"}
 
 
-def test_receptive_fields_of_torchvisions():
-    fields = effective_receptive_fields(built("torchvision, basic blocks"), image())
-    assert list(fields) == ["res2", "res3", "res4", "res5"]
-    assert all(field.sum() == pytest.approx(1, abs=1e-4) for field in fields.values())
-
-
 def test_parts_of_a_detector_that_only_sound_alike_are_passed_over():
     """`layer1` of something else, and what lies inside of a stage."""
     network = nn.ModuleDict({"backbone": resnet(BasicBlock), "neck": nn.Module()})
@@ -238,6 +190,14 @@ def test_parts_of_a_detector_that_only_sound_alike_are_passed_over():
     assert residual_stages(network) == {f"res{i + 1}": f"backbone.layer{i}" for i in range(1, 5)}
     beside = named_convs(network)["backbone.layer1.0.layer2.0.0.conv1"].why_not
     assert beside == "it lies beside the main path of a residual stage"
+
+
+def test_a_path_that_is_another_convs_name_is_refused():
+    block = nn.ModuleDict({"conv2": nn.Conv2d(8, 8, 3, padding=1)})
+    network = nn.ModuleDict({"body": resnet(BasicBlock), "res3": nn.ModuleList([block])})
+    message = "two convs have the name res3.0.conv2, at body.layer2.0.conv2 and res3.0.conv2"
+    with pytest.raises(NATSError, match=message):
+        named_convs(network)
 
 
 def test_files_of_before_named_convs_by_their_paths_too():
@@ -286,11 +246,6 @@ def test_convs_that_are_more_than_a_conv_are_named():
 def test_other_networks_of_timm_are_named(name, message):
     with pytest.raises(NATSError, match=rf"CONVS 'res3.\*' matches no conv .*{message}"):
         to_supernet(timm_model(name), SPACE)
-
-
-def test_nothing_at_all():
-    with pytest.raises(NATSError, match="near are none, as it has none larger than 1x1"):
-        to_supernet(nn.Linear(1, 1), SPACE)
 
 
 def test_two_networks_go_by_their_paths():

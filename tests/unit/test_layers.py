@@ -223,24 +223,6 @@ def test_what_is_kept_for_backward(recomputed):
         assert large == ([y.shape] * len(GENOTYPES) if alpha_trains and not recomputed else [])
 
 
-@pytest.mark.parametrize("kwargs", CONVS, ids=str)
-def test_one_hot_mixture_is_the_frozen_conv(kwargs, processor):
-    """Invariant 4 with replicas that differ: each group has the rows of the replica it chose."""
-    conv = mixed_conv(4, **kwargs)
-    chosen = [2, 0, 0, 3]
-    conv.alpha.data.fill_(-1e4)
-    conv.alpha.data[torch.arange(4), chosen] = 1e4
-    plain = plain_conv(**kwargs)
-    with torch.no_grad():
-        for group, g in enumerate(chosen):
-            rows = slice(4 * group, 4 * group + 4)
-            plain.weight[rows] = conv.genotype_weights()[g][rows]
-    frozen = GroupedDilationConv2d(plain, [(4, *GENOTYPES[g]) for g in chosen])
-    for alpha_trains in (True, False):
-        conv.alpha.requires_grad_(alpha_trains)
-        torch.testing.assert_close(conv(input_()), frozen(input_()), **TIGHT)
-
-
 def test_start_of_a_search():
     plain = plain_conv()
     weight = plain.weight

@@ -1,18 +1,15 @@
 """What other tools do to a network whose convs were replaced: trace, hook, parametrise."""
 
 import copy
-import logging
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 from torchvision.models import resnet18, resnext50_32x4d
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from detectron2_nats import (
     Architecture,
-    NATSError,
     SearchSpace,
     alpha_parameters,
     apply_architecture,
@@ -102,21 +99,3 @@ def test_hooks_stay_and_can_be_removed(how):
         handle.remove()
     network(torch.randn(2, 3, 32, 32)).sum().backward()
     assert len(calls) == 3
-
-
-def with_computed_weights():
-    network = resnet18(weights=None)
-    parametrizations.weight_norm(network.layer2[0].conv2)
-    prune.l1_unstructured(network.layer3[1].conv1, "weight", 0.3)
-    return network
-
-
-def test_a_conv_with_a_computed_weight_is_named(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
-    network = to_supernet(with_computed_weights(), SPACE)
-    (line,) = [r.getMessage() for r in caplog.records]
-    assert "res3.0.conv2 (its weight is computed (weight_norm, pruning, …))" in line
-    assert "res4.1.conv1 (its weight is computed" in line and "res3.0.conv1" not in line
-    assert isinstance(network.layer2[0].conv2, nn.Conv2d)
-    with pytest.raises(NATSError, match="does not fit: res3.0.conv2: its weight is computed"):
-        apply_architecture(with_computed_weights(), drawn(resnet18(weights=None)))

@@ -163,24 +163,6 @@ def test_whole_convs_of_one_dilation_are_detectron2s_own(name):
 # -- kinds of space -------------------------------------------------------------------------
 
 
-def test_no_copy_is_made_with_shared_weights():
-    plain = build_plain("R50")
-    count = sum(p.numel() for p in plain.parameters())
-    shared = to_supernet(copy.deepcopy(plain), space_of("R50", share_weights=True))
-    own = to_supernet(copy.deepcopy(plain), space_of("R50"))
-    alphas = sum(c.alpha.numel() for c in searched_layers(own).values())
-    replicas = sum((len(c.genotypes) - 1) * c.weight.numel() for c in searched_layers(own).values())
-    assert sum(p.numel() for p in shared.parameters()) == count + alphas
-    assert sum(p.numel() for p in own.parameters()) == count + alphas + replicas
-    # as long as the replicas are copies, there is no difference
-    for network in (shared, own):
-        make_one_hot(network)
-        for conv in searched_layers(network).values():
-            conv.alpha.data.mul_(1e-4)
-    with torch.no_grad():
-        assert_identical(shared(image()), own(image()))
-
-
 def test_the_papers_sets_and_groups():
     convs = searched_layers(to_supernet(build_plain("R50"), SearchSpace("C")))
     shapes = {tuple(c.alpha.shape) for k, c in convs.items() if "res5" not in k}
@@ -301,19 +283,6 @@ def test_freezing_afterwards():
     frozen.freeze(4)
     assert not any(p.requires_grad for p in frozen.res3.parameters())
     assert all(isinstance(block.conv2.norm, FrozenBatchNorm2d) for block in frozen.res3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_and_an_empty_batch(dtype):
-    plain = build_plain("FPN")
-    supernet = to_supernet(copy.deepcopy(plain), space_of("FPN"))
-    frozen = apply_architecture(copy.deepcopy(plain), random_architecture("FPN", plain))
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        expected = {k: (y.shape, y.dtype) for k, y in plain(image(batch=0)).items()}
-        assert expected["p5"][1] == dtype
-        for network in (supernet, frozen):
-            found = {k: (y.shape, y.dtype) for k, y in network(image(batch=0)).items()}
-            assert found == expected
 
 
 # -- whole detectors and LazyConfig ---------------------------------------------------------
@@ -455,16 +424,3 @@ def test_architecture_of_another_backbone():
         ),
     ):
         fails_untouched(lambda b: apply_architecture(b, architecture), plain, message)
-
-
-def test_architecture_that_cuts_a_conv_group():
-    plain = build_plain("ResNeXt")
-    layers = dict(random_architecture("ResNeXt", plain).layers)
-    layers["res5.2.conv2"] = [[2, 1, 1], [254, 3, 3]]
-    message = "does not fit res5.2.conv2: segments .* cut conv groups of 32 channels"
-    fails_untouched(lambda b: apply_architecture(b, Architecture(layers)), plain, message)
-
-
-def test_architecture_file_that_is_missing():
-    message = "^missing.yaml: cannot be read"
-    fails_untouched(lambda b: apply_architecture(b, "missing.yaml"), build_plain("C4"), message)

@@ -40,8 +40,8 @@ def alpha_training(model: nn.Module) -> Iterator[None]:
             parallelism, in which α's gradients are yours to average.
     """
     alphas = alpha_parameters(model)
-    own = {id(alpha) for alpha in alphas}
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    of_alpha = {id(alpha) for alpha in alphas}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in of_alpha]
     state = ForwardState(model)
     _take_gradients(weights, False)
     _take_gradients(alphas, True)

@@ -212,15 +212,14 @@ class GroupedDilationConv2d(_DilationConv2d):
             (channels, channels // rows_per_group * inputs_per_group)
             for channels, _, _ in self.segments
         ]
-        places = {}  # dilation → its segments, counted in channel order
-        for place, (_, *genotype) in enumerate(self.segments):
-            places.setdefault(tuple(genotype), []).append(place)
+        genotypes = [tuple(genotype) for _, *genotype in self.segments]
         depthwise = self.in_channels == self.groups > 1
         self._branches = []
-        for genotype, own in places.items():
+        for genotype in dict.fromkeys(genotypes):
             dilation, padding = dilated(self, genotype)
-            self._branches.append((dilation, padding, pads_first(padding, depthwise), own))
-        self._fast_layouts = fast_layouts(len(places), depthwise)
+            indices = [i for i, other in enumerate(genotypes) if other == genotype]
+            self._branches.append((dilation, padding, pads_first(padding, depthwise), indices))
+        self._fast_layouts = fast_layouts(len(self._branches), depthwise)
         self.padding = "one for each dilation"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

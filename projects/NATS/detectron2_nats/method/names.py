@@ -64,6 +64,8 @@ def named_convs(network: nn.Module) -> Dict[str, NamedConv]:
         if owner != name:
             why_not = f"it shares its weight with {owner}"
             convs[owner] = convs[owner]._replace(why_not=f"it shares its weight with {name}")
+        if name in convs:
+            raise NATSError(f"two convs have the name {name}, at {convs[name].path} and {path}")
         convs[name] = NamedConv(path, conv, why_not)
     return convs
 
