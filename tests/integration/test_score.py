@@ -13,8 +13,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
 from detectron2_nats.engine.loader import dataset_dicts
+from detectron2_nats.method.transform import frozen_state_dict
 from detectron2_nats.search import hooks, score
-from detectron2_nats.search.export import export_config, frozen_weights, searched_detector
+from detectron2_nats.search.export import export_config, searched_detector
 from detectron2_nats.search.folder import SearchFolder
 from detectron2_nats.search.score import (
     candidates,
@@ -50,7 +51,7 @@ def batches(trainer):
 def test_score_is_the_loss_of_the_decoded_network(trainer, batches):
     found = Architecture.decode(trainer.model, "voted")
     frozen = build_model(export_config(searched_detector(trainer.cfg), found))
-    weights = frozen_weights(trainer.model.state_dict(), trainer.model.backbone, found)
+    weights = frozen_state_dict(trainer.model, found)
     frozen.load_state_dict(weights)
     frozen.train()
     losses = []
@@ -127,7 +128,8 @@ def folder(trainer, tmp_path):
 def test_export_and_score_read_the_same_intact_checkpoint(trainer, folder, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
     found = Architecture.decode(trainer.model, "voted")
-    assert SearchFolder(str(folder)).decode("voted").layers == found.layers
+    read = Architecture.decode(SearchFolder(str(folder)).detector, "voted")
+    assert read.layers == found.layers
     assert f"{folder}/model_final.pth is damaged" in caplog.text
     caplog.clear()
     report = score_folder(SearchFolder(str(folder)), 4)

@@ -683,9 +683,9 @@ def test_convs_inside_and_outside_of_the_stages(tiny_config, tmp_path):
     again.train()
     (folder / "config.yaml").write_text(load_config(tiny_config, convs).dump())
     search = SearchFolder(str(folder))
-    for conv in searched_layers(search.supernet[1]).values():
+    for conv in searched_layers(search.detector).values():
         conv.alpha.data.normal_()
-    one = search.decode("voted", at_most=1)
+    one = Architecture.decode(search.detector, "voted", at_most=1)
     assert all(len(segments) == 1 for segments in one.layers.values())
     assert one.search["at_most"] == 1
 

@@ -4,13 +4,9 @@ import argparse
 import os
 
 from ..errors import NATSError
-from ..search.export import (
-    detector_of,
-    export_config,
-    frozen_weights,
-    write_config,
-    write_weights,
-)
+from ..method.architecture import Architecture
+from ..method.transform import frozen_state_dict
+from ..search.export import detector_of, export_config, write_config, write_weights
 from ..search.folder import SearchFolder
 from .cli import write
 
@@ -18,17 +14,17 @@ from .cli import write
 def main(args: argparse.Namespace) -> None:
     folder = SearchFolder(args.source)
     architecture = folder.architecture()
-    given = {"order": args.order, "margin": args.margin, "at_most": args.at_most}
-    given = {key: value for key, value in given.items() if value is not None}
-    if given:
-        search = {"order": "paper", **architecture.search, **given}
-        architecture = folder.decode(**search)
+    decoding = {"order": args.order, "margin": args.margin, "at_most": args.at_most}
+    decoding = {key: value for key, value in decoding.items() if value is not None}
+    if decoding:
+        settings = {"order": "paper", **architecture.search, **decoding}
+        architecture = Architecture.decode(folder.detector, **settings)
     cfg = export_config(detector_of(folder, args.config_file), architecture)
     if args.weights:
-        frozen = frozen_weights(*folder.supernet, architecture)
+        frozen = frozen_state_dict(folder.detector, architecture)
         cfg.MODEL.WEIGHTS = args.weights
         write(args.weights, lambda: write_weights(frozen, architecture, args.weights))
-    elif os.path.isdir(args.source) and not given and not args.config_file:
+    elif os.path.isdir(args.source) and not decoding and not args.config_file:
         if folder.cfg.SEARCH.RETRAIN_WEIGHTS == "supernet":  # as the search writes it at its end
             cfg.MODEL.WEIGHTS = folder.file("frozen.pth")
             if not folder.has("frozen.pth"):

@@ -7,7 +7,7 @@ from typing import Any, Dict, Mapping, Sequence
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.modeling import Backbone, build_backbone
+from detectron2.modeling import build_backbone
 
 from ..config import load_config
 from ..errors import NATSError
@@ -15,7 +15,7 @@ from ..files import write_atomically, write_yaml
 from ..method.architecture import Architecture
 from ..method.names import named_convs
 from ..method.search_space import stage_of
-from ..method.transform import apply_architecture, frozen_state_dict
+from ..method.transform import apply_architecture
 from .folder import SearchFolder
 
 
@@ -141,18 +141,3 @@ def _difference(cfg: CfgNode, default: Mapping[str, Any]) -> Dict[str, Any]:
         elif key not in default or value != default[key]:
             difference[key] = value
     return difference
-
-
-def frozen_weights(
-    state_dict: Mapping[str, torch.Tensor], backbone: Backbone, architecture: Architecture
-) -> Dict[str, torch.Tensor]:
-    """:func:`.transform.frozen_state_dict` of a searched detector whose backbone alone is built.
-
-    Args:
-        state_dict: the searched detector's, with the prefix "backbone." for the backbone.
-        backbone: the detector's super-network, with weights.
-        architecture: decoded from it in voted order, or of its search space and never decoded.
-    """
-    rest = {k: v for k, v in state_dict.items() if not k.startswith("backbone.")}
-    own = frozen_state_dict(backbone, architecture)
-    return {**{f"backbone.{name}": value for name, value in own.items()}, **rest}

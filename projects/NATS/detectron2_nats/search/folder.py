@@ -2,7 +2,7 @@
 
 import os
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Dict, Tuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -72,42 +72,24 @@ class SearchFolder:
         return found
 
     @cached_property
-    def supernet(self) -> Tuple[Dict[str, torch.Tensor], nn.Module]:
-        """The searched detector's state dict, and its backbone, on the CPU.
+    def detector(self) -> nn.Module:
+        """The searched detector with the checkpoint's weights, on a device that there is here.
 
         Raises:
             NATSError: the checkpoint is not one of the search that the config describes.
         """
-        from detectron2.modeling import build_backbone
-
-        with torch.device("meta"):  # the weights will be in memory
-            backbone = build_backbone(self.cfg)
-        try:
-            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            state_dict: Dict[str, torch.Tensor] = content["model"]
-            weights = {k[9:]: v for k, v in state_dict.items() if k.startswith("backbone.")}
-            backbone.load_state_dict(weights, assign=True)
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            raise NATSError(
-                f"{self.checkpoint} does not fit {self.file('config.yaml')}: {one_line(error)}"
-            ) from None
-        return state_dict, backbone
-
-    def decode(
-        self, order: str, margin: float = 0.0, at_most: int = 0, **search: Any
-    ) -> Architecture:
-        """Decode the checkpoint's α; see :meth:`Architecture.decode`."""
-        return Architecture.decode(self.supernet[1], order, margin, at_most, **search)
-
-    def detector(self) -> nn.Module:
-        """The searched detector, with the checkpoint's weights, on a device that there is here."""
         from detectron2.modeling import build_model
 
-        from ..engine.checkpoint import SafeCheckpointer
         from ..engine.machine import set_usable_device
 
         cfg = self.cfg
         set_usable_device(cfg)
         model = build_model(cfg)
-        SafeCheckpointer(model, "").load(self.checkpoint, checkpointables=[])
+        try:
+            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            model.load_state_dict(content["model"])
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise NATSError(
+                f"{self.checkpoint} does not fit {self.file('config.yaml')}: {one_line(error)}"
+            ) from None
         return model

@@ -2,8 +2,8 @@
 
 If α is one-hot, each channel group of the super-network uses one replica. The super-network then
 computes what the decoded network with the super-network's own weights would. Its loss on images
-that these weights were not trained on is the architecture's one-shot score. docs/study.md says what
-it predicts.
+that these weights were not trained on is the one-shot score. study/README.md says what it
+predicts.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def score_folder(folder: SearchFolder, images: int) -> str:
     cfg = folder.cfg
     register_datasets(cfg)
     check_data(cfg, ["CALIBRATION"])
-    model = folder.detector()
+    model = folder.detector
     if any(getattr(conv, "settled", None) for conv in searched_layers(model).values()):
         raise NATSError(
             f"{folder.path} went on to train what it found, and its weights suit nothing else: "
