@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import NATSError
-from ..method.names import named_convs, residual_stages
+from ..method.names import residual_stages
 
 SHARE = 0.9
 """A network is said to see what holds this share of its field."""
@@ -146,51 +146,18 @@ def _maps(name: str, output: Any, size: Sequence[int]) -> Dict[str, torch.Tensor
 def returned_levels(network: nn.Module, images: torch.Tensor) -> Dict[str, nn.Module]:
     """The levels of a network, for :func:`effective_receptive_fields`: all maps that it returns.
 
-    Of a network that returns none, such as a classifier, the residual stages; and if it has none of
-    these either, of each size of feature maps the part that computes the last one.
+    Of a network that returns none, such as a classifier, the residual stages.
 
     Args:
         images: (B, 3, H, W).
     """
     with _looking_at(network, {"": network}, images.shape[-2:]) as outputs, torch.no_grad():
         network(images[:1])
-    if outputs:
-        return {"": network}
-    stages = _stages(network)
-    return stages if len(stages) > 1 else _last_of_each_size(network, images[:1])
+    return {"": network} if outputs else _stages(network)
 
 
 def _stages(network: nn.Module) -> Dict[str, nn.Module]:
     return {name: network.get_submodule(path) for name, path in residual_stages(network).items()}
-
-
-def _last_of_each_size(network: nn.Module, image: torch.Tensor) -> Dict[str, nn.Module]:
-    """Path → part that computes the last map of its size, and in which convs have a part."""
-    named = {path: part for path, part in network.named_modules() if path}
-    with _looking_at(network, named, image.shape[-2:]) as outputs, torch.no_grad():
-        network(image)
-    convs = [named.path for named in named_convs(network).values()]
-    last = {
-        output.shape[-2:]: path
-        for path, output in outputs.items()  # in the order in which they end
-        if path in named and any(f"{conv}.".startswith(f"{path}.") for conv in convs)
-    }
-    return {path: named[path] for path in last.values()}
-
-
-def parts(network: nn.Module, paths: Sequence[str]) -> Dict[str, nn.Module]:
-    """Levels by their paths in the network, such as "layer3.5".
-
-    Raises:
-        NATSError: there is no such part.
-    """
-    found = {}
-    for path in paths:
-        try:
-            found[path] = network.get_submodule(path)
-        except AttributeError as error:
-            raise NATSError(f"level {path}: {error}") from None
-    return found
 
 
 # -- sizes ----------------------------------------------------------------------------------------
@@ -251,12 +218,14 @@ def field_extents(
         raise NATSError("no images: give one or more to look at")
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     found: Dict[str, Extent] = {}
-    chosen: Optional[Dict[str, nn.Module]] = parts(network, levels) if levels else None
+    try:
+        parts = {path: network.get_submodule(path) for path in levels}
+    except AttributeError as error:
+        raise NATSError(f"no such level: {error}") from None
     for side, count in sides:
         batch = torch.stack([mirrored(image, side) for image in images[:count]]).to(device)
-        if chosen is None:
-            chosen = returned_levels(network, batch)
-        fields = effective_receptive_fields(network, batch, chosen)
+        parts = parts or returned_levels(network, batch)
+        fields = effective_receptive_fields(network, batch, parts)
         if not fields:
             raise NATSError(f"{type(network).__name__}: no feature maps to look at: name --levels")
         for name, field in fields.items():

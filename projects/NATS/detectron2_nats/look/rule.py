@@ -3,7 +3,7 @@
 The rule is that of the measured cases (study/README.md). It needs no training, and no Detectron2.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -55,13 +55,11 @@ class Objects:
 
     def __post_init__(self):
         boxes = np.asarray(self.boxes, dtype=float)
-        if boxes.ndim != 2 or boxes.shape[1] != 4 or not len(boxes):
+        is_list = boxes.ndim == 2 and boxes.shape[1] == 4 and len(boxes)
+        if not is_list or not (np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
             raise NATSError(
-                f"boxes of shape {boxes.shape}: expected (N, 4), x0 y0 x1 y1, at least one"
-            )
-        if not np.isfinite(boxes).all() or (boxes[:, 2:] <= boxes[:, :2]).any():
-            raise NATSError(
-                "boxes: expected x0 y0 x1 y1 with x0 < x1 and y0 < y1: some have no size"
+                f"boxes of shape {boxes.shape}: expected (N, 4), one or more x0 y0 x1 y1 with "
+                "x0 < x1 and y0 < y1"
             )
         object.__setattr__(self, "boxes", boxes)
 
@@ -115,7 +113,7 @@ class Look:
 
     levels: Mapping[str, Extent]
     objects: Optional[Objects] = None
-    verdict: Optional[Verdict] = field(default=None)
+    verdict: Optional[Verdict] = None
 
     def report(self) -> str:
         """The tables, and the verdict in one sentence."""
@@ -139,11 +137,6 @@ class Look:
             f"{len(objects.boxes)} objects; {wider.mean():.0%} are wider than tall, "
             f"{taller.mean():.0%} taller than wide.\n\n{self.verdict.sentence}"
         )
-
-
-def furthest(levels: Mapping[str, Extent]) -> str:
-    """The level of the largest field."""
-    return max(levels, key=lambda name: levels[name].height * levels[name].width)
 
 
 def look(
@@ -170,7 +163,8 @@ def look(
     extents = field_extents(network, images, levels)
     if objects is None:
         return Look(extents)
-    return Look(extents, objects, verdict(objects, extents[furthest(extents)]))
+    furthest = max(extents.values(), key=lambda extent: extent.height * extent.width)
+    return Look(extents, objects, verdict(objects, furthest))
 
 
 def verdict(objects: Objects, extent: Extent) -> Verdict:
