@@ -5,6 +5,7 @@ Works on any `nn.Module`, without Detectron2. Shapes: H and W are the input's he
 """
 
 import contextlib
+import copy
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
@@ -58,11 +59,11 @@ def effective_receptive_fields(
 
     This is the gradient of the output at the centre, summed over its channels, with respect to the
     input. Its absolute value is summed over the colours, normalised, and averaged over the images,
-    so that all images count equally. Norms use their stored statistics: batch statistics would let
-    every position see all others.
+    so that all images count equally.
 
     Args:
-        module: its training mode is restored, and no parameter gets a gradient.
+        module: in evaluation mode: by batch statistics every position would see all others. No
+            parameter gets a gradient.
         images: (B, 3, H, W), normalised as the network expects.
         levels: name → part of `module` whose output is a feature map, or several in a dict or
             list. None: the residual stages.
@@ -75,7 +76,7 @@ def effective_receptive_fields(
         if not levels:
             raise NATSError(f"{type(module).__name__} has no residual stages: name levels")
     sums: Dict[str, torch.Tensor] = {}
-    with _looking_at(module, levels, images.shape[-2:]) as outputs:
+    with _looking_at(levels, images.shape[-2:]) as outputs:
         for image in images:
             x = image[None].clone().requires_grad_(True)
             with torch.enable_grad():
@@ -94,7 +95,7 @@ def effective_receptive_fields(
 
 @contextlib.contextmanager
 def _looking_at(
-    module: nn.Module, levels: Mapping[str, nn.Module], size: Sequence[int]
+    levels: Mapping[str, nn.Module], size: Sequence[int]
 ) -> Iterator[Dict[str, torch.Tensor]]:
     """In the block, a forward pass fills the dict that is given: name → (B, C, h, w).
 
@@ -108,19 +109,9 @@ def _looking_at(
         )
         for name, level in levels.items()
     ]
-    modes = {part: part.training for part in module.modules()}
-    # without gradients of the weights, a pass keeps a third of the activations
-    trained = [p for p in module.parameters() if p.requires_grad]
     try:
-        module.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
         yield outputs
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for part, mode in modes.items():
-            part.training = mode
         for hook in hooks:
             hook.remove()
 
@@ -151,7 +142,7 @@ def returned_levels(network: nn.Module, images: torch.Tensor) -> Dict[str, nn.Mo
     Args:
         images: (B, 3, H, W).
     """
-    with _looking_at(network, {"": network}, images.shape[-2:]) as outputs, torch.no_grad():
+    with _looking_at({"": network}, images.shape[-2:]) as outputs, torch.no_grad():
         network(images[:1])
     return {"": network} if outputs else _stages(network)
 
@@ -201,7 +192,7 @@ def field_extents(
     """How far each level sees, measured on inputs as large as its field needs.
 
     Args:
-        network: takes (B, 3, H, W) on the device of its parameters.
+        network: takes (B, 3, H, W) on the device of its parameters. A copy of it is looked at.
         images: each (3, h, w) of any size, normalised as the network expects. Their centres are
             seen; where the input is larger, they are mirrored at their edges.
         levels: paths of parts of the network. (): all feature maps that it returns; or if it
@@ -217,6 +208,8 @@ def field_extents(
     if not len(images):
         raise NATSError("no images: give one or more to look at")
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    # without gradients of the weights, a pass keeps a third of the activations
+    network = copy.deepcopy(network).eval().requires_grad_(False)
     found: Dict[str, Extent] = {}
     try:
         parts = {path: network.get_submodule(path) for path in levels}

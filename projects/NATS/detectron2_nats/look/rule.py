@@ -81,22 +81,16 @@ class Objects:
         """How many times as long as wide: the longer side over the shorter."""
         return self.longer / np.minimum(self.heights, self.widths)
 
-    def times(self, extent: Extent) -> np.ndarray:
-        """(N,): each object's size over the field's, where it exceeds it most."""
-        return np.maximum(self.heights / extent.height, self.widths / extent.width)
-
 
 @dataclass(frozen=True)
 class Verdict:
     """What the rule says.
 
     Attributes:
-        case: "whole", "between", "larger" or "elongated".
         sentence: what was measured where this was so.
         draw: options of nats-draw to try first; none where the plain detector is to be trained.
     """
 
-    case: str
     sentence: str
     draw: Sequence[str] = ()
 
@@ -177,30 +171,27 @@ def verdict(objects: Objects, extent: Extent) -> Verdict:
     if direction:
         side, dilation, sizes = direction
         return Verdict(
-            "elongated",
             f"Elongated: half of the objects are {np.median(sizes):.0f} px {side} or more, "
             f"{np.median(objects.aspects):.1f} times as long as wide, and the detector sees "
             f"{extent} px: take dilations in that direction, {dilation}. Where this was so, they "
             "gained AP.",
             ("--uniform", dilation),
         )
-    times = float(np.median(objects.times(extent)))
+    sizes = np.maximum(objects.heights / extent.height, objects.widths / extent.width)
+    times = float(np.median(sizes))
     than = f"times as large as what the detector sees ({extent} px)"
     if times <= SEEN_WHOLE:
         return Verdict(
-            "whole",
             f"Seen whole: half of the objects are at most {times:.2g} {than}. Where this was so, "
             "random dilations lost AP.",
         )
     if times > PAYS:
         return Verdict(
-            "larger",
             f"Larger: half of the objects are more than {times:.2g} {than}. Where this was so, "
             "random dilations gained AP.",
             ("--random", "--dilations", DRAWN),
         )
     return Verdict(
-        "between",
         f"Between: half of the objects are more than {times:.2g} {than}. Where this was so, random "
         "dilations gained nothing beyond chance.",
     )
