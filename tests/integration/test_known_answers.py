@@ -19,7 +19,7 @@ def extents(backbone):
     """Standard deviations (along the height, along the width) of what res3's centre sees, px."""
     torch.manual_seed(0)
     field = torch.from_numpy(
-        effective_receptive_fields(backbone, torch.randn(4, 3, 192, 192))["res3"]
+        effective_receptive_fields(backbone.eval(), torch.randn(4, 3, 192, 192))["res3"]
     )
     place = torch.arange(192.0)
     spreads = []

@@ -28,7 +28,7 @@ from detectron2_nats.toy.sets import WEIGHTS
 
 assert nats.__file__.startswith(sys.argv[1]), nats.__file__
 assert torch.load(WEIGHTS)
-space = nats.SearchSpace("A", stages=["res5"], num_groups=2)
+space = nats.SearchSpace("A", ["res5.*"], num_groups=2)
 supernet = nats.to_supernet(torchvision.models.resnet18().eval(), space)
 alphas = nats.alpha_parameters(supernet)
 with nats.alpha_training(supernet):

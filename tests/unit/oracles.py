@@ -172,7 +172,7 @@ def randomized(module: nn.Module) -> nn.Module:
 def space_of(name: str, **kwargs) -> SearchSpace:
     stages = BACKBONES[name][2].split()
     kwargs.setdefault("num_groups", 4)
-    return SearchSpace([GENOTYPES[stage] for stage in stages], stages=stages, **kwargs)
+    return SearchSpace([GENOTYPES[s] for s in stages], [f"{s}.*" for s in stages], **kwargs)
 
 
 def residual_convs(network: nn.Module) -> Dict[str, nn.Conv2d]:

@@ -135,15 +135,10 @@ def test_a_bars_class_is_told_by_its_two_ends(standing, lengths):
     assert labels == set(range(9))
 
 
-def test_is_made_once_and_anew_for_another_version(monkeypatch):
-    path = Path(sets.ensure_embedded_dataset())
-    made = (path / "made_by.json").stat().st_mtime_ns
-    assert sets.ensure_embedded_dataset() == str(path)
-    assert (path / "made_by.json").stat().st_mtime_ns == made
-    (path / "left_over").touch()
-    monkeypatch.setitem(sets.SETS, "nats_embedded", replace(SMALL["nats_embedded"], version=2))
-    sets.ensure_embedded_dataset()
-    assert not (path / "left_over").exists()
+def test_is_made_once(monkeypatch):
+    path = sets.ensure_embedded_dataset()
+    monkeypatch.delattr(sets, "write_embedded_dataset")
+    assert sets.ensure_embedded_dataset() == path
 
 
 def test_a_killed_run_leaves_nothing_half_made(tmp_path, monkeypatch):
@@ -157,12 +152,10 @@ def test_a_killed_run_leaves_nothing_half_made(tmp_path, monkeypatch):
         patch.setattr(sets, "write_embedded_dataset", killed)
         with pytest.raises(KeyboardInterrupt):
             sets.ensure_embedded_dataset()
-    assert not final.exists()
-    # A folder without its marker is not trusted either.
-    (final / "train").mkdir(parents=True)
+    assert not list(tmp_path.iterdir())
     sets.ensure_embedded_dataset()
     assert len(list((final / "train").iterdir())) == COUNTS["train"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["nats_embedded", "nats_embedded.lock"]
+    assert list(tmp_path.iterdir()) == [final]
 
 
 @pytest.mark.parametrize("folder", SMALL)

@@ -82,11 +82,3 @@ def test_no_path_leads_out_of_the_zoo(tmp_path, monkeypatch):
             load_config(name)
     assert not marker.exists()
     assert load_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml").MODEL.RETINANET.NUM_CLASSES
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
-def test_a_base_that_is_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "config.yaml").write_text("_BASE_: pipe")
-    with pytest.raises(NATSError, match="_BASE_ .*pipe is not a file"):
-        load_config(str(tmp_path / "config.yaml"))

@@ -253,14 +253,14 @@ def test_frozen_stages_and_other_paddings_are_left_alone_and_named(warned):
     assert "res2.0.conv2 (it is frozen (takes no gradient))" in line
     assert "res5.2.conv2 (kernel (3, 3), padding (0, 0) of zeros, not (1, 1) of zeros)" in line
     trained = build_backbone(tiny_cfg(model_options=["BACKBONE.FREEZE_AT", 1]))
-    found = searched_layers(to_supernet(trained, SearchSpace(stages=["res2"])))
+    found = searched_layers(to_supernet(trained, SearchSpace(convs=["res2.*"])))
     assert list(found) == [f"res2.{i}.conv2" for i in range(3)]
 
 
 def test_untouched_stages_stay_plain():
     plain = build_plain("R50")
     before = residual_convs(plain)
-    apply_architecture(plain, random_architecture("R50", plain).restrict(["res4.*"]))
+    apply_architecture(plain, Architecture.uniform(plain, (1, 3), ["res4.*"]))
     for layer, conv in residual_convs(plain).items():
         assert has_dilations(conv) == layer.startswith("res4")
         assert conv is before[layer]
@@ -346,13 +346,13 @@ NEAR_C4 = r"near are res4.\*.conv2, res3.\*.conv2, res2.\*.conv2"
         # fits res3 and res4, not res5: nothing may have been changed by then
         (
             "R50",
-            dict(stages=["res4", "res3"], num_groups=64),
+            dict(convs=["res4.*", "res3.*"], num_groups=64),
             "res3.0.conv2: choose a divisor of its 32 channels",
         ),
         ("R50", dict(channels_per_group=64), "CHANNELS_PER_GROUP 64 does not fit res3.0"),
         (
             "R50",
-            dict(stages=["res3", "res2"]),
+            dict(convs=["res3.*", "res2.*"]),
             r"CONVS 'res2.\*': nothing to search: res2.0.conv2: it is frozen \(takes no gradient\)"
             r".*Take it out of MODEL.NATS.CONVS, or train these convs \(MODEL.BACKBONE.FREEZE_AT\)",
         ),

@@ -12,10 +12,6 @@ from .errors import NATSError
 MAX_FILE_BYTES = 8 * 2**20
 """Size limit of a config or architecture file. No more bytes are read."""
 
-_MAX_DEPTH = 50
-_MAX_SCALAR = 2**16
-_MAX_ALIASES = 30  # Detectron2's dumps have a few
-
 
 class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """Loads plain values only, and refuses duplicate keys."""
@@ -25,25 +21,6 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(node, yaml.MappingNode) and len(mapping) < len(node.value):
             raise yaml.YAMLError(f"duplicate key, near line {node.start_mark.line + 1}")
         return mapping
-
-
-def _check_events(text: str) -> None:
-    """Refuse a text that would cost much more time, stack or memory than its size suggests.
-
-    libyaml's composer dies of a hundred thousand open brackets. PyYAML reads "1:1:1:…", a number in
-    base 60, in quadratic time. Aliases of many aliases make a small file large when it is printed.
-    """
-    depth = aliases = 0
-    for event in yaml.parse(text, Loader=_StrictLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        aliases += isinstance(event, yaml.AliasEvent)
-        if depth > _MAX_DEPTH:
-            raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep")
-        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_SCALAR:
-            raise yaml.YAMLError(f"a value of more than {_MAX_SCALAR} characters")
-        if aliases > _MAX_ALIASES:
-            raise yaml.YAMLError(f"more than {_MAX_ALIASES} aliases")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -84,9 +61,7 @@ def read_yaml(path: str) -> Any:
     """
     data = read_bounded(path)
     try:
-        text = data.decode("utf-8")
-        _check_events(text)
-        return yaml.load(text, Loader=_StrictLoader)
+        return yaml.load(data.decode("utf-8"), Loader=_StrictLoader)
     except UnicodeDecodeError:
         raise NATSError(f"{path}: not a UTF-8 text file") from None
     except Exception as error:  # the constructors of `!!bool x` etc. raise all kinds of errors

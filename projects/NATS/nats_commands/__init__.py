@@ -50,16 +50,15 @@ def main(name: Optional[str] = None) -> None:
     mixed = name in ("look", "show")
     args = parser.parse_intermixed_args() if mixed else parser.parse_args()
     try:
-        command = importlib.import_module(f"detectron2_nats.commands.{name}")
-    except ModuleNotFoundError as error:
+        from detectron2_nats import NATSError
+
+        try:
+            importlib.import_module(f"detectron2_nats.commands.{name}").main(args)
+        except NATSError as error:
+            sys.exit(_refused(error))
+    except ModuleNotFoundError as error:  # some packages are imported where they are needed
         package = error.name.split(".")[0]
         sys.exit(_refused(f"nats-{name} needs {package}, which is not installed here"))
-    from detectron2_nats import NATSError
-
-    try:
-        command.main(args)
-    except NATSError as error:
-        sys.exit(_refused(error))
 
 
 def _refused(reason: object) -> int:

@@ -15,9 +15,6 @@ examples:
   each channel group draws its dilation:
     $ nats-draw --config-file configs/quickstart/registers.yaml --random \\
         --dilations 1x1,3x3,5x5,1x5,5x1 --output output/random
-  any convs of a network of torchvision or timm; Detectron2 is not needed:
-    $ nats-draw --network torchvision:mobilenet_v3_large --convs 'features.1?.*' \\
-        --uniform 1x3 --output output/mobilenet
 
 Writes architecture.yaml, and with --config-file retrain.yaml, a plain config of full length: of the
 detector, or of a search's SEARCH.RETRAIN_CONFIG.

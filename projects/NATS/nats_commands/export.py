@@ -8,11 +8,6 @@ EXAMPLES = """
 examples:
   retrain.yaml once more, from the search's output folder:
     $ nats-export output/search
-  another detector with the searched backbone; --config-file takes a path or a zoo name:
-    $ nats-export output/search --output mask.yaml \\
-        --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml
-  of an undecided search: only groups that clearly prefer another dilation leave (1, 1):
-    $ nats-export output/search --margin 0.1 --output output/search/margin.yaml
   with the super-network's own weights, to start from instead of ImageNet's (voted order):
     $ nats-export output/search --order voted --weights output/search/frozen.pth
 """

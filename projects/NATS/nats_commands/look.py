@@ -11,9 +11,6 @@ EXAMPLES = """
 examples:
   a detector: config and weights, with the objects of its DATASETS.TEST:
     $ nats-look configs/quickstart/bars.yaml nats://embedded_r50.pth --output output/look
-  your own data, on images as large as the network will get them:
-    $ nats-look configs/examples/own_data_retrain.yaml path/to/R-50-half.pkl \\
-        --annotations val.json --images images --output output/look INPUT.MIN_SIZE_TEST 240
   a network of torchvision or timm; Detectron2 is not needed:
     $ nats-look --network torchvision:resnet50 --weights resnet50.pth \\
         --annotations val.json --images images --size 800

@@ -6,8 +6,6 @@ __all__ = ["EXAMPLES", "add_arguments"]
 
 EXAMPLES = """
 examples:
-  search on the embedded data set, on one CPU or GPU:
-    $ nats-search --config-file configs/quickstart/search.yaml
   the paper's search, eight GPUs of one machine:
     $ nats-search --num-gpus 8 --config-file configs/search/faster_rcnn_R_50_FPN.yaml
   resume after a kill:

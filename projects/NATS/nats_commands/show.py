@@ -16,8 +16,6 @@ examples:
     $ nats-show output/search --score 200
   two trained detectors beside each other:
     $ nats-show output/plain output/search/retrain --images 4 --output output/pictures
-  an architecture file, in any detector (a path or a zoo name):
-    $ nats-show architecture.yaml --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml
 """
 
 

@@ -12,8 +12,6 @@ EXAMPLES = """
 examples:
   retrain the result of a search:
     $ nats-train --num-gpus 8 --config-file output/search/retrain.yaml
-  train the plain detector, to compare:
-    $ nats-train --num-gpus 8 --config-file configs/retrain/faster_rcnn_R_50_FPN.yaml
   resume after a kill; evaluate only:
     $ nats-train --config-file ... --resume
     $ nats-train --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth

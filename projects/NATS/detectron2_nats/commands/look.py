@@ -6,7 +6,6 @@ import shlex
 from typing import List, Sequence, Tuple
 
 import torch
-from torch import nn
 
 from ..errors import NATSError
 from ..look.networks import build_network, load_weights
@@ -18,7 +17,6 @@ from ..look.objects import (
     image_on_input,
     normalised,
     read_coco,
-    typical,
 )
 from ..look.receptive_field import SIDES
 from ..look.rule import Look, look
@@ -57,8 +55,10 @@ def main(args: argparse.Namespace) -> None:
     if args.output:
         _draw(args.output, found, records, size)
     if found.verdict:
-        draw = [*found.verdict.draw, *_where(network)] if found.verdict.draw else []
-        print(f"\nnext: {next_step(args, draw)}")
+        draw = list(found.verdict.draw)
+        if draw and not residual_stages(network):
+            draw += ["--convs", "*"]
+        print(f"\nnext: {_next_step(args, draw)}")
 
 
 def _words(args: argparse.Namespace) -> Tuple[str, str, List[str]]:
@@ -106,24 +106,15 @@ def _draw(folder: str, found: Look, records: Sequence[Record], size: InputSize) 
     from ..look.picture import plot_look
     from ..show import pictures  # matplotlib is slow to import
 
-    record = typical(records, size) if found.objects else records[0]
+    record = max(records, key=lambda record: len(record.boxes))  # shows most objects
     figure = plot_look(found, image_on_input(record, size), boxes_on_input([record], size))
     path = os.path.join(folder, "look.png")
     print()
     write(path, lambda: pictures.save(figure, folder, "look"))
 
 
-def _where(network: nn.Module) -> List[str]:
-    """The option that nats-draw needs for a network without residual stages."""
-    return [] if residual_stages(network) else ["--convs", "*"]
-
-
-def next_step(args: argparse.Namespace, draw: Sequence[str]) -> str:
-    """The command to run next.
-
-    Args:
-        draw: options of nats-draw; none where the network is to be trained as it is.
-    """
+def _next_step(args: argparse.Namespace, draw: Sequence[str]) -> str:
+    """The command to run next. `draw`: options of nats-draw; none: train the network as it is."""
     if args.network:
         words = ["nats-draw", "--network", args.network, *draw, "--output", "output/drawn"]
         return shlex.join(words) if draw else "train the network as it is"

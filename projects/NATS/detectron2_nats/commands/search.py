@@ -2,7 +2,6 @@
 
 import argparse
 
-import nats_commands
 from detectron2.config import CfgNode
 
 from ..config import load_config
@@ -19,8 +18,3 @@ def search(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     run_in_processes(search, load_config(args.config_file, args.opts), args)
-
-
-def run() -> None:
-    """The command, with its words in `sys.argv`."""
-    nats_commands.main("search")

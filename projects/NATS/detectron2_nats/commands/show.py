@@ -59,20 +59,17 @@ def _show_choice(folder: SearchFolder, args: argparse.Namespace) -> None:
 
 
 def _cost(folder: SearchFolder, config: str) -> str:
-    """Parameters and so on of the backbone, beside those of the plain one."""
+    """Parameters and FLOPs of the backbone, which are those of the plain one."""
     from detectron2.modeling import build_backbone
 
     from ..search.export import detector_of, export_config
     from ..show.cost import backbone_cost
 
     cfg = export_config(detector_of(folder, config), folder.architecture())
-    plain = cfg.clone()
-    plain.MODEL.BACKBONE.NAME = cfg.MODEL.NATS.BASE_BACKBONE
     side = -(-(cfg.INPUT.MIN_SIZE_TEST or 800) // 32) * 32  # padded to the largest stride
-    costs = [backbone_cost(build_backbone(c), side, side) for c in (cfg, plain)]
-    counts = ", ".join(f"{count:,} {name}" for name, count in costs[0].items())
-    same = "as the plain one" if costs[0] == costs[1] else f"the plain one: {costs[1]}"
-    return f"The backbone, for {side} × {side} px: {counts}; {same}."
+    cost = backbone_cost(build_backbone(cfg), side, side)
+    counts = ", ".join(f"{count:,} {name}" for name, count in cost.items())
+    return f"The backbone, for {side} × {side} px: {counts}, as the plain one."
 
 
 def _detector(folder: SearchFolder, args: argparse.Namespace) -> Dict[str, Tuple]:

@@ -1,6 +1,6 @@
 """Compare the config of a run with the one of a checkpoint."""
 
-from typing import List, Sequence
+from typing import List
 
 from detectron2.config import CfgNode
 
@@ -24,17 +24,16 @@ _FREE_KEYS = (
 )
 
 
-def config_differences(saved: str, cfg: CfgNode, free: Sequence[str] = _FREE_KEYS) -> List[str]:
+def config_differences(saved: str, cfg: CfgNode) -> List[str]:
     """A line "KEY: old, now new" for each setting that changes what is computed.
 
     Args:
         saved: the old config, as dumped.
-        free: settings, or beginnings of their names, that may differ.
     """
     old, new = (flat(CfgNode.load_cfg(dump)) for dump in (saved, cfg.dump()))
     old = {**flat(load_config("")), **old}  # keys that this version has and the old one had not
     return [
         f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(tuple(free))
+        if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
     ]

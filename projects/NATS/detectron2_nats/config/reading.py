@@ -53,25 +53,9 @@ def _check_pairs(opts: List[str]) -> None:
         raise NATSError(f"{options[0]} comes after KEY VALUE pairs, which are the last: move it")
     if len(opts) % 2:
         raise NATSError(f"command line: KEY VALUE pairs: {shown(opts[-1])} has no value")
-    known = flat(load_config("")) if opts else {}
     for key, value in zip(opts[::2], opts[1::2]):
         if key == "MODEL.NATS.STAGES":
             _refuse_stages("command line", value)
-        if not isinstance(known.get(key) if isinstance(key, str) else None, (list, tuple)):
-            continue
-        try:
-            given = CfgNode._decode_cfg_value(value)
-        except Exception:  # Python's parser raises many kinds; merging says which
-            continue
-        if isinstance(given, str) or (isinstance(given, (int, float)) and abs(given) < 1e9):
-            one = given.strip("()[]{}, '\"") if isinstance(given, str) else given
-            example = repr((one,))
-            if key == "DATASETS.REGISTER" or len(example) > 60:
-                example = "[['my_train', 'train.json', 'images']]"
-            raise NATSError(
-                f"command line: {key} is a list, with quotes around its names and a comma in a "
-                f'list of one: {key} "{example}", not {shown(given)}'
-            )
 
 
 def _zoo_config(path: str) -> str:
@@ -103,8 +87,6 @@ def _check_bases(path: str, depth: int = 0) -> None:
     if not isinstance(base, str):
         raise NATSError(f"{path}: _BASE_ must be the path of one config")
     base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-    if os.path.exists(base) and not os.path.isfile(base):
-        raise NATSError(f"{path}: _BASE_ {base} is not a file")  # a pipe would block the reader
     _check_bases(base, depth + 1)
 
 
@@ -127,6 +109,10 @@ def _merge(name: str, merge) -> None:
         unknown = re.fullmatch(r"Non-existent (?:config )?key: (.*)", reason)
         if unknown:
             reason = _unknown(unknown[1], flat(load_config("")))
+        if re.match("Type mismatch .*'(tuple|list)'", reason):
+            reason += (
+                ": a list has quotes around its names and a comma in a list of one: \"('a',)\""
+            )
         raise NATSError(f"{name}: {reason}") from None
 
 

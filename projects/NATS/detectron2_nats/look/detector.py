@@ -1,7 +1,7 @@
 """What :mod:`.look` needs of a Detectron2 detector: backbone, images and objects of a config."""
 
 import logging
-from typing import List, Sequence, Tuple
+from typing import List, Sequence
 
 import numpy as np
 from torch import nn
@@ -39,6 +39,8 @@ class Detector:
     Attributes:
         cfg: the config.
         backbone: on MODEL.DEVICE, or the CPU where there is no GPU.
+        size: of its input.
+        normalisation: mean, deviation and order of the channels, for :func:`.objects.normalised`.
         untrained: names of the backbone's tensors that the weights do not hold.
 
     Raises:
@@ -56,16 +58,9 @@ class Detector:
         checkpointer.load(weights or self.cfg.MODEL.WEIGHTS, checkpointables=[])
         self.untrained = list(checkpointer.missing)
         self.backbone: nn.Module = getattr(model, "backbone", model)
-
-    @property
-    def size(self) -> InputSize:
-        return InputSize(self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST)
-
-    @property
-    def normalisation(self) -> Tuple[List[float], List[float], str]:
-        """Mean, deviation and order of the channels, for :func:`.objects.normalised`."""
-        model = self.cfg.MODEL
-        return list(model.PIXEL_MEAN), list(model.PIXEL_STD), self.cfg.INPUT.FORMAT
+        self.size = InputSize(self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST)
+        mean, deviation = self.cfg.MODEL.PIXEL_MEAN, self.cfg.MODEL.PIXEL_STD
+        self.normalisation = list(mean), list(deviation), self.cfg.INPUT.FORMAT
 
     def records(self) -> List[Record]:
         """The images and objects of the first of DATASETS.TEST and TRAIN.

@@ -84,23 +84,6 @@ def evenly(records: Sequence[Any], count: int) -> List[Any]:
     return [records[i] for i in chosen]
 
 
-def typical(records: Sequence[Record], size: InputSize) -> Record:
-    """The image that shows best how large the objects are.
-
-    Its objects' median sides differ least from those of all objects, as ratios.
-    """
-
-    def medians(boxes: np.ndarray) -> np.ndarray:
-        return np.log(np.median(boxes[:, 2:] - boxes[:, :2], axis=0))
-
-    overall = medians(boxes_on_input(records, size))
-    with_objects = [record for record in records if len(record.boxes)]
-    return min(
-        with_objects,
-        key=lambda record: np.abs(medians(boxes_on_input([record], size)) - overall).sum(),
-    )
-
-
 def image_on_input(record: Record, size: InputSize) -> np.ndarray:
     """(H, W, 3) uint8, RGB, as the network is given it.
 

@@ -1,4 +1,4 @@
-"""A picture of what :mod:`.look` finds: fields and typical objects, to scale over one image."""
+"""A picture of what :mod:`.look` finds: fields and objects, to scale over one image."""
 
 import matplotlib
 import numpy as np
@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 from .rule import Look
 
 
-def plot_look(found: Look, image: np.ndarray, boxes: np.ndarray, title: str = "") -> Figure:
+def plot_look(found: Look, image: np.ndarray, boxes: np.ndarray) -> Figure:
     """Fields as rectangles around the image's centre, the objects where they are, all to scale.
 
     Args:
@@ -29,8 +29,6 @@ def plot_look(found: Look, image: np.ndarray, boxes: np.ndarray, title: str = ""
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **style))
     centre = width / 2, height / 2
     handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor="#00b050", label="objects")]
-    if not len(boxes):
-        handles = []
     colours = matplotlib.colormaps["plasma"](np.linspace(0.1, 0.85, len(found.levels)))
     for (name, extent), colour in zip(found.levels.items(), colours):
         label = f"{name} sees {extent}"
@@ -53,8 +51,6 @@ def plot_look(found: Look, image: np.ndarray, boxes: np.ndarray, title: str = ""
         fontsize=9,
         frameon=False,
     )
-    if title:
-        figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -5,6 +5,7 @@ Works on any `nn.Module`, without Detectron2. Shapes: H and W are the input's he
 """
 
 import contextlib
+import copy
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import NATSError
-from ..method.names import named_convs, residual_stages
+from ..method.names import residual_stages
 
 SHARE = 0.9
 """A network is said to see what holds this share of its field."""
@@ -58,11 +59,11 @@ def effective_receptive_fields(
 
     This is the gradient of the output at the centre, summed over its channels, with respect to the
     input. Its absolute value is summed over the colours, normalised, and averaged over the images,
-    so that all images count equally. Norms use their stored statistics: batch statistics would let
-    every position see all others.
+    so that all images count equally.
 
     Args:
-        module: its training mode is restored, and no parameter gets a gradient.
+        module: in evaluation mode: by batch statistics every position would see all others. No
+            parameter gets a gradient.
         images: (B, 3, H, W), normalised as the network expects.
         levels: name → part of `module` whose output is a feature map, or several in a dict or
             list. None: the residual stages.
@@ -75,7 +76,7 @@ def effective_receptive_fields(
         if not levels:
             raise NATSError(f"{type(module).__name__} has no residual stages: name levels")
     sums: Dict[str, torch.Tensor] = {}
-    with _looking_at(module, levels, images.shape[-2:]) as outputs:
+    with _looking_at(levels, images.shape[-2:]) as outputs:
         for image in images:
             x = image[None].clone().requires_grad_(True)
             with torch.enable_grad():
@@ -94,7 +95,7 @@ def effective_receptive_fields(
 
 @contextlib.contextmanager
 def _looking_at(
-    module: nn.Module, levels: Mapping[str, nn.Module], size: Sequence[int]
+    levels: Mapping[str, nn.Module], size: Sequence[int]
 ) -> Iterator[Dict[str, torch.Tensor]]:
     """In the block, a forward pass fills the dict that is given: name → (B, C, h, w).
 
@@ -108,19 +109,9 @@ def _looking_at(
         )
         for name, level in levels.items()
     ]
-    modes = {part: part.training for part in module.modules()}
-    # without gradients of the weights, a pass keeps a third of the activations
-    trained = [p for p in module.parameters() if p.requires_grad]
     try:
-        module.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
         yield outputs
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for part, mode in modes.items():
-            part.training = mode
         for hook in hooks:
             hook.remove()
 
@@ -146,51 +137,18 @@ def _maps(name: str, output: Any, size: Sequence[int]) -> Dict[str, torch.Tensor
 def returned_levels(network: nn.Module, images: torch.Tensor) -> Dict[str, nn.Module]:
     """The levels of a network, for :func:`effective_receptive_fields`: all maps that it returns.
 
-    Of a network that returns none, such as a classifier, the residual stages; and if it has none of
-    these either, of each size of feature maps the part that computes the last one.
+    Of a network that returns none, such as a classifier, the residual stages.
 
     Args:
         images: (B, 3, H, W).
     """
-    with _looking_at(network, {"": network}, images.shape[-2:]) as outputs, torch.no_grad():
+    with _looking_at({"": network}, images.shape[-2:]) as outputs, torch.no_grad():
         network(images[:1])
-    if outputs:
-        return {"": network}
-    stages = _stages(network)
-    return stages if len(stages) > 1 else _last_of_each_size(network, images[:1])
+    return {"": network} if outputs else _stages(network)
 
 
 def _stages(network: nn.Module) -> Dict[str, nn.Module]:
     return {name: network.get_submodule(path) for name, path in residual_stages(network).items()}
-
-
-def _last_of_each_size(network: nn.Module, image: torch.Tensor) -> Dict[str, nn.Module]:
-    """Path → part that computes the last map of its size, and in which convs have a part."""
-    named = {path: part for path, part in network.named_modules() if path}
-    with _looking_at(network, named, image.shape[-2:]) as outputs, torch.no_grad():
-        network(image)
-    convs = [named.path for named in named_convs(network).values()]
-    last = {
-        output.shape[-2:]: path
-        for path, output in outputs.items()  # in the order in which they end
-        if path in named and any(f"{conv}.".startswith(f"{path}.") for conv in convs)
-    }
-    return {path: named[path] for path in last.values()}
-
-
-def parts(network: nn.Module, paths: Sequence[str]) -> Dict[str, nn.Module]:
-    """Levels by their paths in the network, such as "layer3.5".
-
-    Raises:
-        NATSError: there is no such part.
-    """
-    found = {}
-    for path in paths:
-        try:
-            found[path] = network.get_submodule(path)
-        except AttributeError as error:
-            raise NATSError(f"level {path}: {error}") from None
-    return found
 
 
 # -- sizes ----------------------------------------------------------------------------------------
@@ -234,7 +192,7 @@ def field_extents(
     """How far each level sees, measured on inputs as large as its field needs.
 
     Args:
-        network: takes (B, 3, H, W) on the device of its parameters.
+        network: takes (B, 3, H, W) on the device of its parameters. A copy of it is looked at.
         images: each (3, h, w) of any size, normalised as the network expects. Their centres are
             seen; where the input is larger, they are mirrored at their edges.
         levels: paths of parts of the network. (): all feature maps that it returns; or if it
@@ -250,13 +208,17 @@ def field_extents(
     if not len(images):
         raise NATSError("no images: give one or more to look at")
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    # without gradients of the weights, a pass keeps a third of the activations
+    network = copy.deepcopy(network).eval().requires_grad_(False)
     found: Dict[str, Extent] = {}
-    chosen: Optional[Dict[str, nn.Module]] = parts(network, levels) if levels else None
+    try:
+        parts = {path: network.get_submodule(path) for path in levels}
+    except AttributeError as error:
+        raise NATSError(f"no such level: {error}") from None
     for side, count in sides:
         batch = torch.stack([mirrored(image, side) for image in images[:count]]).to(device)
-        if chosen is None:
-            chosen = returned_levels(network, batch)
-        fields = effective_receptive_fields(network, batch, chosen)
+        parts = parts or returned_levels(network, batch)
+        fields = effective_receptive_fields(network, batch, parts)
         if not fields:
             raise NATSError(f"{type(network).__name__}: no feature maps to look at: name --levels")
         for name, field in fields.items():

@@ -3,7 +3,7 @@
 The rule is that of the measured cases (study/README.md). It needs no training, and no Detectron2.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -55,13 +55,11 @@ class Objects:
 
     def __post_init__(self):
         boxes = np.asarray(self.boxes, dtype=float)
-        if boxes.ndim != 2 or boxes.shape[1] != 4 or not len(boxes):
+        is_list = boxes.ndim == 2 and boxes.shape[1] == 4 and len(boxes)
+        if not is_list or not (np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
             raise NATSError(
-                f"boxes of shape {boxes.shape}: expected (N, 4), x0 y0 x1 y1, at least one"
-            )
-        if not np.isfinite(boxes).all() or (boxes[:, 2:] <= boxes[:, :2]).any():
-            raise NATSError(
-                "boxes: expected x0 y0 x1 y1 with x0 < x1 and y0 < y1: some have no size"
+                f"boxes of shape {boxes.shape}: expected (N, 4), one or more x0 y0 x1 y1 with "
+                "x0 < x1 and y0 < y1"
             )
         object.__setattr__(self, "boxes", boxes)
 
@@ -83,22 +81,16 @@ class Objects:
         """How many times as long as wide: the longer side over the shorter."""
         return self.longer / np.minimum(self.heights, self.widths)
 
-    def times(self, extent: Extent) -> np.ndarray:
-        """(N,): each object's size over the field's, where it exceeds it most."""
-        return np.maximum(self.heights / extent.height, self.widths / extent.width)
-
 
 @dataclass(frozen=True)
 class Verdict:
     """What the rule says.
 
     Attributes:
-        case: "whole", "between", "larger" or "elongated".
         sentence: what was measured where this was so.
         draw: options of nats-draw to try first; none where the plain detector is to be trained.
     """
 
-    case: str
     sentence: str
     draw: Sequence[str] = ()
 
@@ -115,7 +107,7 @@ class Look:
 
     levels: Mapping[str, Extent]
     objects: Optional[Objects] = None
-    verdict: Optional[Verdict] = field(default=None)
+    verdict: Optional[Verdict] = None
 
     def report(self) -> str:
         """The tables, and the verdict in one sentence."""
@@ -139,11 +131,6 @@ class Look:
             f"{len(objects.boxes)} objects; {wider.mean():.0%} are wider than tall, "
             f"{taller.mean():.0%} taller than wide.\n\n{self.verdict.sentence}"
         )
-
-
-def furthest(levels: Mapping[str, Extent]) -> str:
-    """The level of the largest field."""
-    return max(levels, key=lambda name: levels[name].height * levels[name].width)
 
 
 def look(
@@ -170,7 +157,8 @@ def look(
     extents = field_extents(network, images, levels)
     if objects is None:
         return Look(extents)
-    return Look(extents, objects, verdict(objects, extents[furthest(extents)]))
+    furthest = max(extents.values(), key=lambda extent: extent.height * extent.width)
+    return Look(extents, objects, verdict(objects, furthest))
 
 
 def verdict(objects: Objects, extent: Extent) -> Verdict:
@@ -183,30 +171,27 @@ def verdict(objects: Objects, extent: Extent) -> Verdict:
     if direction:
         side, dilation, sizes = direction
         return Verdict(
-            "elongated",
             f"Elongated: half of the objects are {np.median(sizes):.0f} px {side} or more, "
             f"{np.median(objects.aspects):.1f} times as long as wide, and the detector sees "
             f"{extent} px: take dilations in that direction, {dilation}. Where this was so, they "
             "gained AP.",
             ("--uniform", dilation),
         )
-    times = float(np.median(objects.times(extent)))
+    sizes = np.maximum(objects.heights / extent.height, objects.widths / extent.width)
+    times = float(np.median(sizes))
     than = f"times as large as what the detector sees ({extent} px)"
     if times <= SEEN_WHOLE:
         return Verdict(
-            "whole",
             f"Seen whole: half of the objects are at most {times:.2g} {than}. Where this was so, "
             "random dilations lost AP.",
         )
     if times > PAYS:
         return Verdict(
-            "larger",
             f"Larger: half of the objects are more than {times:.2g} {than}. Where this was so, "
             "random dilations gained AP.",
             ("--random", "--dilations", DRAWN),
         )
     return Verdict(
-        "between",
         f"Between: half of the objects are more than {times:.2g} {than}. Where this was so, random "
         "dilations gained nothing beyond chance.",
     )

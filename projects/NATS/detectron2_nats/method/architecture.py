@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
@@ -14,15 +14,7 @@ from ..errors import NATSError, shown
 from ..files import read_yaml, write_yaml
 from .decode import Segment, decode_alpha, merged
 from .names import searchable, searched_layers
-from .search_space import (
-    CONVS,
-    Dilation,
-    SearchSpace,
-    check_dilation,
-    check_patterns,
-    first_match,
-    stage_of,
-)
+from .search_space import CONVS, Dilation, SearchSpace, check_dilation, stage_of
 
 FORMAT = "detectron2-nats/1"
 
@@ -127,7 +119,7 @@ class Architecture:
         dilation = check_dilation(dilation)
         layers = {
             name: ((conv.out_channels, *dilation),)
-            for name, conv in searchable(network, check_patterns(convs)).items()
+            for name, conv in searchable(network, convs).items()
         }
         return cls(_completed(network, layers), {"method": "uniform"})
 
@@ -189,21 +181,6 @@ class Architecture:
     def stages(self) -> Tuple[str, ...]:
         """The residual stages that it changes, in order of first mention."""
         return tuple(filter(None, dict.fromkeys(map(stage_of, self.layers))))
-
-    def restrict(self, convs: Sequence[str]) -> "Architecture":
-        """Only the layers that a pattern matches. Stages kept in part are plain in the rest.
-
-        Raises:
-            NATSError: nothing is left.
-        """
-        kept = {k: v for k, v in self.layers.items() if first_match(k, convs)}
-        if not kept:
-            raise NATSError(f"no layer of the architecture matches {shown(list(convs))}")
-        stages = {stage_of(name) for name in kept} - {""}
-        for name, segments in self.layers.items():
-            if stage_of(name) in stages and name not in kept:
-                kept[name] = ((sum(channels for channels, *_ in segments), 1, 1),)
-        return replace(self, layers=kept)
 
     def channels_per_dilation(self, layer: str) -> Dict[Dilation, int]:
         """Output channels of each dilation in one layer."""

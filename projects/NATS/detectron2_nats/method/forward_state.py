@@ -1,7 +1,5 @@
 """What a forward pass changes besides its outputs."""
 
-from typing import Optional
-
 import torch
 from torch import nn
 
@@ -16,28 +14,14 @@ class ForwardState:
     def __init__(self, model: nn.Module):
         self.model = model
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.buffers = [b for m in norms for b in m.buffers(recurse=False)]
-        self.copies = [torch.empty_like(b) for b in self.buffers]
-        self.save()
-
-    @property
-    def normalizer(self) -> Optional[float]:
-        """Of this rank; None before the first step, and where the detector has none."""
-        return getattr(self.model, "loss_normalizer", None)
-
-    @normalizer.setter
-    def normalizer(self, value: Optional[float]) -> None:
-        if value is not None:
-            self.model.loss_normalizer = value
-        elif self.normalizer is not None:
-            del self.model.loss_normalizer
-
-    def save(self) -> None:
-        self._normalizer = self.normalizer
-        if self.buffers:
-            torch._foreach_copy_(self.copies, self.buffers)
+        self.buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self.copies = [buffer.clone() for buffer in self.buffers]
+        self.normalizer = getattr(model, "loss_normalizer", None)
 
     def restore(self) -> None:
-        self.normalizer = self._normalizer
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.copies)
+        if self.normalizer is not None:
+            self.model.loss_normalizer = self.normalizer
+        elif hasattr(self.model, "loss_normalizer"):  # this pass was the first
+            del self.model.loss_normalizer

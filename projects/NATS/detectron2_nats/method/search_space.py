@@ -80,7 +80,6 @@ class SearchSpace:
         convs: patterns of names (:mod:`.names`), as in `fnmatch`; by default the paper's stages.
             Searched are the convs that match and can be; a conv belongs to the first pattern that
             it matches.
-        stages: "res3" for the pattern "res3.*" and so on, instead of `convs`.
         num_groups: N, channel groups per conv; 1 is path-level search. The default is 16, unless
             `channels_per_group` is given.
         channels_per_group: output channels per group, instead of `num_groups`.
@@ -99,16 +98,11 @@ class SearchSpace:
         space: Union[str, Sequence[Sequence[Sequence[int]]]] = "C",
         convs: Sequence[str] = CONVS,
         *,
-        stages: Optional[Sequence[str]] = None,
         num_groups: Optional[int] = None,
         channels_per_group: Optional[int] = None,
         share_weights: bool = False,
         sample: bool = False,
     ):
-        if stages is not None:
-            if convs is not CONVS or not _is_list(stages):
-                raise NATSError(f"stages {shown(stages)}: expected a list, and no convs beside it")
-            convs = [f"{stage}.*" for stage in stages]
         if num_groups is not None and channels_per_group is not None:
             raise NATSError(
                 f"both NUM_GROUPS ({num_groups}) and CHANNELS_PER_GROUP ({channels_per_group}) are "
@@ -174,14 +168,11 @@ def _genotypes(space: Any, convs: Tuple[str, ...]) -> Mapping[str, Tuple[Dilatio
         )
     genotypes = {}
     for pattern, pairs in zip(convs, space):
-        if not _is_list(pairs) or not pairs:
+        of_pattern = tuple(map(check_dilation, pairs)) if _is_list(pairs) else ()
+        if of_pattern[:1] != ((1, 1),) or len(set(of_pattern)) < len(of_pattern):
             raise NATSError(
-                f"SPACE of {pattern}: expected a list of dilation pairs, got {shown(pairs)}"
+                f"SPACE of {pattern}: {shown(pairs)}: expected a list of dilation pairs that "
+                "begins with (1, 1), the plain conv, and names each once"
             )
-        genotypes[pattern] = tuple(check_dilation(pair) for pair in pairs)
-        if genotypes[pattern][0] != (1, 1) or len(set(genotypes[pattern])) < len(pairs):
-            raise NATSError(
-                f"SPACE of {pattern}: {shown(pairs)} must begin with (1, 1), the plain conv, and "
-                "name each dilation once"
-            )
+        genotypes[pattern] = of_pattern
     return genotypes

@@ -88,9 +88,7 @@ def _turn_into(conv: nn.Conv2d, other: nn.Conv2d) -> None:
 
 def _warn_of(left: Mapping[str, str]) -> None:
     if left:
-        listed = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:20])
-        more = f" and {len(left) - 20} more" if len(left) > 20 else ""
-        logger.warning(f"left as they are: {listed}{more}")
+        logger.warning(f"left as they are: {_listed([f'{k} ({why})' for k, why in left.items()])}")
 
 
 def apply_architecture(backbone: nn.Module, architecture: Union[Architecture, str]) -> nn.Module:

@@ -1,10 +1,10 @@
-"""What a network costs: parameters, FLOPs, activations, time."""
+"""What a network costs: parameters, FLOPs, time."""
 
 import time
 from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
-from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from detectron2.export import TracingAdapter
@@ -15,23 +15,18 @@ def backbone_cost(backbone: nn.Module, height: int, width: int) -> Dict[str, int
 
     Returns:
         "parameters": number of values in all parameters; "FLOPs": multiply-adds, as fvcore counts
-        them; "activations": number of values in the outputs of convs and matrix products.
+        them.
     """
     image = torch.zeros(1, 3, height, width, device=next(backbone.parameters()).device)
     modes = {module: module.training for module in backbone.modules()}
     adapter = TracingAdapter(backbone.eval(), image, allow_non_tensor=True)
-    cost = {"parameters": sum(p.numel() for p in backbone.parameters())}
+    counter = FlopCountAnalysis(adapter, adapter.flattened_inputs)
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with torch.no_grad():
-        for name, analysis in (
-            ("FLOPs", FlopCountAnalysis),
-            ("activations", ActivationCountAnalysis),
-        ):
-            counter = analysis(adapter, adapter.flattened_inputs)
-            counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            cost[name] = int(counter.total())
+        flops = int(counter.total())
     for module, mode in modes.items():
         module.training = mode
-    return cost
+    return {"parameters": sum(p.numel() for p in backbone.parameters()), "FLOPs": flops}
 
 
 def interleaved_seconds(

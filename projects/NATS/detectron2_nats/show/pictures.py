@@ -44,20 +44,18 @@ def _legend(owner, colours: Mapping[Dilation, Any], **place) -> None:
     owner.legend(handles=handles[::-1], title=title, frameon=False, ncols=columns, **place)
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def _figure(width: float, height: float) -> Figure:
     # Not pyplot, which keeps every figure and uses a screen if there is one
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure
 
 
-def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
+def plot_architecture(architecture: Architecture) -> Figure:
     """A stacked bar per layer: the share of its output channels that has each dilation."""
     counts = {name: architecture.channels_per_dilation(name) for name in architecture.layers}
     colours = dilation_colours({d for layer in counts.values() for d in layer})
-    figure = _figure(max(6.5, 2.6 + 0.36 * len(counts)), 4.2, title)
+    figure = _figure(max(6.5, 2.6 + 0.36 * len(counts)), 4.2)
     axes = figure.subplots()
     stages = np.array([stage_of(name) for name in counts])
     channels = np.array([sum(layer.values()) for layer in counts.values()])
@@ -73,14 +71,7 @@ def plot_architecture(architecture: Architecture, title: str = "") -> Figure:
         label = f"{stage}\n{widths} channels"
         centre = positions[stages == stage].mean()
         axes.text(centre, 102, label, ha="center", va="bottom", fontsize=9)
-    if not all(stages):
-        labels, kind = list(counts), "conv"
-    elif any(name.endswith("conv1") for name in counts):
-        labels, kind = [name.split(".", 1)[1] for name in counts], "3×3 conv"
-    else:
-        labels, kind = [name.split(".")[1] for name in counts], "3×3 conv of block"
-    axes.set_xticks(positions, labels, rotation=0 if kind.endswith("block") else 90, fontsize=8)
-    axes.set_xlabel(kind)
+    axes.set_xticks(positions, list(counts), rotation=90, fontsize=8)
     axes.set_ylabel("output channels, %")
     axes.set_ylim(0, 100)
     axes.set_xlim(-0.6, positions[-1] + 0.6)
@@ -96,7 +87,8 @@ def plot_history(history: Mapping[str, Any], title: str = "") -> Figure:
     Args:
         history: what :func:`.history.read_history` returns.
     """
-    figure = _figure(7.5, 6.6, title)
+    figure = _figure(7.5, 6.6)
+    figure.suptitle(title, fontsize=11)
     decided, losses, votes = figure.subplots(3, sharex=True, height_ratios=[1, 1, 1.6])
     # Iterations count from 0: the line of iteration i is the state after i + 1 iterations
     x = np.asarray(history["iteration"]) + 1

@@ -47,9 +47,6 @@ class NATSPathHandler(PathHandler):
         known = ", ".join(f"{self.PREFIX}{name}" for name in known)
         raise NATSError(f"Unknown name {path}. There are {known}")
 
-    def _exists(self, path, **kwargs):
-        return os.path.exists(self._get_local_path(path))
-
     def _isdir(self, path, **kwargs):
         return os.path.isdir(self._get_local_path(path))
 

@@ -52,11 +52,16 @@ def render_scene(
         sizes: range of the objects' sizes, as :data:`OBJECT_SIZES`. An object that would be wider
             or higher than the image is cut down to it.
     """
+
+    def size():
+        root = math.exp(rng.uniform(*np.log(sizes)))
+        stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(3))
+        return min(root * stretch, width - 4), min(root / stretch, height - 4)
+
     image = _background(rng, height, width)
-    objects = []
-    boxes = []
+    objects, boxes = [], []
     for _ in range(rng.integers(1, max_objects + 1)):
-        box = _place(rng, height, width, sizes, boxes)
+        box = _place(rng, height, width, size, boxes, 0.1)
         if box is None:
             continue
         label = int(rng.integers(len(SHAPE_CLASSES)))
@@ -85,15 +90,14 @@ def _stripes(rng, height, width):
     return np.sin(frequency * (x * math.cos(angle) + y * math.sin(angle)) + rng.uniform(0, 6.28))
 
 
-def _place(rng, height, width, sizes, boxes):
-    """A box (x0, y0, x1, y1) that overlaps none of `boxes` by much; None if there is no room."""
+def _place(rng, height, width, size, boxes, overlap):
+    """A box (x0, y0, x1, y1) of (w, h) = size() that overlaps each of `boxes` by at most so much of
+    the smaller one; None if there is no room."""
     for _ in range(20):
-        size = math.exp(rng.uniform(*np.log(sizes)))
-        stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(3))
-        w, h = min(size * stretch, width - 4), min(size / stretch, height - 4)
+        w, h = size()
         x0, y0 = rng.uniform(1, width - 1 - w), rng.uniform(1, height - 1 - h)
         box = (x0, y0, x0 + w, y0 + h)
-        if all(_overlap(box, other) < 0.1 for other in boxes):
+        if all(_overlap(box, other) <= overlap for other in boxes):
             return box
     return None
 
@@ -156,17 +160,16 @@ def render_bars(
         standing: vertical bars; else horizontal ones.
         side: width and height of the image, in pixels.
     """
+
+    def size():
+        length, thickness = rng.uniform(*lengths), rng.uniform(14, 22)
+        return (thickness, length) if standing else (length, thickness)
+
     image = _background(rng, side, side)
     objects, boxes = [], []
     for _ in range(rng.integers(2, 6)):
-        for _ in range(20):
-            length, thickness = rng.uniform(*lengths), rng.uniform(14, 22)
-            w, h = (thickness, length) if standing else (length, thickness)
-            x, y = rng.uniform(1, side - 1 - w), rng.uniform(1, side - 1 - h)
-            box = (x, y, x + w, y + h)
-            if all(_overlap(box, other) == 0 for other in boxes):
-                break
-        else:
+        box = _place(rng, side, side, size, boxes, 0)
+        if box is None:
             continue
         label = int(rng.integers(len(BAR_CLASSES)))
         _paint_bar(rng, image, box, standing, BAR_CLASSES[label].split("-"))

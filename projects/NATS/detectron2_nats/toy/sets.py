@@ -10,11 +10,10 @@
 All are in COCO format. Nothing is downloaded.
 """
 
-import fcntl
 import json
 import logging
 import os
-import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,14 +36,12 @@ class EmbeddedSet:
         splits: name of a split → its number of images. It is registered as ``NAME_SPLIT``.
         render: draws a scene, see :func:`.scenes.render_scene`.
         seed: the first numbers in the seed of each image.
-        version: raise it with every change that alters the scenes. Older files are then replaced.
     """
 
     classes: Tuple[str, ...]
     splits: Mapping[str, int]
     render: Callable
     seed: Tuple[int, ...]
-    version: int = 1
 
 
 def _bars(index: int, **how) -> EmbeddedSet:
@@ -128,8 +125,9 @@ def _geometry(outline):
 def ensure_embedded_dataset(name: str = "nats_embedded") -> str:
     """Draw an embedded data set if it is not there yet, which takes a few seconds.
 
-    It is drawn under another name and then renamed, under a lock. A killed process leaves no
-    incomplete data set. If several processes start together, one draws while the others wait.
+    It is drawn in a folder of another name and then renamed: a killed process leaves no incomplete
+    data set, and of processes that start together the first one's is taken. One that is there is
+    not compared with what would be drawn now.
 
     Args:
         name: a key of :data:`SETS`.
@@ -139,34 +137,17 @@ def ensure_embedded_dataset(name: str = "nats_embedded") -> str:
     """
     root = os.getenv("DETECTRON2_DATASETS", "datasets")
     folder = os.path.join(root, name)
-    if _is_current(folder, SETS[name]):
+    if os.path.isdir(folder):
         return folder
+    logger.info(f"Making the embedded data set in {folder} (a few seconds) ...")
     os.makedirs(root, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-        if _is_current(folder, SETS[name]):
-            return folder
-        logger.info(f"Making the embedded data set in {folder} (a few seconds) ...")
-        partial_folder = os.path.join(root, f".{name}.partial")
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        os.makedirs(partial_folder)
-        write_embedded_dataset(partial_folder, SETS[name])
-        with open(os.path.join(partial_folder, "made_by.json"), "w") as f:
-            json.dump(_maker(SETS[name]), f)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial_folder, folder)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}.") as scratch:
+        drawn = os.path.join(scratch, name)
+        os.mkdir(drawn)
+        write_embedded_dataset(drawn, SETS[name])
+        try:
+            os.rename(drawn, folder)
+        except OSError:
+            if not os.path.isdir(folder):  # else another process was faster
+                raise
     return folder
-
-
-def _maker(dataset: EmbeddedSet) -> dict:
-    """What determines the content of the data set, as stored in its folder."""
-    decides = {"version": dataset.version, "seed": list(dataset.seed), "counts": dataset.splits}
-    return {"generator": "detectron2-nats", **decides}
-
-
-def _is_current(folder: str, dataset: EmbeddedSet) -> bool:
-    try:
-        with open(os.path.join(folder, "made_by.json")) as f:
-            return json.load(f) == _maker(dataset)
-    except (OSError, ValueError):
-        return False
