@@ -100,6 +100,8 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.RUN.MAX_BAD_DATA = 0.01
     # Iterations between two checks that all ranks hold the same α.
     cfg.RUN.RANK_CHECK_PERIOD = 100
+    # of configs of before: now the first loss or gradient that is not finite ends a run
+    cfg.register_deprecated_key("RUN.MAX_BAD_STEPS")
 
 
 # What a value must be, where that can be said without the model and the data.
@@ -125,7 +127,7 @@ _RULES = (
     ("SEARCH.FREEZE_AT", lambda v: 0 < v <= 1, "a share of the run, above 0 and at most 1"),
     ("SOLVER.AVERAGE_LAST", lambda v: 0 <= v <= 1, "a share of the run, 0 to 1"),
     ("SOLVER.BASE_LR", lambda v: v > 0, "above 0"),
-    ("TEST.PRECISE_BN.ENABLED", lambda v: not v, "False: it cannot be resumed exactly"),
+    ("TEST.PRECISE_BN.ENABLED", lambda v: not v, "False, since it could not be resumed exactly"),
 )
 
 
