@@ -129,3 +129,7 @@ def test_groups_must_divide_the_channels(key, value):
 def test_groups_must_hold_whole_conv_groups(kwargs):
     with pytest.raises(NATSError, match="of its 64 channels that keeps its 8 conv groups whole"):
         SearchSpace(**kwargs).groups_of("res3.0.conv2", 64, conv_groups=8)
+
+
+def test_stages_stand_for_patterns():
+    assert SearchSpace("A", stages=["res4"]).genotypes == SearchSpace("A", ["res4.*"]).genotypes

@@ -13,7 +13,7 @@ MAX_FILE_BYTES = 8 * 2**20
 """Size limit of a config or architecture file. No more bytes are read."""
 
 
-class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class _StrictLoader(yaml.SafeLoader):  # libyaml's dies of a hundred thousand open brackets
     """Loads plain values only, and refuses duplicate keys."""
 
     def construct_mapping(self, node, deep=False):

@@ -80,6 +80,7 @@ class SearchSpace:
         convs: patterns of names (:mod:`.names`), as in `fnmatch`; by default the paper's stages.
             Searched are the convs that match and can be; a conv belongs to the first pattern that
             it matches.
+        stages: ["res3"] stands for `convs` ["res3.*"].
         num_groups: N, channel groups per conv; 1 is path-level search. The default is 16, unless
             `channels_per_group` is given.
         channels_per_group: output channels per group, instead of `num_groups`.
@@ -98,11 +99,14 @@ class SearchSpace:
         space: Union[str, Sequence[Sequence[Sequence[int]]]] = "C",
         convs: Sequence[str] = CONVS,
         *,
+        stages: Sequence[str] = (),
         num_groups: Optional[int] = None,
         channels_per_group: Optional[int] = None,
         share_weights: bool = False,
         sample: bool = False,
     ):
+        if stages:
+            convs = [f"{stage}.*" for stage in stages]
         if num_groups is not None and channels_per_group is not None:
             raise NATSError(
                 f"both NUM_GROUPS ({num_groups}) and CHANNELS_PER_GROUP ({channels_per_group}) are "
