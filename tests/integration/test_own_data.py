@@ -1,7 +1,6 @@
 """Own annotation files in searches, trainings and evaluations."""
 
 import argparse
-import contextlib
 import json
 from collections import Counter
 
@@ -11,13 +10,11 @@ from PIL import Image
 from runs import make_trainer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from detectron2_nats import NATSError, SearchTrainer
 from detectron2_nats.commands import train
 from detectron2_nats.config import load_config
-from detectron2_nats.data.annotations import Needs, read_annotations
-from detectron2_nats.data.registry import register_datasets, to_records
+from detectron2_nats.data.registry import register_datasets
 from detectron2_nats.engine import evaluation
 from detectron2_nats.engine.checkpoint import SafeCheckpointer
 from detectron2_nats.engine.evaluation import build_evaluator
@@ -91,49 +88,6 @@ def evaluate(tmp_path, opts, name=f"{NAME}_val"):
     return evaluator.evaluate()
 
 
-def test_masks_that_are_not_read_may_be_at_fault(tiny_config, tmp_path):
-    """Neither a training nor COCO's evaluation looks at them."""
-    for split in ("train", "calibration", "val"):
-        write(tmp_path, split, segmentation=[[1, 2, 3]])
-    assert evaluate(tmp_path, options(tmp_path, "val"))["bbox"]["AP"] == pytest.approx(100)
-    trainer_on(tiny_config, tmp_path, "SOLVER.MAX_ITER", 2).train()
-    masks = ["MODEL.MASK_ON", "True"]
-    with pytest.raises(NATSError, match="train.json: train0.png, .* not a list of polygons"):
-        trainer_on(tiny_config, tmp_path, *masks)
-
-
-@pytest.mark.parametrize("key, error", [("iscrowd", KeyError), ("area", KeyError), ("id", None)])
-def test_why_a_file_without_these_is_refused(tmp_path, key, error):
-    """Detectron2's evaluator dies, or takes a detection of an object with id 0 for none."""
-    path = write(tmp_path, "val")
-    content = json.loads(path.read_text())
-    for number, annotation in enumerate(content["annotations"]):
-        annotation["id"] = number
-        if key != "id":
-            del annotation[key]
-    path.write_text(json.dumps(content))
-    with pytest.raises(NATSError, match=f"val0.png, annotation id 0: {key} is not"):
-        evaluate(tmp_path, options(tmp_path, "val"))
-    register_coco_instances(f"{NAME}_theirs", {}, str(path), str(tmp_path))
-    MetadataCatalog.get(f"{NAME}_theirs").evaluator_type = "coco"
-    with pytest.raises(error) if error else contextlib.nullcontext():
-        assert evaluate(tmp_path, [], f"{NAME}_theirs")["bbox"]["AP"] < 99
-
-
-def test_ids_of_words(tmp_path):
-    path = write(tmp_path, "val")
-    content = json.loads(path.read_text())
-    for image in content["images"]:
-        image["id"] = f"n{image['id']}"
-    for annotation in content["annotations"]:
-        annotation["image_id"] = f"n{annotation['image_id']}"
-    path.write_text(json.dumps(content))
-    cfg = load_config("", [*options(tmp_path, "val"), "OUTPUT_DIR", str(tmp_path / "out")])
-    register_datasets(cfg)
-    assert [r["image_id"] for r in DatasetCatalog.get(f"{NAME}_val")] == ["n0", "n1", "n2", "n3"]
-    build_evaluator(cfg, f"{NAME}_val")
-
-
 @pytest.mark.parametrize("annotations", [None, []])
 def test_a_test_set_without_annotations(tmp_path, annotations):
     """Detectron2 writes the predictions."""
@@ -147,21 +101,6 @@ def test_a_test_set_without_annotations(tmp_path, annotations):
     assert results == {} if annotations is None else "bbox" in results
     predictions = tmp_path / "out/inference/coco_instances_results.json"
     assert len(json.loads(predictions.read_text())) == 4
-
-
-def test_a_data_set_of_python_is_converted_anew(tmp_path):
-    """Detectron2 keeps what it has converted in OUTPUT_DIR, under the name of the data set."""
-    records = to_records(read_annotations(str(write(tmp_path, "val")), Needs()), str(tmp_path))
-    DatasetCatalog.register(f"{NAME}_val", lambda: records)
-    meta = dict(thing_classes=["a", "b", "c", "d", "e"], evaluator_type="coco")
-    for boxes in (4, 1):
-        for record in records[boxes:]:
-            record["annotations"] = []
-        MetadataCatalog.pop(f"{NAME}_val", None)
-        MetadataCatalog.get(f"{NAME}_val").set(**meta)
-        evaluator = build_evaluator(load_config("", ["OUTPUT_DIR", str(tmp_path)]), f"{NAME}_val")
-        (coco,) = evaluator._evaluators
-        assert len(coco._coco_api.anns) == boxes
 
 
 def test_one_start_parses_each_file_once(tiny_config, tmp_path, monkeypatch):
