@@ -10,14 +10,12 @@ from PIL import Image
 from runs import make_trainer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
 from detectron2_nats import NATSError, SearchTrainer
 from detectron2_nats.commands import train
 from detectron2_nats.config import load_config
 from detectron2_nats.data.registry import register_datasets
 from detectron2_nats.engine import evaluation
 from detectron2_nats.engine.checkpoint import SafeCheckpointer
-from detectron2_nats.engine.evaluation import build_evaluator
 
 NAME = "nats_test_own"
 
@@ -69,38 +67,6 @@ def trainer_on(tiny_config, tmp_path, *opts, kind="search"):
     opts = [*options(tmp_path, "train", "calibration", "val"), *opts]
     register_datasets(load_config(tiny_config, opts))
     return make_trainer(tiny_config, tmp_path / "run", *opts, kind=kind)
-
-
-def evaluate(tmp_path, opts, name=f"{NAME}_val"):
-    """The results of a perfect detector on the split val, by the trainers' evaluator."""
-    cfg = load_config("", [*opts, "OUTPUT_DIR", str(tmp_path / "out")])
-    register_datasets(cfg)
-    records = DatasetCatalog.get(name)
-    evaluator = build_evaluator(cfg, name)
-    evaluator.reset()
-    for record in records:
-        instances = Instances((64, 64))
-        box = [8 + record["image_id"], 8, 48 + record["image_id"], 38]
-        instances.pred_boxes = Boxes(torch.tensor([box], dtype=torch.float))
-        instances.scores = torch.tensor([0.9 - 0.1 * record["image_id"]])
-        instances.pred_classes = torch.tensor([record["image_id"] % 5])
-        evaluator.process([{"image_id": record["image_id"]}], [{"instances": instances}])
-    return evaluator.evaluate()
-
-
-@pytest.mark.parametrize("annotations", [None, []])
-def test_a_test_set_without_annotations(tmp_path, annotations):
-    """Detectron2 writes the predictions."""
-    path = write(tmp_path, "val")
-    content = json.loads(path.read_text())
-    content.update(annotations=annotations)
-    if annotations is None:
-        del content["annotations"]
-    path.write_text(json.dumps(content))
-    results = evaluate(tmp_path, options(tmp_path, "val"))
-    assert results == {} if annotations is None else "bbox" in results
-    predictions = tmp_path / "out/inference/coco_instances_results.json"
-    assert len(json.loads(predictions.read_text())) == 4
 
 
 def test_one_start_parses_each_file_once(tiny_config, tmp_path, monkeypatch):

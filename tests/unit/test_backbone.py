@@ -115,7 +115,7 @@ def test_keys_without_replicas(key):
     assert not any("replicas" in key for key in supernet.state_dict())
 
 
-@pytest.mark.parametrize("name", ["build_nats_backbone", "build_vit", "", "resnet"])
+@pytest.mark.parametrize("name", ["build_nats_backbone", "resnet"])
 def test_base_backbone_that_is_not_usable(name):
     cfg = nats(case_cfg("R50"), BASE_BACKBONE=name)
     known = [k for k, _ in BACKBONE_REGISTRY if k != "build_nats_backbone"]
@@ -288,7 +288,7 @@ def both_forms(cfg, name, seed=1):
     return build(nats(cfg)), build(nats(cfg, random_architecture(name, build(cfg))))
 
 
-@pytest.mark.parametrize("name", ["R18", "ResNeXt", "RetinaNet", "DC5"])
+@pytest.mark.parametrize("name", ["R18", "RetinaNet"])
 def test_plain_state_dict_loads_into_both(name):
     plain = build_plain(name)
     state = plain.state_dict()
@@ -300,16 +300,12 @@ def test_plain_state_dict_loads_into_both(name):
         assert list(state) == list(plain.state_dict())
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_pkl_of_a_classifier(tmp_path, half):
+def test_pkl_of_a_classifier(tmp_path):
     """A converted torchvision model's, into detectors with an FPN; C2's: test_paper.py."""
-    plain = build_plain("R50")
-    if half:
-        plain = plain.half().float()
+    plain = build_plain("R50").half().float()
     arrays = {k: v.numpy() for k, v in plain.state_dict().items()}
     arrays["fc.weight"] = np.zeros((10, 256), np.float32)
-    if half:
-        arrays = {k: v.astype(np.float16) for k, v in arrays.items()}
+    arrays = {k: v.astype(np.float16) for k, v in arrays.items()}
     content = {"model": arrays, "__author__": "test", "matching_heuristics": True}
     path = tmp_path / "R-50.pkl"
     path.write_bytes(pickle.dumps(content))

@@ -391,29 +391,6 @@ def test_runs_that_do_not_fit(runs, groups, message):
 # -- both -----------------------------------------------------------------------------------
 
 
-def make(kind, conv):
-    if kind == "mixed":
-        return MixedDilationConv2d(conv, genotypes=GENOTYPES, num_groups=4)
-    return GroupedDilationConv2d(conv, RUNS)
-
-
-@pytest.mark.parametrize("kind", ["mixed", "grouped"])
-def test_what_is_taken_over(kind):
-    norm = FrozenBatchNorm2d(16)
-    plain = plain_conv(stride=2, base=2, groups=4, bias=True, norm=norm, activation=torch.relu)
-    conv = make(kind, plain)
-    assert conv.weight is plain.weight and conv.bias is plain.bias
-    assert conv.norm is norm and conv.activation is torch.relu
-    for name in ("stride", "dilation", "groups", "in_channels", "out_channels"):
-        assert getattr(conv, name) == getattr(plain, name)
-    keys = set(conv.state_dict()) - {"alpha", "replicas"}
-    assert keys == set(plain.state_dict())
-    norm = nn.BatchNorm2d(16).eval()
-    conv = make(kind, plain_conv(norm=norm))
-    assert conv.training and not conv.norm.training
-    assert not make(kind, plain_conv().eval()).training
-
-
 # -- state dicts ----------------------------------------------------------------------------
 
 
