@@ -3,7 +3,6 @@
 import copy
 import logging
 import pickle
-from functools import partial
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """The embedded data set, its registration and the embedded weights."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pycocotools.coco import COCO
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from detectron2_nats.toy import scenes, sets
@@ -64,10 +66,18 @@ def test_the_same_seed_gives_the_same_files(folder, tmp_path, dataset):
     assert not set(digests(other).values()) & set(digests(folder).values())
 
 
-def test_is_valid_coco(folder, dataset, split="train"):
-    coco = COCO(str(folder / f"instances_{split}.json"))
-    assert len(coco.imgs) == COUNTS[split]
-    assert len(set(digests(folder).values())) > sum(COUNTS.values())  # no image twice
+def test_splits_share_neither_images_nor_ids(folder):
+    images = [hash_ for name, hash_ in digests(folder).items() if name.endswith(".png")]
+    assert len(images) == sum(COUNTS.values()) == len(set(images))
+    files = [json.loads((folder / f"instances_{split}.json").read_text()) for split in COUNTS]
+    for key in ("images", "annotations"):
+        ids = [entry["id"] for content in files for entry in content[key]]
+        assert len(ids) == len(set(ids))
+
+
+def test_is_valid_coco(folder, dataset):
+    coco = COCO(str(folder / "instances_train.json"))
+    assert len(coco.imgs) == COUNTS["train"]
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(dataset.classes)
     for image in coco.imgs.values():
         pixels = Image.open(folder / "train" / image["file_name"])
@@ -129,18 +139,26 @@ def test_a_killed_run_leaves_nothing_half_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", SMALL)
-def test_registered_names_load(tmp_path, folder, split="val"):
-    name, classes = f"{folder}_{split}", SMALL[folder].classes
+def test_registered_names_load(tmp_path, folder):
     assert not (tmp_path / folder).exists()  # registering makes nothing
-    assert MetadataCatalog.get(name).thing_classes == list(classes)
-    dicts = DatasetCatalog.get(name)
-    assert len(dicts) == COUNTS[split]
-    assert all(Path(record["file_name"]).is_file() for record in dicts)
-    labels = {a["category_id"] for record in dicts for a in record["annotations"]}
-    assert labels <= set(range(len(classes)))
+    classes = list(SMALL[folder].classes)
+    for split, count in COUNTS.items():
+        assert MetadataCatalog.get(f"{folder}_{split}").thing_classes == classes
+        records = DatasetCatalog.get(f"{folder}_{split}")
+        assert len(records) == count
+        assert all(Path(record["file_name"]).is_file() for record in records)
+        labels = {a["category_id"] for record in records for a in record["annotations"]}
+        assert labels <= set(range(len(classes)))
 
 
-def test_weights_load_into_every_key_of_a_detectors_backbone():
+def test_an_evaluator_may_come_before_the_data(tmp_path):
+    evaluator = COCOEvaluator("nats_embedded_val", output_dir=str(tmp_path / "output"))
+    assert len(evaluator._coco_api.imgs) == COUNTS["val"]
+
+
+@pytest.fixture
+def detector():
+    """The quickstart's, with the embedded weights; and their name."""
     cfg = get_cfg()
     cfg.merge_from_file(str(ROOT / "configs/quickstart/base.yaml"), allow_unsafe=False)
     cfg.MODEL.DEVICE = "cpu"
@@ -159,3 +177,21 @@ def test_weights_load_into_every_key_of_a_detectors_backbone(detector):
         assert torch.isfinite(value).all(), key  # a variance may be too large for half precision
         assert torch.equal(value, saved[key].to(value.dtype)), key
     assert sum(p.numel() for p in model.backbone.bottom_up.parameters()) < 1.6e6
+
+
+def test_the_weights_tell_the_classes_apart_without_training(detector):
+    # Features of one class lie closer to their own class's mean than to any other's.
+    model, _ = detector
+    images, labels = [], []
+    for seed in range(96):
+        image, objects = scenes.render_scene(np.random.default_rng([7, seed]), 64, 64, 1)
+        images.append(torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy()).float())
+        labels.append(objects[0][0])
+    labels = torch.tensor(labels)
+    with torch.no_grad():
+        normalized = (torch.stack(images) - model.pixel_mean) / model.pixel_std
+        features = model.backbone.bottom_up(normalized)["res5"]
+    features = features.mean(dim=(2, 3))
+    means = torch.stack([features[:48][labels[:48] == c].mean(0) for c in range(5)])
+    nearest = torch.cdist(features[48:], means).argmin(dim=1)
+    assert (nearest == labels[48:]).float().mean() > 0.9
