@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from detectron2_nats import NATSError
 from detectron2_nats.toy import scenes, sets
 from detectron2_nats.toy.catalog import register_embedded_datasets
 
@@ -94,6 +95,25 @@ def test_is_valid_coco(folder, dataset):
         measured = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         # A long triangle's tip is thinner than a pixel.
         assert measured == pytest.approx([x, y, x + w, y + h], abs=3)
+
+
+def test_objects_vary_and_stand_out():
+    labels, aspects, sizes, contrasts = [], [], [], []
+    for seed in range(60):
+        image, objects = scenes.render_scene(np.random.default_rng(seed), 128, 128)
+        assert 1 <= len(objects) <= 3
+        colourfulness = np.ptp(image.astype(int), axis=2)
+        for label, outline in objects:
+            x, y, right, bottom = *outline.min(axis=0), *outline.max(axis=0)
+            centre = colourfulness[int((y + bottom) / 2), int((x + right) / 2)]
+            labels.append(label)
+            aspects.append((right - x) / (bottom - y))
+            sizes.append(max(right - x, bottom - y) / 128)
+            contrasts.append(centre / np.median(colourfulness))
+    assert set(labels) == set(range(len(scenes.SHAPE_CLASSES)))
+    assert min(aspects) < 0.5 and max(aspects) > 2
+    assert min(sizes) < 0.3 and max(sizes) > 0.75
+    assert np.mean(np.array(contrasts) > 2) > 0.95
 
 
 @pytest.mark.parametrize("standing", [False, True])
@@ -195,3 +215,8 @@ def test_the_weights_tell_the_classes_apart_without_training(detector):
     means = torch.stack([features[:48][labels[:48] == c].mean(0) for c in range(5)])
     nearest = torch.cdist(features[48:], means).argmin(dim=1)
     assert (nearest == labels[48:]).float().mean() > 0.9
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(NATSError, match="Unknown name nats://resnet.pth"):
+        PathManager.get_local_path("nats://resnet.pth")

@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from detectron2_nats import NATSError, SearchSpace
-from detectron2_nats.method.search_space import check_dilation
+from detectron2_nats.method.search_space import PAPER_SETS, check_dilation
 
 S3 = ((1, 1), (2, 2), (3, 3))
 S5 = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5))
@@ -30,6 +30,10 @@ def test_defaults_are_the_papers():
     assert space.share_weights is False
 
 
+def test_every_set_begins_with_the_plain_conv():
+    assert all(pairs[0] == (1, 1) for s in PAPER_SETS.values() for pairs in s.values())
+
+
 def test_custom_lists_follow_the_patterns():
     space = SearchSpace([[[1, 1], [5, 5]], ((1, 1), (1, 2), (2, 1))], ["res5.*", "fpn*"])
     assert space.genotypes == {"res5.*": ((1, 1), (5, 5)), "fpn*": ((1, 1), (1, 2), (2, 1))}
@@ -41,22 +45,29 @@ def test_lazy_config_lists():
     assert space.convs == ("res4.*",) and space.genotypes == {"res4.*": ((1, 1), (3, 1))}
 
 
-@pytest.mark.parametrize("space", ["D", "c"])
+@pytest.mark.parametrize("space", ["D", "c", "", "A,B"])
 def test_unknown_set(space):
     with pytest.raises(NATSError, match="unknown SPACE '.*': expected one of A, B, C, or a list"):
         SearchSpace(space)
 
 
-@pytest.mark.parametrize(
-    "value", [[True, 1], [1.0, 1], [0, 1], [1, 65], [1, 10**5000], [1, 1, 1], ["1", 1], 3, "11"]
-)
+MALFORMED = [[True, 1], [1, False], [1.0, 1], [1, 2.5], [0, 1], [1, -3], [1, 65], [1, 10**30]]
+MALFORMED += [[1, 10**5000], [1, 1, 1], [1], [], [[1, 1], 1], ["1", 1]]
+MALFORMED += [3, "11", None, {1: 1, 2: 2}]
+
+
+@pytest.mark.parametrize("value", MALFORMED)
 def test_malformed_dilation(value):
     with pytest.raises(NATSError, match="malformed dilation .*from 1 to 64") as caught:
         check_dilation(value)
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
     with pytest.raises(NATSError, match="malformed dilation"):
-        SearchSpace([[[1, 1], value]], stages=["res3"])
+        SearchSpace([[[1, 1], value]], ["res3.*"])
+
+
+def test_dilation_limits():
     assert check_dilation([1, 64]) == (1, 64)
+    assert check_dilation((64, 1)) == (64, 1)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +90,7 @@ def test_malformed_custom_space(space, message):
         SearchSpace(space)
 
 
-@pytest.mark.parametrize("convs", [[], ["res3", "res3"], "res3.*", [3], [""]])
+@pytest.mark.parametrize("convs", [[], ["res3", "res3"], "res3.*", [["res3"]], [3], 3, [""]])
 def test_bad_patterns(convs):
     with pytest.raises(NATSError, match="CONVS .*: expected a list of patterns of names"):
         SearchSpace(convs=convs)
@@ -91,7 +102,7 @@ def test_both_group_keys():
 
 
 @pytest.mark.parametrize("key", ["num_groups", "channels_per_group"])
-@pytest.mark.parametrize("value", [0, True, 2.0])
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "4"])
 def test_bad_number_of_groups(key, value):
     with pytest.raises(NATSError, match=f"{key.upper()} .*: expected a whole number of at least 1"):
         SearchSpace(**{key: value})
