@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 BATCH := 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-optional demo demo-bars test test-fast faults bench bench-smoke gpu lint format clean
+.PHONY: help setup setup-optional demo demo-bars test test-all test-extra test-fast faults bench bench-smoke gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -24,12 +24,18 @@ demo: setup  ## real pages: what a wider field gains, drawn and searched (minute
 demo-bars: setup  ## the same on drawn bars, of which the search's right answer is known
 	@$(PYTHON) -W ignore tools/demo.py bars --output output/demo_bars
 
-test: setup  ## run all tests, one process for each core, at most four
-	@$(PYTHON) -m pytest tests --numprocesses auto --maxprocesses 4 \
+test-fast: setup  ## tests/unit: no test that trains or takes over a second (a minute)
+	@$(PYTHON) -m pytest tests/unit --numprocesses auto --maxprocesses 4 --dist worksteal
+
+test: setup  ## tests/unit and tests/integration (five minutes on two cores)
+	@$(PYTHON) -m pytest tests/unit tests/integration --numprocesses auto --maxprocesses 4 \
 		--dist loadfile --no-loadscope-reorder
 
-test-fast: setup  ## only the tests that start no process and train nothing (two minutes)
-	@$(PYTHON) -m pytest tests/unit --numprocesses auto --maxprocesses 4 --dist worksteal
+test-extra: setup  ## tests/extra and tests/faults: wheel, tools, study, optional packages, faults
+	@$(PYTHON) -m pytest tests/extra tests/faults --numprocesses auto --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder
+
+test-all: test test-extra  ## all tests but those of a GPU
 
 faults: setup  ## break small runs in many ways and print what they survived (an hour)
 	@$(PYTHON) tests/faults/run_faults.py

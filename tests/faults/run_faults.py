@@ -10,7 +10,6 @@ import datetime
 import itertools
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List
 
@@ -185,17 +185,9 @@ def sigkill(bench: Bench, *opts, ranks: int = 1, **script):
     return f"killed {moment}", folder, reference
 
 
-def sigkill_two_ranks(bench: Bench):
-    return sigkill(bench, ranks=2)
-
-
 def sigkill_retraining(bench: Bench, ranks: int = 1):
     opts = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.NORM", "SyncBN")
     return sigkill(bench, *opts, ranks=ranks, name="train_net.py")
-
-
-def sigkill_retraining_two_ranks(bench: Bench):
-    return sigkill_retraining(bench, ranks=2)
 
 
 def launcher_killed(bench: Bench):
@@ -268,10 +260,6 @@ def stop_signal(bench: Bench, ranks: int = 1):
         expect("stopped on request after iteration" in output, "it does not say so", output)
         bench.go_on(folder, *workers, ranks=ranks)
     return f"{number.name} {moment}, status {process.returncode}", folder, reference
-
-
-def stop_signal_two_ranks(bench: Bench):
-    return stop_signal(bench, ranks=2)
 
 
 def rank_dead(bench: Bench):
@@ -410,14 +398,14 @@ KINDS = {
     "NaN loss": nan_loss,
     "one rank dead, torchrun restarts": rank_dead,
     "damaged images": damaged_images,
-    "SIGKILL, two ranks": sigkill_two_ranks,
-    "SIGTERM or SIGUSR1, two ranks": stop_signal_two_ranks,
+    "SIGKILL, two ranks": partial(sigkill, ranks=2),
+    "SIGTERM or SIGUSR1, two ranks": partial(stop_signal, ranks=2),
     "loader process dead": loader_dead,
     "launcher killed, two ranks": launcher_killed,
     "a rank out of memory": rank_out_of_memory,
     "a rank diverges": rank_diverged,
     "SIGKILL of a retraining": sigkill_retraining,
-    "SIGKILL of a retraining, two ranks": sigkill_retraining_two_ranks,
+    "SIGKILL of a retraining, two ranks": partial(sigkill_retraining, ranks=2),
     "SIGKILL in an evaluation": evaluation_killed,
 }
 
@@ -440,21 +428,18 @@ def inject(bench: Bench, kind: str):
 
 
 def table(results: Dict[str, list], seed: int) -> str:
-    command = f"python tests/faults/run_faults.py --seed {seed} --faults"
     tried = sum(map(len, results.values()))
     lines = [
-        f"`{command} {tried}`, {datetime.date.today()}, {os.cpu_count()} CPU cores, "
-        f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+        f"`python tests/faults/run_faults.py --seed {seed} --faults {tried}`, "
+        f"{datetime.date.today()}, {os.cpu_count()} CPU cores, PyTorch {torch.__version__}",
         "",
         "| Kind | Tried | Survived | Identical to the undisturbed run |",
         "| --- | ---: | ---: | ---: |",
     ]
-    total = [0, 0, 0]
+    results = {**results, "**all**": [o for outcomes in results.values() for o in outcomes]}
     for kind, outcomes in results.items():
-        row = [len(outcomes), sum(o[0] for o in outcomes), sum(o[1] for o in outcomes)]
-        lines.append(f"| {kind} | {row[0]} | {row[1]} | {row[2]} |")
-        total = [a + b for a, b in zip(total, row)]
-    lines.append(f"| **all** | **{total[0]}** | **{total[1]}** | **{total[2]}** |")
+        survived, identical = (sum(column) for column in zip(*outcomes))
+        lines.append(f"| {kind} | {len(outcomes)} | {survived} | {identical} |")
     return "\n".join(lines) + "\n"
 
 
@@ -479,18 +464,14 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="faults_"))
     bench = Bench(folder, args.seed)
     results: Dict[str, list] = {}
-    good, started = True, time.monotonic()
+    good = True
     try:
         for number, kind in zip(range(1, args.faults + 1), itertools.cycle(args.kinds)):
             survived, identical, what = inject(bench, kind)
             results.setdefault(kind, []).append((survived, identical))
             good = good and survived and identical
             verdict = ("identical" if identical else "DIFFERS") if survived else "NOT SURVIVED"
-            left = (time.monotonic() - started) / number * (args.faults - number) / 60
-            print(
-                f"[{number:2}/{args.faults}] {kind}: {verdict}: {what} (about {left:.0f} min left)",
-                flush=True,
-            )
+            print(f"[{number}/{args.faults}] {kind}: {verdict}: {what}", flush=True)
     finally:
         bench.clean_up()
         if good:

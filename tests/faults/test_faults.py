@@ -19,5 +19,5 @@ def test_some_faults_are_survived(tmp_path, monkeypatch, capsys):
     status = run_faults.main()
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert re.findall(r"^\[ ?\d/2\] .*: identical: .* min left\)$", printed, re.M)
-    assert "| **all** | **2** | **2** | **2** |" in output.read_text()
+    assert len(re.findall(r"^\[\d/2\] .*: identical: ", printed, re.M)) == 2
+    assert "| **all** | 2 | 2 | 2 |" in output.read_text()

@@ -1,15 +1,11 @@
-"""nats-look on drawn bars and real photographs; and without Detectron2."""
+"""nats-look on drawn bars and real photographs."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from calls import call
-from test_wheel import RUN, WITHOUT_DETECTRON2
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,28 +63,3 @@ def test_boxes_in_other_units_are_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(content))
     words = ["nats-look", "--network", "torchvision:resnet18", "--images", tmp_path]
     assert "box leaves its image" in call(*words, "--annotations", tmp_path / "a.json", status=2)
-
-
-def test_without_detectron2(tmp_path):
-    """Both commands on a network of torchvision's, in a process that cannot import Detectron2."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "projects/NATS")}
-    network = ["--network", "torchvision:resnet18"]
-    words = [
-        ["look", "--levels", "layer1", *network],
-        ["draw", "--uniform", "1x5", "--output", "drawn", *network],
-        ["look", "a.yaml", "b.pth"],
-    ]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_DETECTRON2 + RUN, json.dumps(words)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    first, _, last = done.stdout.rpartition("wrote drawn/architecture.yaml")
-    assert "layer1 " in first, done.stdout + done.stderr
-    assert last.endswith("look: 2\n"), last
-    message = "error: nats-look needs detectron2, which is not installed here"
-    assert message in done.stderr

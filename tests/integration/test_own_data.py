@@ -1,7 +1,6 @@
 """Own annotation files in searches, trainings and evaluations."""
 
 import argparse
-import contextlib
 import json
 from collections import Counter
 
@@ -11,16 +10,12 @@ from PIL import Image
 from runs import make_trainer
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
-from detectron2.structures import Boxes, Instances
 from detectron2_nats import NATSError, SearchTrainer
 from detectron2_nats.commands import train
 from detectron2_nats.config import load_config
-from detectron2_nats.data.annotations import Needs, read_annotations
-from detectron2_nats.data.registry import register_datasets, to_records
+from detectron2_nats.data.registry import register_datasets
 from detectron2_nats.engine import evaluation
 from detectron2_nats.engine.checkpoint import SafeCheckpointer
-from detectron2_nats.engine.evaluation import build_evaluator
 
 NAME = "nats_test_own"
 
@@ -72,96 +67,6 @@ def trainer_on(tiny_config, tmp_path, *opts, kind="search"):
     opts = [*options(tmp_path, "train", "calibration", "val"), *opts]
     register_datasets(load_config(tiny_config, opts))
     return make_trainer(tiny_config, tmp_path / "run", *opts, kind=kind)
-
-
-def evaluate(tmp_path, opts, name=f"{NAME}_val"):
-    """The results of a perfect detector on the split val, by the trainers' evaluator."""
-    cfg = load_config("", [*opts, "OUTPUT_DIR", str(tmp_path / "out")])
-    register_datasets(cfg)
-    records = DatasetCatalog.get(name)
-    evaluator = build_evaluator(cfg, name)
-    evaluator.reset()
-    for record in records:
-        instances = Instances((64, 64))
-        box = [8 + record["image_id"], 8, 48 + record["image_id"], 38]
-        instances.pred_boxes = Boxes(torch.tensor([box], dtype=torch.float))
-        instances.scores = torch.tensor([0.9 - 0.1 * record["image_id"]])
-        instances.pred_classes = torch.tensor([record["image_id"] % 5])
-        evaluator.process([{"image_id": record["image_id"]}], [{"instances": instances}])
-    return evaluator.evaluate()
-
-
-def test_masks_that_are_not_read_may_be_at_fault(tiny_config, tmp_path):
-    """Neither a training nor COCO's evaluation looks at them."""
-    for split in ("train", "calibration", "val"):
-        write(tmp_path, split, segmentation=[[1, 2, 3]])
-    assert evaluate(tmp_path, options(tmp_path, "val"))["bbox"]["AP"] == pytest.approx(100)
-    trainer_on(tiny_config, tmp_path, "SOLVER.MAX_ITER", 2).train()
-    masks = ["MODEL.MASK_ON", "True"]
-    with pytest.raises(NATSError, match="train.json: train0.png, .* not a list of polygons"):
-        trainer_on(tiny_config, tmp_path, *masks)
-
-
-@pytest.mark.parametrize("key, error", [("iscrowd", KeyError), ("area", KeyError), ("id", None)])
-def test_why_a_file_without_these_is_refused(tmp_path, key, error):
-    """Detectron2's evaluator dies, or takes a detection of an object with id 0 for none."""
-    path = write(tmp_path, "val")
-    content = json.loads(path.read_text())
-    for number, annotation in enumerate(content["annotations"]):
-        annotation["id"] = number
-        if key != "id":
-            del annotation[key]
-    path.write_text(json.dumps(content))
-    with pytest.raises(NATSError, match=f"val0.png, annotation id 0: {key} is not"):
-        evaluate(tmp_path, options(tmp_path, "val"))
-    register_coco_instances(f"{NAME}_theirs", {}, str(path), str(tmp_path))
-    MetadataCatalog.get(f"{NAME}_theirs").evaluator_type = "coco"
-    with pytest.raises(error) if error else contextlib.nullcontext():
-        assert evaluate(tmp_path, [], f"{NAME}_theirs")["bbox"]["AP"] < 99
-
-
-def test_ids_of_words(tmp_path):
-    path = write(tmp_path, "val")
-    content = json.loads(path.read_text())
-    for image in content["images"]:
-        image["id"] = f"n{image['id']}"
-    for annotation in content["annotations"]:
-        annotation["image_id"] = f"n{annotation['image_id']}"
-    path.write_text(json.dumps(content))
-    cfg = load_config("", [*options(tmp_path, "val"), "OUTPUT_DIR", str(tmp_path / "out")])
-    register_datasets(cfg)
-    assert [r["image_id"] for r in DatasetCatalog.get(f"{NAME}_val")] == ["n0", "n1", "n2", "n3"]
-    build_evaluator(cfg, f"{NAME}_val")
-
-
-@pytest.mark.parametrize("annotations", [None, []])
-def test_a_test_set_without_annotations(tmp_path, annotations):
-    """Detectron2 writes the predictions."""
-    path = write(tmp_path, "val")
-    content = json.loads(path.read_text())
-    content.update(annotations=annotations)
-    if annotations is None:
-        del content["annotations"]
-    path.write_text(json.dumps(content))
-    results = evaluate(tmp_path, options(tmp_path, "val"))
-    assert results == {} if annotations is None else "bbox" in results
-    predictions = tmp_path / "out/inference/coco_instances_results.json"
-    assert len(json.loads(predictions.read_text())) == 4
-
-
-def test_a_data_set_of_python_is_converted_anew(tmp_path):
-    """Detectron2 keeps what it has converted in OUTPUT_DIR, under the name of the data set."""
-    records = to_records(read_annotations(str(write(tmp_path, "val")), Needs()), str(tmp_path))
-    DatasetCatalog.register(f"{NAME}_val", lambda: records)
-    meta = dict(thing_classes=["a", "b", "c", "d", "e"], evaluator_type="coco")
-    for boxes in (4, 1):
-        for record in records[boxes:]:
-            record["annotations"] = []
-        MetadataCatalog.pop(f"{NAME}_val", None)
-        MetadataCatalog.get(f"{NAME}_val").set(**meta)
-        evaluator = build_evaluator(load_config("", ["OUTPUT_DIR", str(tmp_path)]), f"{NAME}_val")
-        (coco,) = evaluator._evaluators
-        assert len(coco._coco_api.anns) == boxes
 
 
 def test_one_start_parses_each_file_once(tiny_config, tmp_path, monkeypatch):

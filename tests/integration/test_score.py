@@ -138,12 +138,6 @@ def test_export_and_score_read_the_same_intact_checkpoint(trainer, folder, monke
     assert_report(report, trainer, some_of(records, 4))
 
 
-def test_a_folder_without_a_checkpoint_is_no_search(trainer, tmp_path):
-    (tmp_path / "config.yaml").write_text(trainer.cfg.dump())
-    with pytest.raises(NATSError, match=f"{tmp_path} contains no checkpoint: search first"):
-        score_folder(SearchFolder(str(tmp_path)), 4)
-
-
 # -- at the end of a search -----------------------------------------------------------------------
 
 

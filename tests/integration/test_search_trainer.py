@@ -2,18 +2,15 @@
 
 import contextlib
 import json
-import logging
 import math
 import multiprocessing
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 from runs import assert_equal, assert_same_run, make_trainer
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2_nats import Architecture, NATSError
@@ -76,27 +73,18 @@ def test_a_weight_step_leaves_alpha_bit_identical(either_trainer):
     assert {k for k in before[0] if "running_mean" in k} <= set(changed)
 
 
-def test_threads_are_the_runs_own_unless_the_user_sets_them(
-    tiny_config, tmp_path, caplog, monkeypatch
-):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
-    make_trainer(tiny_config, tmp_path, "SOLVER.MAX_ITER", 1).train()
+def test_threads_are_the_runs_own_unless_the_user_sets_them(trainer, tmp_path, caplog, monkeypatch):
+    trainer.save_checkpoint("model_0000001")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 2)
-        make_trainer(tiny_config, tmp_path, "SOLVER.MAX_ITER", 1)  # conftest.py set OMP_NUM_THREADS
+        trainer.resume_or_load()  # conftest.py set OMP_NUM_THREADS
         assert torch.get_num_threads() == before + 2
-        assert (
-            f"by CPU with ABACUS, {before} threads, and now it is CPU with ABACUS, {before + 2} "
-            "threads: the run continues, but not bit for bit" in caplog.text
-        )
+        assert f"{before + 2} threads: the run continues, but not bit for bit" in caplog.text
         caplog.clear()
         monkeypatch.delenv("OMP_NUM_THREADS")
-        make_trainer(tiny_config, tmp_path, "SOLVER.MAX_ITER", 1)
+        trainer.resume_or_load()
         assert torch.get_num_threads() == before and "not bit for bit" not in caplog.text
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SLIDE RULE")
-        make_trainer(tiny_config, tmp_path, "SOLVER.MAX_ITER", 1)
-        assert "and now it is CPU with SLIDE RULE" in caplog.text
     finally:
         torch.set_num_threads(before)
 
@@ -198,10 +186,6 @@ def test_retraining_may_start_from_the_supernetworks_weights(tiny_config, tmp_pa
     export.main(Namespace(**options, source=f"{tmp_path}/run", output=f"{tmp_path}/again.yaml"))
     written = (tmp_path / "run/retrain.yaml").read_text()
     assert (tmp_path / "again.yaml").read_text() == written
-    (tmp_path / "run/frozen.pth").rename(tmp_path / "frozen.pth")
-    with pytest.raises(NATSError, match="run has no frozen.pth, .* not ended: add --weights"):
-        export.main(Namespace(**options, source=f"{tmp_path}/run", output=""))
-    (tmp_path / "frozen.pth").rename(tmp_path / "run/frozen.pth")
     model = build_model(retrain)
     loaded = DetectionCheckpointer(model).load(retrain.MODEL.WEIGHTS)
     check_same_dilations(retrain, loaded, "frozen.pth")
@@ -229,19 +213,6 @@ def test_how_decided_a_search_is_stands_in_its_results(tiny_config, tmp_path):
     assert noted["verdict"].startswith("undecided")
     first = Architecture.load(str(tmp_path / "run/architecture_0000000.yaml")).search["decidedness"]
     assert "changed" not in first and "changed" in noted
-
-
-@pytest.mark.parametrize(
-    "key, value, words",
-    [
-        ("DECODE_MARGIN", 1.5, "DECODE_MARGIN 1.5: expected a share"),
-        ("RETRAIN_WEIGHTS", "coco", "RETRAIN_WEIGHTS 'coco': expected base or supernet"),
-        ("RETRAIN_CONFIG", "configs/quickstart/base.yaml", "does not fit res3.0.conv2"),
-    ],
-)
-def test_bad_settings_come_to_light_before_the_search(tiny_config, tmp_path, key, value, words):
-    with pytest.raises(NATSError, match=words):
-        make_trainer(tiny_config, tmp_path / "run", f"SEARCH.{key}", value)
 
 
 @pytest.mark.parametrize("opts", [["DATALOADER.NUM_WORKERS", 2], SAMPLED], ids=["mixed", "sampled"])
@@ -311,8 +282,8 @@ RETINANET += ["MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "MODEL.FPN.NO
 
 @pytest.mark.parametrize(
     "opts",
-    [["DATALOADER.NUM_WORKERS", 2], ["SOLVER.AMP.ENABLED", True], RETINANET, SAMPLED],
-    ids=["loader processes", "float16", "RetinaNet", "sampled"],
+    [["DATALOADER.NUM_WORKERS", 2, "SOLVER.AMP.ENABLED", True], [*RETINANET, *SAMPLED]],
+    ids=["loader processes, float16", "RetinaNet, sampled"],
 )
 def test_a_rehearsal_changes_nothing(tiny_config, tmp_path, opts):
     opts = [*opts, "SOLVER.MAX_ITER", 4]  # the second has the first α step
@@ -358,30 +329,6 @@ def test_the_rehearsal_comes_before_the_first_alpha_step_only(tiny_config, tmp_p
     assert seen == [start] * (start < 2)
 
 
-def test_unreadable_calibration_data_shows_at_the_start(tiny_config, tmp_path):
-    """What a look at the files' heads does not find, the rehearsed α step does."""
-    name = "nats_test_unreadable"
-    records = DatasetCatalog.get("nats_embedded_calibration")
-    cut = tmp_path / "cut.png"
-    first = records[0]
-    cut.write_bytes(Path(first["file_name"]).read_bytes()[:9000])
-    bad = [
-        dict(r, file_name=str(cut), width=first["width"], height=first["height"]) for r in records
-    ]
-    DatasetCatalog.register(name, lambda: bad)
-    try:
-        trainer = make_trainer(tiny_config, tmp_path, "DATASETS.CALIBRATION", f"('{name}',)")
-        with pytest.raises(NATSError, match="20 images in a row .*cut.png: "):
-            trainer.train()
-        for record in bad:
-            record["file_name"] = "nowhere.png"
-        with pytest.raises(NATSError, match="200 of 200 .* nowhere.png: there is no such file"):
-            make_trainer(tiny_config, tmp_path, "DATASETS.CALIBRATION", f"('{name}',)")
-    finally:
-        DatasetCatalog.remove(name)
-    assert not trainer.objectives["weight"].optimizer.state  # no step was taken
-
-
 def test_an_error_in_the_alpha_step_shows_at_the_start(trainer):
     def forward(batch):
         raise RuntimeError("out of memory")
@@ -393,17 +340,6 @@ def test_an_error_in_the_alpha_step_shows_at_the_start(trainer):
 
 
 # -- random numbers of the GPU --------------------------------------------------------------------
-
-
-def test_cudas_generators_keep_each_ranks_own_seed(tiny_config, tmp_path, monkeypatch):
-    """Detectron2 samples proposals by them."""
-    seeds = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    trainer = make_trainer(tiny_config, tmp_path / "one")
-    # as make_trainer, or default_setup on each rank; Detectron2's newest does it twice, once by str
-    assert set(map(int, seeds)) == {trainer.cfg.SEED}
-    other = make_trainer(tiny_config, tmp_path / "other")
-    assert_equal(snapshot(trainer)[0], snapshot(other)[0], "the start")
 
 
 def test_the_random_states_are_those_of_the_models_gpu(trainer, monkeypatch):
@@ -552,42 +488,18 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     "opts, words",
     [
-        (["SEARCH.ALPHA_START", 1.0], "ALPHA_START 1.0"),
         (["DATASETS.CALIBRATION", "('nats_embedded_train',)"], "share .* images"),
         (["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"], "nothing to search"),
-        (["SOLVER.IMS_PER_BATCH", 0], "batch of 0 images"),
         (["DATALOADER.SAMPLER_TRAIN", "Magic"], "SAMPLER_TRAIN 'Magic'"),
         (["SEARCH.RETRAIN_CONFIG", "nowhere.yaml"], "SEARCH.RETRAIN_CONFIG: config nowhere.yaml"),
-        (["RUN.KEEP_CHECKPOINTS", 0], "KEEP_CHECKPOINTS 0: expected at least 1"),
-        (["TEST.PRECISE_BN.ENABLED", True], "PRECISE_BN.ENABLED True: expected False"),
+        (["SEARCH.RETRAIN_CONFIG", "configs/quickstart/base.yaml"], "not fit res3.0.conv2"),
+        (["SEARCH.DECODE_MARGIN", 1.5], "DECODE_MARGIN 1.5: expected a share"),
         (["DATASETS.CALIBRATION", "()"], "DATASETS.CALIBRATION is empty"),
-        (["MODEL.WEIGHTS", "nowhere.pth"], "weights not found: nowhere.pth"),
-        (["MODEL.BACKBONE.FREEZE_AT", 3], r"res3.\*.: nothing to search: .*FREEZE_AT"),
-        (["MODEL.NATS.NUM_GROUPS", 5], "NUM_GROUPS 5 does not fit"),
-        (["MODEL.NATS.CHANNELS_PER_GROUP", 4, "MODEL.NATS.NUM_GROUPS", 8], "both NUM_GROUPS"),
     ],
 )
 def test_bad_input_is_named_before_training(tiny_config, tmp_path, opts, words):
     with pytest.raises(NATSError, match=words):
         make_trainer(tiny_config, tmp_path / "run", *opts)
-
-
-@pytest.mark.parametrize(
-    "kind, test, words",
-    [
-        ("search", "train", ["TEST and DATASETS.TRAIN share 400 images"]),
-        ("search", "calibration", ["TEST and DATASETS.CALIBRATION share 200 images"]),
-        ("train", "train", ["TEST and DATASETS.TRAIN share 400 images"]),
-        ("train", "calibration", []),
-    ],
-)
-def test_test_images_among_the_others(
-    tiny_config, tmp_path, caplog, monkeypatch, kind, test, words
-):
-    monkeypatch.setattr(logging.getLogger("detectron2_nats"), "parent", logging.getLogger())
-    make_trainer(tiny_config, tmp_path, "DATASETS.TEST", f"('nats_embedded_{test}',)", kind=kind)
-    found = [r.getMessage() for r in caplog.records if r.getMessage().startswith("DATASETS.TEST")]
-    assert len(found) == len(words) and all(w in line for w, line in zip(words, found))
 
 
 @pytest.mark.parametrize("kind", ["search", "train"])
@@ -617,14 +529,6 @@ def test_is_resumed_by_as_many_processes_only(trainer, tmp_path):
         NATSError, match="model_0000001.pth was written by 2 processes .* resumed by 1: start 2"
     ):
         trainer.resume_or_load()
-
-
-def test_a_new_run_leaves_an_earlier_ones_checkpoints_alone(tiny_config, tmp_path):
-    """It would prune them by their numbers, and a resume would take them for its own."""
-    trainer = make_trainer(tiny_config, tmp_path)
-    trainer.save_checkpoint("model_0000001")
-    with pytest.raises(NATSError, match="contains checkpoints of an earlier run: .* --resume"):
-        trainer.resume_or_load(resume=False)
 
 
 def test_checkpoints_are_pruned_and_unfinished_ones_deleted(tiny_config, tmp_path):

@@ -45,18 +45,6 @@ def test_scripts_use_public_names_only(path):
             }, node.module
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_help_of_each_script_that_is_a_command(monkeypatch, capsys, path):
-    if "argparse.ArgumentParser(" not in path.read_text():
-        return
-    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
-    monkeypatch.syspath_prepend(str(path.parent))
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(path), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "usage: " in printed and ast.get_docstring(ast.parse(path.read_text()))[:40] in printed
-
-
 # -- the demo --------------------------------------------------------------------------------------
 
 
@@ -162,8 +150,6 @@ def test_a_margin_keeps_more_channels_plain(folder, monkeypatch):
         ("show nowhere", "nowhere: neither a run's output folder nor an architecture file"),
         ("show search --output a_file", "a_file/architecture.png: cannot be written"),
         ("show a_file", "a_file: not an architecture file"),
-        ("show mine.yaml --config-file none.yaml", "config none.yaml not found"),
-        ("export a_file", "a_file: not an architecture file"),
         ("export none.yaml", "none.yaml: cannot be read"),
         ("export search --output a_file/x.yaml", "a_file/x.yaml: cannot be written"),
         ("export search --weights w.pth", "fit only an architecture in voted order"),
@@ -181,11 +167,8 @@ def test_bad_input_is_one_line(folder, monkeypatch, command, error):
     "script, arguments, error",
     [
         ("tools/pretrain_embedded.py", "--steps 0", "--steps 0: expected at least 1"),
-        ("tools/pretrain_embedded.py", "--output nowhere/x.pth", "folder nowhere does not exist"),
         ("tools/make_val35k.py", "--annotations nowhere", "instances_val2014.json is missing"),
         ("study/run.py", "--methods nats-best", "'nats-best': expected one of plain, random"),
-        ("study/run.py", "--methods plain@0.1", "'plain@0.1': expected one of plain, random"),
-        ("study/run.py", "--methods plain --seeds 0", "--config-file, --search-config"),
         (
             "study/run.py",
             "--config-file x --search-config x --folds 3",

@@ -62,9 +62,8 @@ def refused(read, content, match, **needs):
 
 
 @pytest.mark.parametrize("masks", ["", "any"])
-@pytest.mark.parametrize("seed", range(3))
-def test_reads_as_detectron2_does(read, tmp_path, masks, seed):
-    content, rng = coco(), np.random.default_rng(seed)
+def test_reads_as_detectron2_does(read, tmp_path, masks):
+    content, rng = coco(), np.random.default_rng(0)
     for i, annotation in enumerate(content["annotations"]):
         mask = np.asfortranarray(rng.random((HEIGHT, WIDTH)) < rng.random(), dtype=np.uint8)
         flat, rle = mask.ravel(order="F"), mask_util.encode(mask)
@@ -76,7 +75,7 @@ def test_reads_as_detectron2_does(read, tmp_path, masks, seed):
         ][i % 3]
     random.Random(0).shuffle(content["images"])
     annotations = read(content, masks=masks)
-    name = f"nats_test_read_{masks}_{seed}"
+    name = f"nats_test_read_{masks}"
     expected = load_coco_json(str(tmp_path / "annotations.json"), "folder", name)
     meta = MetadataCatalog.get(name)
     assert annotations.class_names == meta.thing_classes == ["cat", "dog"]
@@ -106,20 +105,13 @@ def test_a_file_is_parsed_once_until_it_changes(read, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b"{",
         b"[" * 100000,
-        [],
         {"images": []},
-        coco(images=[{"id": 1}]),
-        coco(images=[3]),
         coco(images=[{"id": 1, "file_name": 3, "width": 3, "height": 3}]),
         coco(images=[{"id": id, "file_name": f"{id}", "width": 3, "height": 3} for id in (1, "b")]),
-        coco(categories=[{}]),
         coco(categories=[{"id": 1, "name": "a"}, {"id": "b", "name": "b"}]),
-        coco(categories=[{"id": 1, "name": 3}]),
         coco(annotations=[7]),
-        coco(annotations=5),
         coco(annotations=[{"id": 1, "image_id": [1], "category_id": 3, "bbox": [1, 2, 3, 4]}]),
     ],
 )
@@ -158,32 +150,21 @@ def test_nothing_to_learn_from(read):
 
 FAULTS = [
     ({"bbox": [1, 2, 0, 20]}, r"box has no size: \[1, 2, 0, 20\]"),
-    ({"bbox": [1, 2, 10, -1]}, "box has no size"),
     ({"bbox": [1, 2, 10]}, r"bbox is not \[x, y, width, height\]: \[1, 2, 10\]"),
     ({"bbox": [1, 2, 10, math.nan]}, "bbox is not"),
-    ({"bbox": [1, 2, 10, math.inf]}, "bbox is not"),
-    ({"bbox": ["1", "2", "10", "20"]}, "bbox is not"),
     ({"bbox": None}, "bbox is not .*: None"),
     ({"bbox": [31, 2, 10, 20]}, None),  # by one pixel
     ({"bbox": [31.1, 2, 10, 20]}, r"box leaves its image .*\(\[31.1, 2, 10, 20\], \[40, 30\]\)"),
     ({"bbox": [1, -1.1, 10, 20]}, "box leaves its image"),
-    ({"bbox": [400, 2, 10, 20]}, "box leaves its image"),
     ({"bbox": [0.1, 0.2, 0.5, 0.5]}, "smaller than a pixel, in the corner of its image"),
     ({"category_id": 4}, "category_id is not listed: 4"),
-    ({"category_id": "3"}, "category_id is not listed: '3'"),
     ({"image_id": 99}, "image_id is not listed: 99"),
-    ({"image_id": "4"}, "image_id is not listed: '4'"),
-    ({"iscrowd": "0"}, "iscrowd is not 0 or 1: '0'"),
     ({"iscrowd": None}, "iscrowd is not 0 or 1: None"),
     ({"iscrowd": 1}, None),
     ({"ignore": 1}, "ignore is not known to Detectron2: 1"),
     ({"ignore": 0}, None),
-    ({"area": None}, "area is not a number above 0: None"),
     ({"area": 0}, "area is not a number above 0: 0"),
-    ({"area": "200"}, "area is not a number above 0: '200'"),
-    ({"id": None}, "id is not a whole number from 1: None"),
     ({"id": 0}, "id is not a whole number from 1: 0"),
-    ({"id": -4}, "id is not a whole number from 1: -4"),
     ({"id": "n4"}, "id is not a whole number from 1: 'n4'"),
 ]
 
@@ -217,7 +198,7 @@ def test_the_command_that_writes_a_clean_file(read, tmp_path):
     )
 
 
-@pytest.mark.parametrize("width", [-1, 0, "40", None, 40.5, True, math.nan])
+@pytest.mark.parametrize("width", [0, "40", None, True, math.nan])
 def test_an_image_without_a_size(read, width):
     content = coco()
     content["images"][4]["width"] = width
@@ -239,25 +220,14 @@ NO_POLYGONS = "segmentation is not a list of polygons"
         ([[1, 2, 11, 2, 11, 22]], ""),
         ([[1, 2, 11, 2, 11, 22], [1, 2]], NO_POLYGONS),  # Detectron2 drops the second
         (None, "segmentation is missing, and MODEL.MASK_ON is True"),
-        ([], "segmentation is missing"),
-        ([1, 2, 10, 20], NO_POLYGONS),
         ([[1, 2, 3, 4]], NO_POLYGONS),
-        ([[[1, 2], [3, 4], [5, 6]]], NO_POLYGONS),
         ([["1", 2, 11, 2, 11, 22]], NO_POLYGONS),
-        ("text", NO_POLYGONS),
-        ([[0.1, 0.2, 0.5, 0.2, 0.5, 0.9]], "segmentation lies outside its box"),
         ([[1, 52, 11, 52, 11, 72]], "segmentation lies outside its box"),
         (RLE, ""),
         ({**RLE, "size": [3, 4]}, NO_RLE),
         ({**RLE, "counts": [3]}, NO_RLE),
-        ({**RLE, "counts": [-3, 1203]}, NO_RLE),
-        ({**RLE, "counts": ["a"]}, NO_RLE),
-        ({**RLE, "counts": None}, NO_RLE),
         ({**RLE, "counts": "zzz~~~!!"}, NO_RLE),
-        ({**RLE, "counts": "é中"}, NO_RLE),
         ({**RLE, "counts": "0P"}, NO_RLE),  # ends in the middle of a number
-        ({**RLE, "counts": "5"}, NO_RLE),
-        ({**RLE, "counts": ""}, NO_RLE),
     ],
 )
 def test_masks(read, mask, reason):

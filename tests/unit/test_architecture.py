@@ -120,25 +120,19 @@ def test_questions():
     "layers, message",
     [
         ({}, "'layers' must map one or more layer names"),
-        (None, "'layers' must map one or more layer names"),
         ([["res3.0.conv2", [[4, 1, 1]]]], "'layers' must map one or more layer names"),
         ({3: [[4, 1, 1]]}, "layer name 3: expected one like 'res3.0.conv2'"),
         ({"a b": [[4, 1, 1]]}, "layer name 'a b'"),
-        ({"a" * 201: [[4, 1, 1]]}, "layer name 'aaa"),
         ({"res3\n.0": [[4, 1, 1]]}, r"layer name 'res3\\n.0'"),
         ({"res3.0.conv2": []}, r"res3.0.conv2: expected a list of \[channels, d_h, d_w\]"),
-        ({"res3.0.conv2": 7}, r"res3.0.conv2: expected a list of \[channels, d_h, d_w\]"),
         (
             {"res3.0.conv2": [[4, 1]]},
             r"res3.0.conv2: expected \[channels, d_h, d_w\], got \[4, 1\]",
         ),
-        ({"res3.0.conv2": ["4\n1"]}, r"got '4\\n1'"),
         ({"res3.0.conv2": [[0, 1, 1]]}, r"res3.0.conv2: expected .*, got \[0, 1, 1\]"),
-        ({"res3.0.conv2": [[True, 1, 1]]}, r"res3.0.conv2: expected .*, got \[True, 1, 1\]"),
         ({"res3.0.conv2": [[65537, 1, 1]]}, r"res3.0.conv2: expected .*, got \[65537, 1, 1\]"),
         ({"res3.0.conv2": [[10**5000, 1, 1]]}, "res3.0.conv2: expected .*, got a list too long"),
         ({"res3.0.conv2": [[4, 0, 1]]}, r"res3.0.conv2: malformed dilation \[0, 1\]"),
-        ({"res3.0.conv2": [[4, True, 1]]}, r"res3.0.conv2: malformed dilation \[True, 1\]"),
         ({"res3.0.conv2": [[4, 1, 10**5000]]}, "res3.0.conv2: malformed dilation"),
     ],
 )
@@ -204,13 +198,10 @@ HEAD = "format: detectron2-nats/1\n"
     "content, reason",
     [
         ("", "expected a mapping with 'format: detectron2-nats/1'"),
-        ("- 1\n", "expected a mapping with 'format: detectron2-nats/1'"),
-        ("layers: {}\n", "expected a mapping with 'format: detectron2-nats/1'"),
         ("format: detectron2-nats/2\n", "expected a mapping with 'format: detectron2-nats/1'"),
         (HEAD, "'layers' must map one or more layer names"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]]}\nlayer: 1\n", "unknown keys 'layer'"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]]}\nsearch: [1]\n", "must be a mapping"),
-        (HEAD + "layers: {res3.0.conv2: [[4, 1.0, 1]]}\n", "res3.0.conv2: malformed dilation"),
         (HEAD + "layers: {res3.0.conv2: [[4, 1, 1]], res3.0.conv2: [[4, 2, 2]]}\n", "duplicate"),
         (HEAD + "layers: !!python/object:builtins.dict {}\n", "constructor"),
         (HEAD + "layers: [\n", "not readable as plain YAML"),
@@ -260,12 +251,8 @@ def test_config_round_trip(tmp_path):
     "value, message",
     [
         ({"res3.0.conv2": [[4, 1, 1]]}, r"must be a list of \[layer name, segments\]"),
-        ("res3.0.conv2", r"must be a list of \[layer name, segments\]"),
         ([["res3.0.conv2"]], r"must be a list of \[layer name, segments\]"),
-        ([[["res3"], [[4, 1, 1]]]], "layer name"),
         ([["res3.0.conv2", [[4, 1, 1]]]] * 2, "names layers twice: res3.0.conv2"),
-        ([["res3.0.conv2", [[4, 1, 0]]]], "res3.0.conv2: malformed dilation"),
-        ([], "'layers' must map"),
     ],
 )
 def test_malformed_config_value(value, message):

@@ -1,7 +1,5 @@
 import copy
-import os
 import pickle
-import re
 
 import numpy as np
 import pytest
@@ -24,7 +22,7 @@ from oracles import (
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2_nats import (
     Architecture,
@@ -38,10 +36,6 @@ from detectron2_nats.config import load_config
 from detectron2_nats.method.names import searched_layers
 from detectron2_nats.method.sampling import SampledDilationConv2d
 from detectron2_nats.method.search_space import PAPER_SETS
-
-HALF_R50 = os.path.join(
-    os.path.dirname(__file__), *[os.pardir] * 3, "shared", "weights", "R-50-half.pkl"
-)
 
 
 def nats(cfg, architecture=None, **kwargs):
@@ -112,22 +106,6 @@ def test_group_keys(num_groups, channels_per_group, expected):
     assert (space.num_groups, space.channels_per_group) == expected
 
 
-@pytest.mark.parametrize(
-    "num_groups, channels_per_group, message",
-    [
-        (8, 32, r"both NUM_GROUPS \(8\) and CHANNELS_PER_GROUP \(32\) are set: keep one"),
-        (0, 0, "NUM_GROUPS 0: expected a whole number of at least 1"),
-        (-4, 0, "NUM_GROUPS -4: expected a whole number of at least 1"),
-        (0, -4, "CHANNELS_PER_GROUP -4: expected a whole number"),
-    ],
-)
-def test_bad_group_keys(num_groups, channels_per_group, message):
-    cfg = nats_cfg()
-    cfg.MODEL.NATS.NUM_GROUPS, cfg.MODEL.NATS.CHANNELS_PER_GROUP = num_groups, channels_per_group
-    with pytest.raises(NATSError, match=message):
-        search_space_from_config(cfg)
-
-
 @pytest.mark.parametrize("key", ["SHARE_WEIGHTS", "SAMPLE"])
 def test_keys_without_replicas(key):
     supernet = build_backbone(nats(case_cfg("R50"), **{key: True}))
@@ -137,7 +115,7 @@ def test_keys_without_replicas(key):
     assert not any("replicas" in key for key in supernet.state_dict())
 
 
-@pytest.mark.parametrize("name", ["build_nats_backbone", "build_vit", "", "resnet"])
+@pytest.mark.parametrize("name", ["build_nats_backbone", "resnet"])
 def test_base_backbone_that_is_not_usable(name):
     cfg = nats(case_cfg("R50"), BASE_BACKBONE=name)
     known = [k for k, _ in BACKBONE_REGISTRY if k != "build_nats_backbone"]
@@ -147,32 +125,11 @@ def test_base_backbone_that_is_not_usable(name):
     assert str(caught.value).split("one of ")[1].split(", ") == sorted(known)
 
 
-def test_base_backbone_without_residual_stages():
-    class Other(Backbone):
-        def forward(self, x):
-            return {}
-
-    def build_other_backbone_of_this_test(cfg, input_shape):
-        return Other()
-
-    BACKBONE_REGISTRY.register(build_other_backbone_of_this_test)
-    try:
-        cfg = nats(case_cfg("R50"), BASE_BACKBONE="build_other_backbone_of_this_test")
-        with pytest.raises(NATSError, match=r"CONVS 'res3.\*' matches no conv .*near are none"):
-            build_backbone(cfg)
-    finally:
-        del BACKBONE_REGISTRY._obj_map["build_other_backbone_of_this_test"]
-
-
 @pytest.mark.parametrize(
     "options, keys, message",
     [
         ([], dict(SPACE="D"), "unknown SPACE 'D': expected one of A, B, C"),
-        ([], dict(SPACE=[[[1, 1], [0, 1]]] * 3), r"malformed dilation \[0, 1\]"),
-        ([], dict(NUM_GROUPS=24), "NUM_GROUPS 24 does not fit res3.0.conv2"),
         (["BACKBONE.FREEZE_AT", 3], {}, r"'res3.\*': nothing .*frozen .*MODEL.BACKBONE.FREEZE_AT"),
-        (["RESNETS.OUT_FEATURES", ["res4"]], {}, r"CONVS 'res5.\*' matches no conv"),
-        (["RESNETS.NUM_GROUPS", 8], {}, "NUM_GROUPS 16 does not fit res3.0.conv2"),
         ([], dict(CONVS=[]), r"CONVS \[\]: expected a list of patterns of names"),
         ([], dict(ARCHITECTURE=[["res3.0.conv2", [[32, 1, 1]]]]), "does not name res3.1.conv2"),
         ([], dict(ARCHITECTURE=[["res3.0.conv2"]]), r"must be a list of \[layer name, segments\]"),
@@ -212,15 +169,6 @@ def test_space_as_string_or_list(tmp_path, text, expected):
     for cfg in (from_file, from_list, dumped):
         genotypes = search_space_from_config(cfg).genotypes
         assert {pattern: genotypes[pattern] for pattern in expected} == expected
-
-
-def test_space_of_a_base_config_can_be_replaced_by_a_list(tmp_path):
-    (tmp_path / "base.yaml").write_text("VERSION: 2\nMODEL: {NATS: {SPACE: C}}\n")
-    child = "_BASE_: base.yaml\nMODEL: {NATS: {CONVS: [res4.*], SPACE: [[[1, 1], [3, 1]]]}}\n"
-    (tmp_path / "child.yaml").write_text(child)
-    cfg = nats_cfg()
-    cfg.merge_from_file(str(tmp_path / "child.yaml"), allow_unsafe=False)
-    assert search_space_from_config(cfg).genotypes == {"res4.*": ((1, 1), (3, 1))}
 
 
 @pytest.mark.parametrize(
@@ -340,7 +288,7 @@ def both_forms(cfg, name, seed=1):
     return build(nats(cfg)), build(nats(cfg, random_architecture(name, build(cfg))))
 
 
-@pytest.mark.parametrize("name", ["R18", "ResNeXt", "RetinaNet", "DC5"])
+@pytest.mark.parametrize("name", ["R18", "RetinaNet"])
 def test_plain_state_dict_loads_into_both(name):
     plain = build_plain(name)
     state = plain.state_dict()
@@ -352,46 +300,13 @@ def test_plain_state_dict_loads_into_both(name):
         assert list(state) == list(plain.state_dict())
 
 
-C2_NAMES = [
-    (r"^stem\.conv1\.weight$", "conv1_w"),
-    (r"^stem\.conv1\.norm\.", "res_conv1_bn_"),
-    (r"\.shortcut\.norm\.", "_branch1_bn_"),
-    (r"\.conv1\.norm\.", "_branch2a_bn_"),
-    (r"\.conv2\.norm\.", "_branch2b_bn_"),
-    (r"\.conv3\.norm\.", "_branch2c_bn_"),
-    (r"\.shortcut\.weight$", "_branch1_w"),
-    (r"\.conv1\.weight$", "_branch2a_w"),
-    (r"\.conv2\.weight$", "_branch2b_w"),
-    (r"\.conv3\.weight$", "_branch2c_w"),
-    (r"^res(\d)\.(\d+)", r"res\1_\2"),
-    (r"_bn_weight$", "_bn_s"),
-    (r"_bn_bias$", "_bn_b"),
-    (r"_bn_running_mean$", "_bn_rm"),
-    (r"_bn_running_var$", "_bn_riv"),
-]
-
-
-def c2_name(key):
-    for pattern, replacement in C2_NAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-@pytest.mark.parametrize("names, half", [("C2", True), ("Detectron2", False)])
-def test_pkl_of_a_classifier(tmp_path, names, half):
-    """C2's names, and a converted torchvision model's, into detectors with an FPN."""
-    plain = build_plain("R50")
-    if half:
-        plain = plain.half().float()
+def test_pkl_of_a_classifier(tmp_path):
+    """A converted torchvision model's, into detectors with an FPN; C2's: test_paper.py."""
+    plain = build_plain("R50").half().float()
     arrays = {k: v.numpy() for k, v in plain.state_dict().items()}
-    arrays["fc1000_w" if names == "C2" else "fc.weight"] = np.zeros((10, 256), np.float32)
-    if half:
-        arrays = {k: v.astype(np.float16) for k, v in arrays.items()}
-    if names == "C2":
-        content = {c2_name(k): v for k, v in arrays.items()}
-        assert "res2_0_branch2b_w" in content and "res3_1_branch2b_bn_s" in content
-    else:
-        content = {"model": arrays, "__author__": "test", "matching_heuristics": True}
+    arrays["fc.weight"] = np.zeros((10, 256), np.float32)
+    arrays = {k: v.astype(np.float16) for k, v in arrays.items()}
+    content = {"model": arrays, "__author__": "test", "matching_heuristics": True}
     path = tmp_path / "R-50.pkl"
     path.write_bytes(pickle.dumps(content))
 
@@ -415,28 +330,6 @@ def test_detectron2s_own_checkpoint_of_a_detector(tmp_path):
     for network in (supernet, frozen):
         assert load(network, tmp_path / "model.pth") == ([], [])
         assert_holds(network, detector.state_dict())
-
-
-@pytest.mark.skipif(not os.path.exists(HALF_R50), reason="needs ../shared/weights/R-50-half.pkl")
-def test_real_checkpoint():
-    with open(HALF_R50, "rb") as file:
-        arrays = pickle.load(file, encoding="latin1")["model"]
-    opts = ["RESNETS.STEM_OUT_CHANNELS", len(arrays["stem.conv1.weight"])]
-    opts += ["RESNETS.RES2_OUT_CHANNELS", len(arrays["res2.0.conv3.weight"])]
-    opts += ["RESNETS.WIDTH_PER_GROUP", len(arrays["res2.0.conv2.weight"])]
-    opts += ["RESNETS.OUT_FEATURES", ["res5"]]
-    cfg = tiny_cfg(model_options=opts)
-    plain = build_backbone(cfg)
-    expected = load(plain, HALF_R50)
-    assert expected[0] == []
-    state = {k: torch.as_tensor(v) for k, v in arrays.items() if k in plain.state_dict()}
-    assert len(state) > 200
-    for network in (
-        build_backbone(nats(cfg, SPACE="A")),
-        build_backbone(nats(cfg, random_architecture("R50", plain))),
-    ):
-        assert load(network, HALF_R50) == expected
-        assert_holds(network, state)
 
 
 def test_super_network_checkpoint_round_trip(tmp_path):

@@ -3,16 +3,13 @@
 import argparse
 import json
 import math
-import os
-import time
 from pathlib import Path
 
 import folds
 import jobs
 import pytest
 import tables
-import torch
-from methods import Method, cycle, file_argument, half_plain, method_argument, training, transposed
+from methods import Method, file_argument, method_argument, training
 
 from detectron2.config import get_cfg
 from detectron2_nats import Architecture, NATSError
@@ -26,14 +23,10 @@ CATEGORIES = [{"id": 3, "name": "cell"}]
 @pytest.mark.parametrize(
     "name, kind, search, length",
     [
-        ("plain", "plain", "", 1),
         ("plain-1.5x", "plain", "", 1.5),
         ("path-random-2x", "path-random", "", 2),
         ("5x1-1.25x", "5x1", "", 1.25),
-        ("nats-warm", "nats-warm", "nats", 1),
-        ("transposed", "transposed", "nats", 1),
         ("path-warm-1.5x", "path-warm", "path", 1.5),
-        ("path-one-run", "path-one-run", "", 1),
     ],
 )
 def test_methods(name, kind, search, length):
@@ -43,39 +36,11 @@ def test_methods(name, kind, search, length):
         file_argument(f"{name}=file.yaml")
 
 
-@pytest.mark.parametrize("name", ["plain-0x", "plain-x", "0x3", "mine", "SOLVER.MAX_ITER", "5x"])
-def test_what_is_no_method(name):
-    with pytest.raises(argparse.ArgumentTypeError, match="KEY VALUE pairs come after"):
-        method_argument(name)
-
-
-def test_an_architecture_file_is_a_method_with_a_length():
-    method = file_argument("mine-1.5x=some/file.yaml")
-    assert method == Method("mine-1.5x", "mine", 1.5, "some/file.yaml")
-    for text in ("mine", "=file", "a/b=file", "mine="):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=FILE"):
-            file_argument(text)
-
-
 def test_a_length_stretches_the_schedule():
     solver = get_cfg().SOLVER
     solver.MAX_ITER, solver.STEPS = 400, (320, 390)
     words = ["SOLVER.MAX_ITER", "600", "SOLVER.STEPS", "(480, 585)"]
     assert training(Method.of("plain-1.5x"), solver) == words
-
-
-def test_layers_that_are_drawn_here():
-    layers = {"res3.0.conv2": [(4, 1, 3), (4, 5, 5)], "res3.1.conv2": [(8, 3, 1)]}
-    assert transposed(layers)["res3.0.conv2"] == [(4, 3, 1), (4, 5, 5)]
-    turns = [(1, 1, 1), (1, 2, 2), (1, 1, 1), (1, 4, 4)]
-    assert cycle(layers)["res3.1.conv2"] == turns * 2
-    halves = [Architecture(half_plain(layers, 4, seed)) for seed in (0, 0, 1)]
-    assert halves[0] == halves[1] != halves[2]
-    for half in halves:
-        assert half.shares()[1, 1] == 0.5
-        assert {name: sum(s[0] for s in v) for name, v in half.layers.items()} == dict.fromkeys(
-            layers, 8
-        )
 
 
 # -- folds -----------------------------------------------------------------------------------------
@@ -147,40 +112,11 @@ def test_every_image_is_tested_once_and_never_trained_on_then(merged):
 # -- runs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gpus, shares", [("4,5", ["4", "5", "4"]), (None, ["0", "1", "2"])])
-def test_simultaneous_runs_share_the_gpus(monkeypatch, gpus, shares):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if gpus:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    environments = [jobs.environment(slot, at_once=3) for slot in range(3)]
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == shares
-
-
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """A function: Python code → a job that runs it."""
     monkeypatch.setattr(jobs, "program", lambda command: [jobs.sys.executable, *command])
     return lambda code, name="run": jobs.Job(str(tmp_path / name), lambda: ["-c", code])
-
-
-def test_all_starts_of_a_run_count(job):
-    first = job("sum(range(10**6))")
-    for _ in range(2):
-        earlier = first.cost()["cpu_seconds"]
-        first.start({})
-        while not first.ended():
-            time.sleep(0.01)
-        assert first.done and first.cost()["cpu_seconds"] > earlier
-
-
-def test_a_run_that_had_ended_when_it_was_told_to_stop(job):
-    failing = job("raise SystemExit(3)")
-    failing.start({})
-    os.waitid(os.P_PID, failing._process.pid, os.WEXITED | os.WNOWAIT)
-    failing.stop()
-    assert not failing.done and failing._process.returncode == 3
 
 
 def test_when_one_fails_the_others_are_stopped(job, tmp_path):

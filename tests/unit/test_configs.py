@@ -1,5 +1,6 @@
 """Every config of the repository: it loads, safely, and says what the paper says."""
 
+import operator
 import re
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import pytest
 import yaml
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 from detectron2.engine import DefaultTrainer
 from detectron2_nats import NATSError, add_nats_config
 from detectron2_nats.config import load_config
@@ -20,33 +20,92 @@ CONFIGS = ROOT / "configs"
 # Images of COCO's splits.
 TRAIN2014 = 82783
 TRAIN2017 = 118287
-LR_PER_IMAGE = 0.00125
-LR_PER_IMAGE_END = 0.00005
 
-SEARCH = {
-    "faster_rcnn_R_50_FPN": {"depth": 50, "space": "C", "groups": 16},
-    "faster_rcnn_R_50_FPN_set_A": {"depth": 50, "space": "A", "groups": 16},
-    "faster_rcnn_R_50_FPN_set_B": {"depth": 50, "space": "B", "groups": 16},
-    "faster_rcnn_R_50_FPN_1group": {"depth": 50, "space": "C", "groups": 1},
-    "faster_rcnn_R_101_FPN": {"depth": 101, "space": "C", "channels": 32},
-    "faster_rcnn_X_101_32x4d_FPN": {"depth": 101, "space": "C", "channels": 32},
+CONVS = ["res3.*", "res4.*", "res5.*"]
+SEARCHED = {
+    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+    "MODEL.BACKBONE.NAME": "build_nats_backbone",
+    "MODEL.NATS.BASE_BACKBONE": "build_resnet_fpn_backbone",
+    "MODEL.NATS.CONVS": CONVS,
+    "MODEL.NATS.ARCHITECTURE": [],
+    # 8 GPUs with one image each, 25 epochs, α frozen for 10 of them.
+    "SOLVER.REFERENCE_WORLD_SIZE": 8,
+    "SOLVER.IMS_PER_BATCH": 8,
+    "SOLVER.MAX_ITER": round(25 * TRAIN2014 / 8),
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
+    "SOLVER.BASE_LR": 0.01,
+    "SOLVER.BASE_LR_END": 0.0004,
+    "SOLVER.MOMENTUM": 0.9,
+    "SOLVER.WEIGHT_DECAY": 1e-4,
+    "SEARCH.ALPHA_START": 0.4,
+    "SEARCH.ALPHA_LR": 0.01,
+    "SEARCH.ALPHA_WEIGHT_DECAY": 1e-5,
+    "SEARCH.ALPHA_IMS_PER_BATCH": 0,
+    "SEARCH.DECODE_ORDER": "paper",
+    "DATASETS.TRAIN": ("coco_2014_train",),
+    "DATASETS.CALIBRATION": ("coco_2014_valminusminival",),
+    "INPUT.MIN_SIZE_TRAIN": (800,),
+    "INPUT.MAX_SIZE_TRAIN": 1200,
+    "INPUT.MIN_SIZE_TEST": 800,
 }
-RETRAIN = {
-    "faster_rcnn_R_50_FPN": {"depth": 50, "meta": "GeneralizedRCNN"},
-    "mask_rcnn_R_50_FPN": {"depth": 50, "meta": "GeneralizedRCNN"},
-    "cascade_rcnn_R_50_FPN": {"depth": 50, "meta": "GeneralizedRCNN"},
-    "retinanet_R_50_FPN": {"depth": 50, "meta": "RetinaNet"},
-    "faster_rcnn_R_101_FPN": {"depth": 101, "meta": "GeneralizedRCNN"},
-    "faster_rcnn_X_101_32x4d_FPN": {"depth": 101, "meta": "GeneralizedRCNN"},
+RETRAINED = {
+    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+    "MODEL.RESNETS.NORM": "SyncBN",
+    "MODEL.NATS.ARCHITECTURE": [],
+    # 8 GPUs with two images each, 13 epochs, a tenth of the rate after 8 and 11.
+    "SOLVER.REFERENCE_WORLD_SIZE": 8,
+    "SOLVER.IMS_PER_BATCH": 16,
+    "SOLVER.MAX_ITER": round(13 * TRAIN2017 / 16),
+    "SOLVER.STEPS": tuple(round(epochs * TRAIN2017 / 16) for epochs in (8, 11)),
+    "SOLVER.GAMMA": 0.1,
+    "SOLVER.BASE_LR": 0.02,
+    "SOLVER.MOMENTUM": 0.9,
+    "SOLVER.WEIGHT_DECAY": 1e-4,
+    "SOLVER.WEIGHT_DECAY_NORM": 0,  # Detectron2's; docs/method.md says so
+    "DATASETS.TRAIN": ("coco_2017_train",),
+    "DATASETS.TEST": ("coco_2017_val",),
+}
+
+
+def groups(depth, space, num_groups=16, channels=0):
+    keys = ("RESNETS.DEPTH", "NATS.SPACE", "NATS.NUM_GROUPS", "NATS.CHANNELS_PER_GROUP")
+    values = (depth, space, num_groups, channels)
+    return {**SEARCHED, **{f"MODEL.{key}": value for key, value in zip(keys, values)}}
+
+
+def of_depth(depth, **more):
+    return {**RETRAINED, "MODEL.RESNETS.DEPTH": depth, **more}
+
+
+LARGE_BATCH = {
+    "SOLVER.IMS_PER_BATCH": 64,
+    "SOLVER.MAX_ITER": round(25 * TRAIN2014 / 64),
+    "SOLVER.BASE_LR": 0.08,
+    "SOLVER.BASE_LR_END": 0.0032,
+    "SOLVER.AMP.ENABLED": True,
+}
+ROWS = {
+    "search/faster_rcnn_R_50_FPN": groups(50, "C"),
+    "search/faster_rcnn_R_50_FPN_set_A": groups(50, "A"),
+    "search/faster_rcnn_R_50_FPN_set_B": groups(50, "B"),
+    "search/faster_rcnn_R_50_FPN_1group": groups(50, "C", 1),
+    "search/faster_rcnn_R_50_FPN_bs64": {**groups(50, "C"), **LARGE_BATCH},
+    "search/faster_rcnn_R_101_FPN": groups(101, "C", channels=32),
+    "search/faster_rcnn_X_101_32x4d_FPN": groups(101, "C", channels=32),
+    "retrain/faster_rcnn_R_50_FPN": of_depth(50),
+    "retrain/mask_rcnn_R_50_FPN": of_depth(50, **{"MODEL.MASK_ON": True}),
+    "retrain/cascade_rcnn_R_50_FPN": of_depth(50, **{"MODEL.ROI_HEADS.NAME": "CascadeROIHeads"}),
+    # its rate is half of it, as in Detectron2's zoo
+    "retrain/retinanet_R_50_FPN": of_depth(
+        50, **{"MODEL.META_ARCHITECTURE": "RetinaNet", "SOLVER.BASE_LR": 0.01}
+    ),
+    "retrain/faster_rcnn_R_101_FPN": of_depth(101),
+    "retrain/faster_rcnn_X_101_32x4d_FPN": of_depth(101),
 }
 
 
 def config_files(*folders):
     return sorted(path for folder in folders for path in (CONFIGS / folder).glob("*.yaml"))
-
-
-def by_name(path):
-    return path.relative_to(CONFIGS).as_posix()
 
 
 def load(path, nats=True):
@@ -58,131 +117,44 @@ def load(path, nats=True):
     return cfg
 
 
-def rounded(value):
-    return int(value + 0.5)
-
-
-def runnable(folder):
-    return {path.stem for path in config_files(folder) if not path.stem.startswith("Base-")}
-
-
-@pytest.mark.parametrize(
-    "path", config_files("search", "retrain", "examples", "study"), ids=by_name
-)
-def test_loads_and_names_its_version(path):
-    cfg = load(path)
-    assert cfg.VERSION == 2
-    # Without it, Detectron2 guesses an old version and rewrites the keys.
-    assert CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)["VERSION"] == 2
-    # The comment that says which row of the paper this is.
-    assert path.read_text().startswith("# ")
-    known = {*_PREDEFINED_SPLITS_COCO["coco"], *(name for name, *_ in cfg.DATASETS.REGISTER)}
-    assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= known
-    # A dumped config is read again by the exporter and by evaluation.
-    assert yaml.safe_load(cfg.dump())["SOLVER"]["MAX_ITER"] == cfg.SOLVER.MAX_ITER
+@pytest.mark.parametrize("folder", ["search", "retrain", "quickstart", "examples"])
+def test_each_config_loads_and_names_its_version(folder):
+    for path in config_files(folder):
+        # Without it, Detectron2 guesses an old version and rewrites the keys.
+        assert CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)["VERSION"] == 2
+        assert path.read_text().startswith("# ")  # which row of the paper this is
+        cfg = load_config(str(path))
+        check_config(cfg)
+        # A dumped config is read again by the exporter and by evaluation.
+        assert yaml.safe_load(cfg.dump())["SOLVER"]["MAX_ITER"] == cfg.SOLVER.MAX_ITER
 
 
 def test_every_row_of_the_paper_has_a_config():
-    assert runnable("search") == {*SEARCH, "faster_rcnn_R_50_FPN_bs64"}
-    assert runnable("retrain") == set(RETRAIN)
+    paths = config_files("search", "retrain")
+    names = {f"{path.parent.name}/{path.stem}" for path in paths if path.stem[:5] != "Base-"}
+    assert names == set(ROWS)
 
 
-def test_eight_images_per_gpu_are_the_same_search_with_the_rate_that_follows():
-    usual, large = (
-        load(CONFIGS / "search" / f"faster_rcnn_R_50_FPN{suffix}.yaml") for suffix in ("", "_bs64")
-    )
-    assert large.SOLVER.AMP.ENABLED and large.SOLVER.IMS_PER_BATCH == 64
-    assert large.SOLVER.MAX_ITER == rounded(25 * TRAIN2014 / 64)
-    assert large.SOLVER.BASE_LR == pytest.approx(LR_PER_IMAGE * 64)
-    assert large.SOLVER.BASE_LR_END == pytest.approx(LR_PER_IMAGE_END * 64)
-    large.SOLVER = usual.SOLVER
-    assert large == usual
+@pytest.mark.parametrize("name", ROWS)
+def test_a_config_says_what_the_paper_says(name):
+    cfg = load(CONFIGS / f"{name}.yaml")
+    for key, expected in ROWS[name].items():
+        value = operator.attrgetter(key)(cfg)
+        value = tuple(value) if isinstance(expected, tuple) else value
+        assert value == (pytest.approx(expected) if isinstance(expected, float) else expected), key
 
 
-@pytest.mark.parametrize("name", SEARCH)
-def test_search(name):
-    row = SEARCH[name]
-    cfg = load(CONFIGS / "search" / f"{name}.yaml")
-
-    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-    assert cfg.MODEL.BACKBONE.NAME == "build_nats_backbone"
-    assert cfg.MODEL.NATS.BASE_BACKBONE == "build_resnet_fpn_backbone"
-    assert cfg.MODEL.NATS.CONVS == ["res3.*", "res4.*", "res5.*"]
-    assert cfg.MODEL.NATS.ARCHITECTURE == []
-    assert cfg.MODEL.RESNETS.DEPTH == row["depth"]
-    assert cfg.MODEL.NATS.SPACE == row["space"]
-    if "groups" in row:
-        assert cfg.MODEL.NATS.NUM_GROUPS == row["groups"]
-        assert cfg.MODEL.NATS.CHANNELS_PER_GROUP == 0
-    else:
-        assert cfg.MODEL.NATS.CHANNELS_PER_GROUP == row["channels"]
-
-    # 8 GPUs with one image each, 25 epochs, α frozen for 10 of them.
-    solver = cfg.SOLVER
-    assert (solver.REFERENCE_WORLD_SIZE, solver.IMS_PER_BATCH) == (8, 8)
-    assert solver.MAX_ITER == rounded(25 * TRAIN2014 / solver.IMS_PER_BATCH)
-    assert cfg.SEARCH.ALPHA_START == pytest.approx(10 / 25)
-    assert solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
-    assert solver.BASE_LR == pytest.approx(LR_PER_IMAGE * solver.IMS_PER_BATCH)
-    assert solver.BASE_LR_END == pytest.approx(LR_PER_IMAGE_END * solver.IMS_PER_BATCH)
-    assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 1e-4)
-    assert (cfg.SEARCH.ALPHA_LR, cfg.SEARCH.ALPHA_WEIGHT_DECAY) == (0.01, 1e-5)
-    assert cfg.SEARCH.ALPHA_IMS_PER_BATCH == 0
-    assert cfg.SEARCH.DECODE_ORDER == "paper"
-
-    assert cfg.DATASETS.TRAIN == ("coco_2014_train",)
-    assert tuple(cfg.DATASETS.CALIBRATION) == ("coco_2014_valminusminival",)
-    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
-    assert (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST) == (1200, 800)
-
-
-@pytest.mark.parametrize("name", RETRAIN)
-def test_retraining_by_cpu_processes_takes_norms_that_work_there(name):
-    cfg = load(CONFIGS / "retrain" / f"{name}.yaml", nats=False)
+@pytest.mark.parametrize("path", config_files("retrain"), ids=lambda path: path.stem)
+def test_a_retraining_is_a_plain_detectors_and_scales_with_the_processes(path):
+    cfg = load(path, nats=False)  # no key of this project
+    four = DefaultTrainer.auto_scale_workers(cfg, 4).SOLVER
+    assert (four.IMS_PER_BATCH, four.MAX_ITER) == (8, 2 * cfg.SOLVER.MAX_ITER)
+    assert four.BASE_LR == cfg.SOLVER.BASE_LR / 2
     assert with_cpu_sync_bn(cfg, 8) is cfg
     cfg.MODEL.DEVICE = "cpu"
     assert with_cpu_sync_bn(cfg, 1) is cfg
     assert re.findall("(naive)?SyncBN", with_cpu_sync_bn(cfg, 2).dump()) == ["naive"]
     assert cfg.MODEL.RESNETS.NORM == "SyncBN"
-
-
-@pytest.mark.parametrize("name", RETRAIN)
-def test_retrain(name):
-    row = RETRAIN[name]
-    path = CONFIGS / "retrain" / f"{name}.yaml"
-    cfg = load(path, nats=False)  # a plain detector: no key of this project
-
-    assert cfg.MODEL.META_ARCHITECTURE == row["meta"]
-    assert cfg.MODEL.RESNETS.DEPTH == row["depth"]
-    assert cfg.MODEL.RESNETS.NORM == "SyncBN"
-    assert cfg.MODEL.MASK_ON == name.startswith("mask")
-    assert (cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads") == name.startswith("cascade")
-
-    solver = cfg.SOLVER
-    # 8 GPUs with two images each; with others Detectron2 scales batch, rate and schedule.
-    assert (solver.REFERENCE_WORLD_SIZE, solver.IMS_PER_BATCH) == (8, 16)
-    assert DefaultTrainer.auto_scale_workers(cfg, 8) is cfg
-    four = DefaultTrainer.auto_scale_workers(cfg, 4).SOLVER
-    assert (four.IMS_PER_BATCH, four.MAX_ITER) == (8, 2 * solver.MAX_ITER)
-    assert four.BASE_LR == solver.BASE_LR / 2
-    assert solver.MAX_ITER == rounded(13 * TRAIN2017 / solver.IMS_PER_BATCH)
-    assert solver.STEPS == tuple(rounded(e * TRAIN2017 / solver.IMS_PER_BATCH) for e in (8, 11))
-    assert solver.GAMMA == 0.1
-    # RetinaNet's rate is half of it, as in Detectron2's zoo.
-    share = 0.5 if name.startswith("retinanet") else 1
-    assert solver.BASE_LR == pytest.approx(share * LR_PER_IMAGE * solver.IMS_PER_BATCH)
-    assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 1e-4)
-    assert solver.WEIGHT_DECAY_NORM == 0  # Detectron2's; docs/method.md says so
-    assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
-    assert cfg.DATASETS.TEST == ("coco_2017_val",)
-
-    # Knowing this project's keys changes nothing else.
-    known = load(path)
-    for key in ("MODEL", "DATASETS", "SOLVER"):
-        for subkey, value in cfg[key].items():
-            if subkey != "AMP":  # holds a key of this project
-                assert known[key][subkey] == value
-    assert known.MODEL.NATS.ARCHITECTURE == []
 
 
 def test_retinanet_anchors():
@@ -191,7 +163,7 @@ def test_retinanet_anchors():
     assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [pytest.approx(sizes) for sizes in expected]
 
 
-@pytest.mark.parametrize("path", config_files("search", "examples"), ids=by_name)
+@pytest.mark.parametrize("path", config_files("search", "examples"))
 def test_search_and_retraining_are_of_one_network(path):
     cfg = load(path)
     if not cfg.SEARCH.RETRAIN_CONFIG:
@@ -222,32 +194,15 @@ def test_small_detector_for_own_data():
 
 
 def test_own_data():
+    """The search is short, the retraining long and from its weights; no split is COCO's."""
     plain = load(CONFIGS / "examples" / "own_data_retrain.yaml", nats=False)
     search = load(CONFIGS / "examples" / "own_data.yaml")
-    # The search is short, the retraining long and from its weights.
     assert plain.SOLVER.MAX_ITER == 700 and search.SOLVER.MAX_ITER == 300
     assert search.SEARCH.RETRAIN_WEIGHTS == "supernet" and search.MODEL.NATS.SAMPLE
     assert search.SEARCH.ALPHA_START == pytest.approx(0.33)
     assert search.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR"
-    assert search.DATASETS.REGISTER == []
-    # Nothing of COCO is taken where a split was forgotten.
     assert plain.DATASETS.TRAIN == plain.DATASETS.TEST == ()
-    assert len(search.DATASETS.CALIBRATION) == 0
-
-    # As given on the command line.
-    search.merge_from_list(
-        [
-            "DATASETS.REGISTER",
-            "[['my_train', 'train.json', 'images'], ['my_calib', 'calib.json', 'images']]",
-            "DATASETS.TRAIN",
-            "('my_train',)",
-            "DATASETS.CALIBRATION",
-            "('my_calib',)",
-        ]
-    )
-    assert search.DATASETS.REGISTER[1] == ["my_calib", "calib.json", "images"]
-    assert search.DATASETS.TRAIN == ("my_train",)
-    assert list(search.DATASETS.CALIBRATION) == ["my_calib"]
+    assert len(search.DATASETS.CALIBRATION) == len(search.DATASETS.REGISTER) == 0
 
 
 @pytest.mark.parametrize(
@@ -287,22 +242,13 @@ def test_a_lazy_config_is_refused():
         ("MODEL.META_ARCHITECTURE", "RetinNet", "RetinaNet"),
         ("MODEL.BACKBONE.NAME", "build_resnet_fpn", "build_resnet_fpn_backbone"),
         ("MODEL.NATS.BASE_BACKBONE", "resnet_fpn_backbone", "build_resnet_fpn_backbone"),
-        ("MODEL.ROI_HEADS.NAME", "StandardROIHead", "StandardROIHeads"),
         ("MODEL.RESNETS.NORM", "BatchNorm", "BN or SyncBN"),
-        ("MODEL.FPN.NORM", "FrozenBatchNorm", "FrozenBN"),
         ("SOLVER.LR_SCHEDULER_NAME", "CosineLR", "WarmupCosineLR"),
     ],
 )
 def test_names_that_detectron2_does_not_know(key, value, expected):
     with pytest.raises(NATSError, match=f"{key} '{value}' is not known: expected .*{expected}"):
         check_config(load_config("", [key, value]))
-
-
-@pytest.mark.parametrize(
-    "path", config_files("search", "retrain", "quickstart", "examples", "study")
-)
-def test_the_repositorys_names_are_known(path):
-    check_config(load_config(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -313,8 +259,6 @@ def test_the_repositorys_names_are_known(path):
         ("SOLVER.AMP.PRECISION", "float8", "float16 or bfloat16"),
         ("SOLVER.AVERAGE_LAST", 1.5, "a share of the run, 0 to 1"),
         ("RUN.KEEP_CHECKPOINTS", 0, "at least 1"),
-        ("RUN.LOG_PERIOD", 0, "at least 1"),
-        ("RUN.RANK_CHECK_PERIOD", -1, "at least 1"),
     ],
 )
 def test_values_that_are_checked_before_anything_is_built(key, value, expected):

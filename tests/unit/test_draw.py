@@ -17,7 +17,15 @@ from detectron2_nats.config import load_config
 from detectron2_nats.method.decode import decode_alpha
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [
+    ROOT / "configs" / name
+    for name in (
+        "search/faster_rcnn_X_101_32x4d_FPN.yaml",
+        "retrain/retinanet_R_50_FPN.yaml",
+        "quickstart/search.yaml",
+        "examples/own_data_small_search.yaml",
+    )
+]
 
 
 @pytest.mark.parametrize("name, groups", [("FPN", 4), ("ResNeXt", 8), ("R18", 1)])
@@ -72,7 +80,7 @@ def test_what_cannot_be_drawn():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_drawn_architectures_fit_every_config(path, monkeypatch):
+def test_drawn_architectures_fit_a_config_of_each_kind(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, backbone, space = command._detector(str(path), [])
     convs = command._trained(space.convs, backbone)

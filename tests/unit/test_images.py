@@ -32,7 +32,7 @@ def warnings(caplog, monkeypatch):
     return lambda: [r.getMessage() for r in caplog.records]
 
 
-@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize("orientation", [None, 3, 6])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
 def test_what_passes_is_read_rightly(tmp_path, name, orientation):
     """Pillow turns a TIFF when it loads it, and Detectron2 once more."""
@@ -53,7 +53,6 @@ def test_what_passes_is_read_rightly(tmp_path, name, orientation):
     [
         ("a.png", GRAY.astype(np.uint16) * 257, "I"),
         ("a.tif", GRAY.astype(np.uint16) * 257, "I;16"),
-        ("a.tif", GRAY.astype(np.int32), "I"),
         ("a.tif", GRAY.astype(np.float32), "F"),
     ],
 )

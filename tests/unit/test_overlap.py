@@ -93,25 +93,6 @@ def test_renamed_copies_are_found_where_the_files_are_few(tmp_path):
     assert shared_images(train, other) == {other[1]: train[1]}
 
 
-def test_of_large_splits_few_files_are_read(tmp_path, monkeypatch):
-    names = [f"{i:04d}" for i in range(100)]
-    train = write(tmp_path / "a", **{name: name.encode() for name in names})
-    other = write(tmp_path / "b", **{name: name.encode() for name in names}, new=b"0000")
-    read, digest = [], overlap._digest
-    monkeypatch.setattr(overlap, "_digest", lambda file: read.append(file) or digest(file))
-    monkeypatch.setattr(overlap, "_FEW", 50)
-    assert len(shared_images(train, other)) == 100  # the renamed copy is not looked for
-    assert len(read) == 200
-    read.clear()
-    for file in train[50:]:
-        with open(file, "ab") as opened:
-            opened.write(b" of another size")
-    assert len(shared_images(train, other)) == 50 and len(read) == 100
-    # distinct names: nothing is read at all
-    read.clear()
-    assert shared_images(train, [f"{file}.png" for file in other]) == {} and read == []
-
-
 def test_test_images_among_the_others_are_warned_of(tmp_path, messages):
     train = write(tmp_path / "a", one=b"111", two=b"222")
     test = write(tmp_path / "b", two=b"222", three=b"333")

@@ -57,7 +57,7 @@ def test_registers_and_loads(tmp_path):
             register_datasets(cfg)
 
 
-@pytest.mark.parametrize("entry", [["a", "b"], ["a", "b", 3], ["", "b", "c"], "abc", None])
+@pytest.mark.parametrize("entry", [["a", "b"], ["", "b", "c"], None])
 def test_malformed_entries(entry):
     cfg = get_cfg()
     add_nats_config(cfg)
@@ -101,23 +101,6 @@ def test_missing_files_of_own_data(tmp_path, json_file, folder, words):
 def test_missing_and_unknown_names(name, words):
     with pytest.raises(NATSError, match=f"^DATASETS.TEST: .*{words}"):
         check_datasets([name], "DATASETS.TEST")
-
-
-def test_remote_files_are_looked_for_when_they_are_fetched():
-    name = "far"
-    MetadataCatalog.get(name).set(json_file="https://a.test/a.json", image_root="https://a.test/b")
-    DatasetCatalog.register(name, list)
-    check_datasets([name], "DATASETS.TRAIN")
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
-
-
-def test_a_corrected_file_is_read_anew(tmp_path):
-    cfg, path = register(tmp_path)
-    DatasetCatalog.get(NAME)
-    path.write_text(json.dumps(coco(categories=[{"id": 3, "name": "a"}, {"id": 7, "name": "b"}])))
-    DatasetCatalog.get(NAME)
-    assert MetadataCatalog.get(NAME).thing_classes == ["a", "b"]
 
 
 # -- before a run ---------------------------------------------------------------------------------
@@ -182,19 +165,10 @@ def test_an_evaluation_knows_the_classes_of_all_that_is_registered(tmp_path, mon
     assert not trainer.test.called
 
 
-def test_a_split_with_only_the_classes_that_occur(tmp_path):
-    content = coco(4)
-    few = [{**a, "category_id": 7} for a in content["annotations"]]
-    cfg = run_config(tmp_path, TEST={"categories": [{"id": 7, "name": "dog"}], "annotations": few})
-    with pytest.raises(NATSError, match="DATASETS.TEST.* class 0 is 'dog', .* it is 'cat'"):
-        check_data(cfg, ALL)
-
-
 @pytest.mark.parametrize(
     "architecture, node",
     [
         ("GeneralizedRCNN", "ROI_HEADS"),
-        ("PanopticFPN", "ROI_HEADS"),
         ("RetinaNet", "RETINANET"),
         ("ProposalNetwork", ""),
     ],
@@ -207,13 +181,6 @@ def test_the_number_of_classes(tmp_path, architecture, node):
     cfg.MODEL[node].NUM_CLASSES = 80
     with pytest.raises(NATSError, match=f"2 classes, the model 80: set MODEL.{node}.NUM_CLASSES 2"):
         check_data(cfg, ALL)
-
-
-def test_the_number_of_classes_of_stuff(tmp_path):
-    cfg = run_config(tmp_path, "MODEL.META_ARCHITECTURE", "PanopticFPN")
-    MetadataCatalog.get(f"{NAME}_TEST").stuff_classes = ["sky"] * 5
-    with pytest.raises(NATSError, match="5 classes, .*: set MODEL.SEM_SEG_HEAD.NUM_CLASSES 5"):
-        check_data(cfg, ["TEST"])
 
 
 def test_what_python_code_registered_is_checked_too(tmp_path):

@@ -48,31 +48,11 @@ def test_history_the_last_of_an_iteration_wins(tmp_path):
     assert read_picture(pictures.plot_history(history), tmp_path).std() > 10
 
 
-def test_history_of_one_line(tmp_path):
-    path = write(tmp_path / "metrics.json", line(0, 1.0, 0.0) | {"intensity/res3.0.conv2/1x1": 1.0})
-    assert read_picture(pictures.plot_history(read_history(path)), tmp_path).std() > 10
-
-
 def test_history_refuses(tmp_path):
     with pytest.raises(NATSError, match="contains no history of α"):
         read_history(write(tmp_path / "metrics.json", {"iteration": 1, "total_loss": 2.0}))
     with pytest.raises(NATSError, match="contains no history of α"):
         read_history(str(tmp_path / "none.json"))
-
-
-def luminance(colour):
-    return sum(w * c for w, c in zip((0.299, 0.587, 0.114), colour))
-
-
-def test_darker_means_further():
-    dilations = [(h, w) for h in range(1, 5) for w in range(1, 5)]
-    colours = pictures.dilation_colours(dilations)
-    assert set(colours) == set(dilations)
-    for kind in range(3):
-        greys = [luminance(c) for d, c in colours.items() if pictures._kind(d) == kind]
-        assert all(a - b > 0.02 for a, b in zip(greys, greys[1:])), kind
-    # the paper's dilations look the same wherever they stand
-    assert pictures.dilation_colours([(3, 3)])[3, 3] == colours[3, 3]
 
 
 @pytest.mark.parametrize("name", ["R18", "R50"])
@@ -95,7 +75,7 @@ def test_the_last_evaluation(tmp_path):
 # -- cost -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["R18", "FPN", "ResNeXt", "DC5", "Lazy"])
+@pytest.mark.parametrize("name", ["ResNeXt", "DC5"])
 def test_a_searched_backbone_costs_what_the_plain_one_does(name):
     plain, searched = build_plain(name), build_plain(name)
     apply_architecture(searched, random_architecture(name, searched))

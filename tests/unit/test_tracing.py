@@ -47,31 +47,6 @@ def test_fx_traces_a_frozen_network(frozen):
 
 
 @torch.no_grad()
-def test_exported_traced_and_compiled_in_one_graph(frozen):
-    block = frozen.layer2[0]
-    x = torch.randn(1, block.conv1.in_channels, 16, 16)
-    for program in (
-        torch.export.export(block, (x,)).module(),
-        torch.jit.trace(block, (x,)),
-        torch.compile(block, backend="eager", fullgraph=True),
-    ):
-        torch.testing.assert_close(program(x), block(x))
-
-
-@torch.no_grad()
-def test_fx_quantises_a_frozen_network(frozen):
-    from torch.ao.quantization import get_default_qconfig_mapping
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
-    x = torch.randn(1, 3, 64, 64)
-    expected = frozen(x)
-    prepared = prepare_fx(copy.deepcopy(frozen), get_default_qconfig_mapping("fbgemm"), (x,))
-    prepared(x)
-    error = (convert_fx(prepared)(x) - expected).abs().max()
-    assert error < 0.1 * expected.abs().max()
-
-
-@torch.no_grad()
 def test_conv_forward_is_the_dilated_conv(frozen):
     """mmcv calls it with a weight that contains the batch norm."""
     conv = next(m for m in frozen.modules() if type(m).__name__ == "GroupedDilationConv2d")

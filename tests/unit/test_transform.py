@@ -26,7 +26,6 @@ from torch import nn
 
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
 from detectron2_nats import (
     Architecture,
@@ -173,24 +172,6 @@ def test_the_papers_sets_and_groups():
     assert groups == {"res3": 2, "res4": 4, "res5": 8}  # of 32, 64 and 128 channels
 
 
-def test_path_level():
-    supernet = to_supernet(build_plain("ResNeXt"), space_of("ResNeXt", num_groups=1))
-    make_one_hot(supernet)
-    for order in DECODE_ORDERS:
-        layers = Architecture.decode(supernet, order).layers
-        assert all(len(segments) == 1 for segments in layers.values())
-
-
-@pytest.mark.parametrize("order", DECODE_ORDERS)
-def test_resnext_groups_are_whole_conv_groups(order):
-    plain = build_plain("ResNeXt")
-    supernet = to_supernet(copy.deepcopy(plain), space_of("ResNeXt", num_groups=8))
-    make_one_hot(supernet)
-    decoded = Architecture.decode(supernet, order)
-    apply_architecture(plain, decoded)  # refuses a cut conv group
-    assert max(len(segments) for segments in decoded.layers.values()) > 2
-
-
 def test_each_pattern_has_its_genotypes_and_a_conv_the_first_that_it_matches():
     space = SearchSpace(
         [[[1, 1], [5, 5]], [[1, 1], [2, 2]], [[1, 1], [3, 3]]], ["res5.*", "res3.0.*", "res3.*"]
@@ -257,34 +238,6 @@ def test_frozen_stages_and_other_paddings_are_left_alone_and_named(warned):
     assert list(found) == [f"res2.{i}.conv2" for i in range(3)]
 
 
-def test_untouched_stages_stay_plain():
-    plain = build_plain("R50")
-    before = residual_convs(plain)
-    apply_architecture(plain, Architecture.uniform(plain, (1, 3), ["res4.*"]))
-    for layer, conv in residual_convs(plain).items():
-        assert has_dilations(conv) == layer.startswith("res4")
-        assert conv is before[layer]
-
-
-def test_deepcopy_of_a_super_network():
-    supernet = to_supernet(build_plain("FPN"), space_of("FPN"))
-    make_one_hot(supernet)
-    twin = copy.deepcopy(supernet)
-    assert_identical(twin.state_dict(), supernet.state_dict())
-    assert_identical(twin(image()), supernet(image()))
-    for conv in searched_layers(twin).values():
-        conv.alpha.data.zero_()
-    assert all(conv.alpha.all() for conv in searched_layers(supernet).values())
-
-
-def test_freezing_afterwards():
-    plain = build_backbone(tiny_cfg(model_options=["RESNETS.NORM", "BN"]))
-    frozen = apply_architecture(plain, random_architecture("C4", plain))
-    frozen.freeze(4)
-    assert not any(p.requires_grad for p in frozen.res3.parameters())
-    assert all(isinstance(block.conv2.norm, FrozenBatchNorm2d) for block in frozen.res3)
-
-
 # -- whole detectors and LazyConfig ---------------------------------------------------------
 
 
@@ -296,12 +249,6 @@ def test_architecture_file_on_a_lazy_model(tmp_path):
     model.load_state_dict(plain.state_dict())
     expected = apply_architecture(plain, path)
     assert_identical(model.eval()(image()), expected(image()))
-
-
-def test_super_network_of_a_lazy_model():
-    space = L(SearchSpace)(space=[[[1, 1], [3, 1]]], convs=["res4.*"], num_groups=2)
-    model = instantiate(L(to_supernet)(backbone=lazy_backbone(), space=space))
-    assert [c.genotypes for c in searched_layers(model).values()] == [((1, 1), (3, 1))] * 2
 
 
 def test_whole_c4_detector_with_res5_in_its_heads():
@@ -332,9 +279,6 @@ def fails_untouched(transform, module, message):
     assert_identical(module.state_dict(), state)
 
 
-NEAR_C4 = r"near are res4.\*.conv2, res3.\*.conv2, res2.\*.conv2"
-
-
 @pytest.mark.parametrize(
     "name, space, message",
     [
@@ -356,9 +300,6 @@ NEAR_C4 = r"near are res4.\*.conv2, res3.\*.conv2, res2.\*.conv2"
             r"CONVS 'res2.\*': nothing to search: res2.0.conv2: it is frozen \(takes no gradient\)"
             r".*Take it out of MODEL.NATS.CONVS, or train these convs \(MODEL.BACKBONE.FREEZE_AT\)",
         ),
-        ("ResNeXt", {}, "channels that keeps its 8 conv groups whole"),
-        ("C4", {}, rf"CONVS 'res5.\*' matches no conv that can be searched: {NEAR_C4}"),
-        ("FPN", dict(convs=["fpn_lateral*"]), "matches no conv .*near are fpn_output"),
         (
             "FPN",
             dict(convs=["bottom_up.*"]),
@@ -369,16 +310,6 @@ NEAR_C4 = r"near are res4.\*.conv2, res3.\*.conv2, res2.\*.conv2"
 )
 def test_space_that_does_not_fit(name, space, message):
     fails_untouched(lambda b: to_supernet(b, SearchSpace(**space)), build_plain(name), message)
-
-
-def test_a_network_without_stages():
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
-    fails_untouched(
-        lambda b: to_supernet(b, SearchSpace()), network, r"'res3.\*' matches no conv .*near are 0"
-    )
-    architecture = Architecture({"res3.0.conv2": [[8, 1, 1]]})
-    message = "the network lacks res3.0.conv2: near are 0"
-    fails_untouched(lambda b: apply_architecture(b, architecture), network, message)
 
 
 def test_changing_twice():
@@ -409,10 +340,6 @@ def test_architecture_of_another_backbone():
             changed(remove=["res3.1.conv2", "res5.2.conv2"]),
             r"it does not name res3.1.conv2, res5.2.conv2, and must name every 3x3 conv of each "
             r"stage that it changes: res3.1.conv2: \[\[32, 1, 1\]\] leaves one plain",
-        ),
-        (
-            changed({"res2.0.conv2": [[16, 1, 1]]}, remove=["res5.0.conv2"]),
-            "does not name res2.1.conv2, res2.2.conv2, res5.0.conv2, and",
         ),
         (
             Architecture({f"res4.{i}.conv2": [[64, 1, 1]] for i in range(23)}),

@@ -1,7 +1,6 @@
 """tools/make_val35k.py on small fake COCO files."""
 
 import json
-import os
 import re
 import runpy
 import sys
@@ -94,9 +93,7 @@ def test_existing_files_are_replaced_only_by_force(folder, run, capsys):
         (lambda f: (f / "instances_val2017.json").unlink(), "instances_val2017.json is missing"),
         (lambda f: write(f, "val2017", [1, 12, 11]), "2 of the 3 images .* such as id 11"),
         (lambda f: write(f, "val2017", []), f"{MINIVAL} would have no images"),
-        (lambda f: write(f, "val2017", VAL2014_IDS), f"{VAL35K} would have no images"),
         (lambda f: (f / "instances_val2014.json").write_text('{"images": ['), "not a COCO instan"),
-        (lambda f: (f / "instances_val2014.json").write_text("[]"), "not a COCO instances file"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(folder, run, capsys, change, words):
@@ -106,14 +103,3 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, run, capsys, change, w
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and re.search(words, line), line
     assert {*folder.iterdir()} == before
-
-
-def test_a_failed_write_leaves_no_half_file(folder, run, capsys, monkeypatch):
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    assert run() == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"error: {folder / MINIVAL}: cannot be written: disk full"
-    assert not (folder / MINIVAL).exists()

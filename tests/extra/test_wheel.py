@@ -118,11 +118,13 @@ def test_commands_without_detectron2(site, tmp_path):
     missing = ("search", "train", "export")
     network = ["--network", "torchvision:resnet18", "--uniform", "1x5", "--output", "drawn"]
     words = [["draw", *network], ["show", "drawn/architecture.yaml"]]
+    words += [["look", "--levels", "layer1", *network[:2]], ["look", "a.yaml", "b.pth"]]
     words += [[name, "found.yaml"] for name in missing]
     printed = python(site, tmp_path, WITHOUT_DETECTRON2 + RUN, json.dumps(words))
     wrote = [line for line in printed.splitlines() if line.startswith("wrote ")]
     assert wrote == ["wrote drawn/architecture.yaml", "wrote drawn/pictures/architecture.png"]
-    for name in missing:
+    assert "\nlayer1 " in printed
+    for name in ("look", *missing):
         message = f"error: nats-{name} needs detectron2, which is not installed here"
         assert f"{message}\n" in printed and f"{name}: 2\n" in printed
 

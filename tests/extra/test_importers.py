@@ -14,7 +14,6 @@ from detectron2.modeling import build_backbone
 from detectron2_nats import Architecture, apply_architecture
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools/import_architecture.py"
-IC_CONV = SCRIPT.parents[2] / "shared/data/ic_conv/ic_resnet50_k9.json"
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 importer = runpy.run_path(str(SCRIPT))
 from_ic_conv, from_rf_next = importer["from_ic_conv"], importer["from_rf_next"]
@@ -68,21 +67,6 @@ def test_ic_conv_by_hand(depth):
     assert half["res2.0.conv2"] == [(16, 1, 1), (8, 1, 4), (8, 4, 3)]
 
 
-@pytest.mark.skipif(not IC_CONV.exists(), reason="the published pattern is not here")
-def test_the_published_ic_conv_pattern(tmp_path, monkeypatch, capsys):
-    output = tmp_path / "ic.yaml"
-    monkeypatch.setattr(sys, "argv", ["", "ic-conv", str(IC_CONV), "--output", str(output)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert capsys.readouterr().out == f"wrote {output}\n"
-    architecture = Architecture.load(str(output))
-    for pattern, layer in zip(json.loads(IC_CONV.read_text()), architecture.layers, strict=True):
-        expected = {
-            tuple(int(d) + 1 for d in k.strip("()").split(",")): n for k, n in pattern.items()
-        }
-        assert architecture.channels_per_dilation(layer) == {k: n for k, n in expected.items() if n}
-    check_fits(architecture.layers, 50)
-
-
 @pytest.mark.parametrize("depth", [50, 101])
 def test_rf_next_by_hand(depth, capsys):
     layers = from_rf_next(rf_next(depth))
@@ -100,20 +84,13 @@ def structure(name, value=2):
     "method, content, message",
     [
         ("ic-conv", {}, "not an IC-Conv pattern"),
-        ("ic-conv", [1] * 16, "not an IC-Conv pattern"),
         ("ic-conv", ic_conv()[1:], "pattern of 15 convs: expected 16 .ResNet-50. or 33"),
         ("ic-conv", [{"0, 0": 64}, *ic_conv()[1:]], "res2.0.conv2: key '0, 0': expected one like"),
-        ("ic-conv", [{"(0, 0)": 64.0}, *ic_conv()[1:]], "64.0 is no number of channels"),
         ("ic-conv", [{"(0, 0)": -1}, *ic_conv()[1:]], "-1 is no number of channels"),
-        ("ic-conv", [{"(0, 0)": 0}, *ic_conv()[1:]], "res2.0.conv2 has no channels"),
-        ("ic-conv", [{"(0, 900)": 64}, *ic_conv()[1:]], "res2.0.conv2: malformed dilation"),
         ("rf-next", [], "not an RF-Next structure"),
         ("rf-next", {"structure": {"module.neck.conv": 2}}, "it names no 3x3 conv of a backbone"),
         ("rf-next", structure("backbone.layer2.0.conv2", 0), "res3.0.conv2: malformed dilation"),
-        ("rf-next", structure("backbone.layer2.0.conv2", True), "malformed dilation"),
-        ("rf-next", structure("backbone.layer2.0.conv2", [1, 2, 3]), "expected .channels, d_h"),
         ("rf-next", structure("backbone.layer2.0.convs.1"), "is not a 3x3 conv of a ResNet"),
-        ("rf-next", structure("module.backbone.stages.0.0.conv"), "is not a 3x3 conv of a ResNet"),
         ("rf-next", None, "not readable as JSON"),
     ],
 )

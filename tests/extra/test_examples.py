@@ -218,10 +218,3 @@ def test_onnx(tmp_path, capsys):
     assert names == ["traced.ts", "detector.onnx", "backbone.onnx"]
     assert all(os.path.isfile(path) for path, _ in found)
     assert max(float(value) for _, value in found) < 1e-4, found
-
-
-def test_difference():
-    module = example("export_detector")
-    a, b = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
-    assert module.difference([a, b], [a, a]) == 0.25
-    assert module.difference([a], [a[:1]]) == float("inf")

@@ -1,13 +1,11 @@
-"""tools/benchmark.py: each part on a tiny network, the counter of kept bytes, the tables."""
+"""tools/benchmark.py: each part on a tiny network, and the tables."""
 
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from runs import TINY
-from torch import nn
 
 from detectron2_nats.config import load_config
 
@@ -48,47 +46,6 @@ def test_each_part_compares_its_variants_with_the_plain_one(benchmark, monkeypat
     train = [*plain, "plain, search config", "weight step", "α step", "both"]
     convs = [f"{s} {v}" for s in ("res3", "res4", "res5") for v in (*plain, *train[4:6])]
     assert rows == ["", *inference, "", *train, "", *convs]
-
-
-def test_memory_and_the_steps(benchmark):
-    """What a training keeps grows with its images; of two steps the larger counts."""
-    memory_of = benchmark["memory_of"]
-    args = benchmark["parse"](["--size", "64", "96", "--batch", "2"])
-    variants = ("plain", "weight step", "α step", "both")
-    kept, peaks = zip(*(memory_of(args, "R50", "float32", v) for v in variants))
-    assert kept[3] == pytest.approx(max(kept[1:3]), rel=0.05)
-    assert all(peak > saved > 0 for peak, saved in zip(peaks, kept))
-    args.batch = 4
-    assert memory_of(args, "R50", "float32", "plain")[0] > 1.5 * kept[0]
-    training = benchmark["Training"](args, "R50", "float32", "both")
-    before = [parameter.detach().clone() for parameter in training.model.parameters()]
-    for step in training.steps:
-        step()
-    assert all(map(torch.equal, before, training.model.parameters()))
-
-
-class _Steps(nn.Module):
-    """Keeps x once for two uses, and exp's result; not its own weight and buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(10))
-        self.register_buffer("scale", torch.randn(10))
-
-    def forward(self, x):
-        return (x * self.weight).exp() + x[:5].repeat(2) * self.scale + x.view(2, 5).pow(2).sum()
-
-
-def test_saved_bytes(benchmark):
-    model, x = _Steps(), torch.randn(10, requires_grad=True)
-
-    def step():
-        torch.autograd.grad(model(x).sum(), [x, model.weight])
-
-    # x and exp(x·weight), ten float32 each
-    assert benchmark["saved_bytes"](step, model) == 2 * 10 * 4
-    with torch.no_grad():
-        assert benchmark["saved_bytes"](lambda: model(x), model) == 0
 
 
 def test_variants_are_compared_by_round(benchmark):
