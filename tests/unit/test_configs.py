@@ -322,3 +322,7 @@ def test_values_that_are_checked_before_anything_is_built(key, value, expected):
     with pytest.raises(NATSError) as caught:
         check_config(load_config("", [key, value]))
     assert str(caught.value) == f"{key} {value!r}: expected {expected}"
+
+
+def test_a_config_with_a_key_of_before_loads():
+    assert "MAX_BAD_STEPS" not in load_config("", ["RUN.MAX_BAD_STEPS", "3"]).RUN

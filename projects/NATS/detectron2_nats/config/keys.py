@@ -100,6 +100,8 @@ def add_nats_config(cfg: CfgNode) -> None:
     cfg.RUN.MAX_BAD_DATA = 0.01
     # Iterations between two checks that all ranks hold the same α.
     cfg.RUN.RANK_CHECK_PERIOD = 100
+    # of configs of before: now the first loss or gradient that is not finite ends a run
+    cfg.register_deprecated_key("RUN.MAX_BAD_STEPS")
 
 
 # What a value must be, where that can be said without the model and the data.
