@@ -273,6 +273,19 @@ def test_weights_are_averaged_over_the_last_iterations_also_after_a_resume(tiny_
     assert_same_run(tmp_path / "kept", tmp_path / "whole")
 
 
+def test_the_mean_is_of_weights_and_not_of_alpha(tiny_config, tmp_path):
+    searches = [
+        make_trainer(tiny_config, tmp_path / f"{share}", "SOLVER.AVERAGE_LAST", share)
+        for share in (0.0, 0.5)
+    ]
+    for trainer in searches:
+        trainer.train()
+    (weights, alphas, *_), (means, same, *_) = map(snapshot, searches)
+    assert_equal(alphas, same, "alpha")
+    key = "backbone.bottom_up.res5.0.conv2.weight"
+    assert not torch.equal(weights[key], means[key])
+
+
 # -- the rehearsal of the α step ------------------------------------------------------------------
 
 RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5]
