@@ -507,6 +507,7 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
         (["SEARCH.RETRAIN_CONFIG", "nowhere.yaml"], "SEARCH.RETRAIN_CONFIG: config nowhere.yaml"),
         (["SEARCH.RETRAIN_CONFIG", "configs/quickstart/base.yaml"], "not fit res3.0.conv2"),
         (["SEARCH.DECODE_MARGIN", 1.5], "DECODE_MARGIN 1.5: expected a share"),
+        (["TEST.PRECISE_BN.ENABLED", True], "PRECISE_BN.ENABLED True: expected False"),
         (["DATASETS.CALIBRATION", "()"], "DATASETS.CALIBRATION is empty"),
     ],
 )
