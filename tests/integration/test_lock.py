@@ -33,6 +33,12 @@ def holder(tmp_path):
     os.kill(process.loader, 9)
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NATSError, match="OUTPUT_DIR .*file: cannot be written"):
+        lock.lock_folder(str(tmp_path / "file"))
+
+
 def test_names_who_holds_the_folder(holder, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
     words = f"{tmp_path} is in use by another run, process {holder.pid} on {socket.gethostname()}: "

@@ -274,12 +274,11 @@ def test_weights_are_averaged_over_the_last_iterations_also_after_a_resume(tiny_
 
 
 def test_the_mean_is_of_weights_and_not_of_alpha(tiny_config, tmp_path):
-    searches = [
-        make_trainer(tiny_config, tmp_path / f"{share}", "SOLVER.AVERAGE_LAST", share)
-        for share in (0.0, 0.5)
-    ]
-    for trainer in searches:
-        trainer.train()
+    searches = []
+    for share in (0.0, 0.5):
+        options = ["SOLVER.AVERAGE_LAST", share]
+        searches.append(make_trainer(tiny_config, tmp_path / f"{share}", *options))
+        searches[-1].train()  # before the next one seeds all random states
     (weights, alphas, *_), (means, same, *_) = map(snapshot, searches)
     assert_equal(alphas, same, "alpha")
     key = "backbone.bottom_up.res5.0.conv2.weight"
@@ -507,6 +506,7 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
         (["SEARCH.RETRAIN_CONFIG", "nowhere.yaml"], "SEARCH.RETRAIN_CONFIG: config nowhere.yaml"),
         (["SEARCH.RETRAIN_CONFIG", "configs/quickstart/base.yaml"], "not fit res3.0.conv2"),
         (["SEARCH.DECODE_MARGIN", 1.5], "DECODE_MARGIN 1.5: expected a share"),
+        (["MODEL.LOAD_PROPOSALS", True], "proposals of DATASETS.CALIBRATION cannot be named"),
         (["TEST.PRECISE_BN.ENABLED", True], "PRECISE_BN.ENABLED True: expected False"),
         (["DATASETS.CALIBRATION", "()"], "DATASETS.CALIBRATION is empty"),
     ],

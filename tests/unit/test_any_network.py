@@ -531,8 +531,23 @@ def test_a_conv_of_one_dilation_keeps_its_class():
 # -- α, and the weights of a decoded network --------------------------------------------------
 
 
+class Remembering(nn.Module):
+    """Changes what it knows at each pass: in place, and by putting another tensor there."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(3, track_running_stats=True)
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1))
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes = self.passes + 1
+        return self.spectral(self.norm(x))
+
+
 def test_alpha_training_changes_alpha_alone():
     model = to_supernet(randomized(resnet(BasicBlock)).train(), SPACE)
+    model.conv1 = nn.Sequential(Remembering(), model.conv1)
     model.fc.bias.requires_grad_(False)  # stays so
     alphas = alpha_parameters(model)
     assert [id(a) for a in alphas] == [id(c.alpha) for c in searched_layers(model).values()]

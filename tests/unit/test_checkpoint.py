@@ -323,6 +323,17 @@ def test_weights_of_another_network_are_an_error(tmp_path):
         SafeCheckpointer(model).load(str(tmp_path / "other.pth"))
 
 
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_checkpoints_of_other_trainers_are_read_or_refused_in_a_line(tmp_path, prefix):
+    """PyTorch's ImageNet example and mmdet keep numbers beside a state_dict."""
+    weights = {f"{prefix}layer1.0.conv1.weight": torch.zeros(16, 64, 1, 1)}
+    torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "theirs.pth")
+    model = nn.Module()
+    model.backbone = build_backbone(tiny_cfg(FPN_RESNET))
+    with pytest.raises(NATSError, match="match nothing in the backbone"):
+        SafeCheckpointer(model).load(str(tmp_path / "theirs.pth"))
+
+
 def test_plain_detectron2s_checkpoint_loads_as_weights(tmp_path):
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     DetectionCheckpointer(model, str(tmp_path)).save("model_0000001", iteration=1)

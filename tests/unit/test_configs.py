@@ -254,6 +254,7 @@ def test_names_that_detectron2_does_not_know(key, value, expected):
 @pytest.mark.parametrize(
     "key, value, expected",
     [
+        ("TEST.AUG.ENABLED", True, "False: evaluate without, or by Detectron2's own tools"),
         ("SEARCH.ALPHA_START", 1.0, "a share of the search, below 1"),
         ("SEARCH.RETRAIN_WEIGHTS", "coco", "base or supernet"),
         ("SOLVER.AMP.PRECISION", "float8", "float16 or bfloat16"),

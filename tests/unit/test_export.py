@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calls import call
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -75,3 +76,13 @@ def test_keys_of_other_projects_are_kept(tmp_path):
     write_config(export_config(cfg, SEARCHED), str(path))
     head = read_yaml(str(path))["MODEL"]["POINT_HEAD"]
     assert head == {"NAME": "StandardPointHead", "IN_FEATURES": ["p2"]}
+
+
+def test_a_config_is_not_written_over_itself(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("# mine\nMODEL: {META_ARCHITECTURE: RetinaNet}\n")
+    words = ["--config-file", config, "--output", f"{tmp_path}/../{tmp_path.name}/mine.yaml"]
+    architecture = tmp_path / "architecture.yaml"
+    Architecture({"res4.0.conv2": [[256, 1, 2]]}).save(str(architecture))
+    call("nats-export", architecture, *words, status=2)
+    assert config.read_text().startswith("# mine")

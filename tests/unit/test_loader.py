@@ -93,6 +93,12 @@ def assert_same(one, other):
         assert torch.equal(a["instances"].gt_boxes.tensor, b["instances"].gt_boxes.tensor)
 
 
+def test_records_without_sizes_are_named(dicts):
+    del dicts[3]["width"]
+    with pytest.raises(NATSError, match="nats_test_loader: records without width and height"):
+        build(dicts)
+
+
 # -- the same batches -----------------------------------------------------------------------------
 
 

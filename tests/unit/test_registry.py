@@ -5,12 +5,14 @@ import json
 from unittest import mock
 
 import pytest
+import torch
 from PIL import Image
 from test_annotations import coco
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import Boxes, Instances
 from detectron2_nats import NATSError, add_nats_config
 from detectron2_nats.commands import train
 from detectron2_nats.config import load_config
@@ -20,6 +22,7 @@ from detectron2_nats.data.registry import (
     check_registered_classes,
     register_datasets,
 )
+from detectron2_nats.engine.evaluation import build_evaluator
 
 NAME = "nats_test_registry"
 
@@ -224,3 +227,29 @@ def test_keypoints(tmp_path):
         check_data(cfg, ["TEST"])
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1] * 5
     check_data(cfg, ["TEST"])
+
+
+def test_more_than_a_hundred_detections_are_counted(tmp_path):
+    """As lines of text on a page; COCO's evaluation counts 100 unless it is told otherwise."""
+    annotations = [
+        {"id": i + 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 480}
+        | {"bbox": [i % 15 * 32, i // 15 * 32, 20, 24]}
+        for i in range(150)
+    ]
+    image = {"id": 1, "file_name": "a.png", "width": 512, "height": 512}
+    categories = [{"id": 1, "name": "line"}]
+    content = {"images": [image], "annotations": annotations, "categories": categories}
+    (tmp_path / "dense.json").write_text(json.dumps(content))
+    cfg = load_config("", ["TEST.DETECTIONS_PER_IMAGE", "200", "OUTPUT_DIR", str(tmp_path)])
+    cfg.DATASETS.REGISTER = [["nats_test_dense", str(tmp_path / "dense.json"), str(tmp_path)]]
+    cfg.DATASETS.TEST = ("nats_test_dense",)
+    register_datasets(cfg)
+    DatasetCatalog.get("nats_test_dense")
+    evaluator = build_evaluator(cfg, "nats_test_dense")
+    evaluator.reset()
+    boxes = torch.tensor([a["bbox"] for a in annotations]).float()
+    boxes[:, 2:] += boxes[:, :2]
+    found = Instances((512, 512), pred_boxes=Boxes(boxes), scores=torch.linspace(0.9, 0.5, 150))
+    found.pred_classes = torch.zeros(150, dtype=torch.int64)
+    evaluator.process([{"image_id": 1}], [{"instances": found}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)

@@ -33,4 +33,6 @@ def main(args: argparse.Namespace) -> None:
                     f"--weights {cfg.MODEL.WEIGHTS} to write the newest checkpoint's"
                 )
     path = args.output or folder.file("retrain.yaml")
+    if os.path.exists(path) and os.path.realpath(path) == os.path.realpath(args.config_file):
+        raise NATSError(f"--output {path} is the config that is read: write another file")
     write(path, lambda: write_config(cfg, path))

@@ -127,6 +127,7 @@ _RULES = (
     ("SEARCH.FREEZE_AT", lambda v: 0 < v <= 1, "a share of the run, above 0 and at most 1"),
     ("SOLVER.AVERAGE_LAST", lambda v: 0 <= v <= 1, "a share of the run, 0 to 1"),
     ("SOLVER.BASE_LR", lambda v: v > 0, "above 0"),
+    ("TEST.AUG.ENABLED", lambda v: not v, "False: evaluate without, or by Detectron2's own tools"),
     ("TEST.PRECISE_BN.ENABLED", lambda v: not v, "False, since it could not be resumed exactly"),
 )
 

@@ -128,7 +128,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _torch_load(self, filename: str) -> Dict[str, Any]:
-        return torch.load(filename, map_location="cpu", weights_only=True)
+        content = torch.load(filename, map_location="cpu", weights_only=True)
+        if "model" not in content and isinstance(content.get("state_dict"), dict):
+            return {"model": content["state_dict"]}  # mmdet's, timm's, PyTorch's ImageNet example
+        return content
 
     def _load_model(self, checkpoint: Dict[str, Any]):
         given = list(checkpoint["model"])

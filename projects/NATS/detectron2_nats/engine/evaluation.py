@@ -68,5 +68,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         if evaluator is COCOEvaluator:
             # not what it converted for an earlier run, which may have had other data so named
             options["allow_cached_coco"] = False
+            options["max_dets_per_image"] = max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
         evaluators.append(evaluator(dataset_name, **options))
     return DatasetEvaluators(evaluators)

@@ -108,6 +108,11 @@ class ResumableLoader:
         self.digest = digest(dicts)
         self._wide: List[bool] = []  # only wide or only tall images come into a batch
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            if not all("width" in record and "height" in record for record in dicts):
+                raise NATSError(
+                    f"{', '.join(names)}: records without width and height: add them, or set "
+                    "DATALOADER.ASPECT_RATIO_GROUPING False"
+                )
             self._wide = [record["width"] > record["height"] for record in dicts]
         # One block of bytes. Loader processes share a list of dicts only at first: reading a dict
         # changes its reference count, which copies its memory page, until each has copied them all.

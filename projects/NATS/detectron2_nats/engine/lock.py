@@ -27,8 +27,11 @@ def lock_folder(folder: str) -> None:
     path = os.path.join(os.path.abspath(folder), ".lock")
     if path in _held:
         return
-    os.makedirs(folder, exist_ok=True)
-    file = open(path, "a+")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as error:
+        raise NATSError(f"OUTPUT_DIR {folder}: cannot be written: {error.strerror}") from None
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -63,10 +63,10 @@ class SearchTrainer(ResumableTrainer):
                 "SEARCH.FREEZE_AT and FREEZE_WHEN_DECIDED go on with the super-network's weights: "
                 "set MODEL.NATS.SAMPLE True and SEARCH.RETRAIN_WEIGHTS supernet"
             )
-        if freezes and cfg.MODEL.LOAD_PROPOSALS:
+        if cfg.MODEL.LOAD_PROPOSALS:
             raise NATSError(
-                "SEARCH.FREEZE_AT goes on with both splits, which precomputed proposals "
-                "cannot follow: set MODEL.LOAD_PROPOSALS False"
+                "precomputed proposals of DATASETS.CALIBRATION cannot be named: set "
+                "MODEL.LOAD_PROPOSALS False"
             )
         # Fail on a wrong path now, not days later
         self.retrain_base = retrain_config(cfg)
