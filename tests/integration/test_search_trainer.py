@@ -506,6 +506,7 @@ def test_reference_world_size_scales_our_keys_too(tiny_config, tmp_path):
         (["SEARCH.RETRAIN_CONFIG", "nowhere.yaml"], "SEARCH.RETRAIN_CONFIG: config nowhere.yaml"),
         (["SEARCH.RETRAIN_CONFIG", "configs/quickstart/base.yaml"], "not fit res3.0.conv2"),
         (["SEARCH.DECODE_MARGIN", 1.5], "DECODE_MARGIN 1.5: expected a share"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", "[[28], [45]]"], "cannot be built: AssertionError"),
         (["MODEL.LOAD_PROPOSALS", True], "proposals of DATASETS.CALIBRATION cannot be named"),
         (["TEST.PRECISE_BN.ENABLED", True], "PRECISE_BN.ENABLED True: expected False"),
         (["DATASETS.CALIBRATION", "()"], "DATASETS.CALIBRATION is empty"),

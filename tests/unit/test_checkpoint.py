@@ -17,10 +17,15 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
+from detectron2.structures import BoxMode
 from detectron2.utils import file_io
 from detectron2_nats import Architecture, NATSError, add_nats_config
 from detectron2_nats.engine.checkpoint import SafeCheckpointer, _damage
-from detectron2_nats.engine.weights import check_same_dilations
+from detectron2_nats.engine.weights import (
+    check_proposals,
+    check_same_dilations,
+    warn_of_torchvision,
+)
 from detectron2_nats.method.names import searched_layers
 
 
@@ -332,6 +337,31 @@ def test_checkpoints_of_other_trainers_are_read_or_refused_in_a_line(tmp_path, p
     model.backbone = build_backbone(tiny_cfg(FPN_RESNET))
     with pytest.raises(NATSError, match="match nothing in the backbone"):
         SafeCheckpointer(model).load(str(tmp_path / "theirs.pth"))
+
+
+def test_torchvisions_weights_need_other_keys(warnings):
+    cfg = get_cfg()
+    warn_of_torchvision(cfg)
+    assert 'set INPUT.FORMAT "RGB" MODEL.PIXEL_MEAN "[123.675, 116.28, 103.53]"' in warnings.text
+    assert 'MODEL.RESNETS.STRIDE_IN_1X1 "False"' in warnings.text
+    warnings.clear()
+    cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = "RGB", False
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    warn_of_torchvision(cfg)
+    assert not warnings.text
+
+
+def test_code_in_a_file_of_proposals_is_not_run(tmp_path):
+    path = tmp_path / "proposals.pkl"
+    path.write_bytes(pickle.dumps({"boxes": os.system, "ids": [1]}))
+    cfg = get_cfg()
+    check_proposals(cfg, [str(path)])  # nobody reads it
+    cfg.MODEL.LOAD_PROPOSALS = True
+    with pytest.raises(NATSError, match="proposals.pkl: not readable as proposals"):
+        check_proposals(cfg, [str(path)])
+    good = {"boxes": [np.zeros((2, 4))], "ids": [1], "bbox_mode": BoxMode.XYXY_ABS}
+    path.write_bytes(pickle.dumps(good | {"objectness_logits": [np.zeros(2)]}))
+    check_proposals(cfg, [str(path)])
 
 
 def test_plain_detectron2s_checkpoint_loads_as_weights(tmp_path):

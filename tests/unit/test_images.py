@@ -98,3 +98,10 @@ def test_what_exif_leaves_in_doubt(tmp_path, warnings, orientation, width, heigh
     square = save(tmp_path / "b.jpg", GRAY[:, :30], 6)
     look_at_images([record(square, 30, 30)], "mine", 0.01)
     assert "mine: 1 of 1 images, the first" in warnings()[-1] and "b.jpg: EXIF" in warnings()[-1]
+
+
+def test_an_image_above_pillows_limit_is_told_its_cure(tmp_path, monkeypatch):
+    path = save(tmp_path / "large.png", GRAY)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(NATSError, match="large.png: .*exceeds limit.*Cut it into tiles"):
+        look_at_images([record(path)], "mine", 1)

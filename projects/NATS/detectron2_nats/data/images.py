@@ -73,6 +73,8 @@ def _look(record: dict) -> Tuple[str, str]:
             turned, (w, h), wrong = _orientation(image) > 1, shown_size(image), misread(image)
     except FileNotFoundError:
         return "damaged", "there is no such file"
+    except Image.DecompressionBombError as error:
+        return "wrong", f"{error} Cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
     except Exception as error:  # Pillow raises all kinds of errors for a damaged file
         return "damaged", one_line(error)
     if wrong:

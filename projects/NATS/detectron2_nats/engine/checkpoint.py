@@ -27,7 +27,12 @@ class SafeCheckpointer(DetectionCheckpointer):
       warning names it and the one before it is used.
     - Files are read as tensors and plain types only, `.pkl` as NumPy arrays and plain types.
     - Pretrained weights that match nothing in the backbone are an error, not a warning.
+
+    Attributes:
+        from_torchvision: whether the file loaded last was one of torchvision's.
     """
+
+    from_torchvision = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name.pth`` and make it the newest checkpoint."""
@@ -124,7 +129,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise NATSError(f"{filename}: not readable as weights: {one_line(error)}") from None
         if "layer1.0.conv1.weight" in loaded["model"]:
             loaded["model"] = from_torchvision(loaded["model"])
-            loaded["matching_heuristics"] = True
+            loaded["matching_heuristics"] = self.from_torchvision = True
         return loaded
 
     def _torch_load(self, filename: str) -> Dict[str, Any]:

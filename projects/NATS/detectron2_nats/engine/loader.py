@@ -35,6 +35,7 @@ from .processes import (
     kill_children_at_exit,
     stop_requested,
 )
+from .weights import check_proposals
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +207,7 @@ class EvaluationLoader:
     """
 
     def __init__(self, cfg: CfgNode, dataset_name: str):
+        check_proposals(cfg, cfg.DATASETS.PROPOSAL_FILES_TEST)
         mapper = functools.partial(mapped, DatasetMapper(cfg, is_train=False))
         self.loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         self.loader.multiprocessing_context = "fork" if self.loader.num_workers else None
@@ -256,6 +258,7 @@ def _start(make_loader: Callable[[], DataLoader]) -> Iterator[Any]:
 def dataset_dicts(cfg: CfgNode, names: Sequence[str]) -> List[dict]:
     """The dataset dicts of `names`, filtered as the config says for training."""
     keypoint_head = cfg.MODEL.ROI_KEYPOINT_HEAD
+    check_proposals(cfg, cfg.DATASETS.PROPOSAL_FILES_TRAIN)
     try:
         return get_detection_dataset_dicts(
             names,

@@ -25,7 +25,7 @@ from ..config.comparing import config_differences
 from ..config.keys import check_config
 from ..data.overlap import warn_of_test_images
 from ..data.registry import check_data, register_datasets
-from ..errors import NATSError
+from ..errors import NATSError, one_line
 from .checkpoint import SafeCheckpointer
 from .determinism import (
     compute_as,
@@ -40,6 +40,7 @@ from .loader import EvaluationLoader, ResumableLoader
 from .machine import scaled_to_processes, with_cpu_sync_bn
 from .phases import Phase, Phases
 from .steps import Objective, distributed, mean_over_ranks
+from .weights import warn_of_torchvision
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,13 @@ class ResumableTrainer(DefaultTrainer):
         with objective.scope():
             try:
                 losses = objective.compute_gradients(batch)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise NATSError(
+                    "a batch norm is given a single value: raise SOLVER.IMS_PER_BATCH or "
+                    "INPUT.MIN_SIZE_TRAIN, or set the NORM FrozenBN"
+                ) from error
             except FloatingPointError as error:  # Detectron2's, on this rank alone: all will end
                 self._end_not_finite(objective, str(error))
             self.after_backward()
@@ -183,6 +191,8 @@ class ResumableTrainer(DefaultTrainer):
         usable = self.checkpointer.find_usable_checkpoint() if resume else ""
         if not usable:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            if self.checkpointer.from_torchvision:
+                warn_of_torchvision(self.cfg)
             return
         # Compare before any state is loaded into a network that it may not fit. With mmap the
         # tensors are not read.
@@ -273,7 +283,10 @@ class ResumableTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        return super().build_model(with_cpu_sync_bn(cfg, comm.get_world_size()))
+        try:
+            return super().build_model(with_cpu_sync_bn(cfg, comm.get_world_size()))
+        except (AssertionError, KeyError) as error:  # Detectron2's, for settings that do not fit
+            raise NATSError(f"this detector cannot be built: {one_line(error)}") from error
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:

@@ -1,5 +1,7 @@
-"""Weights from elsewhere: fetch and read them, and check that they suit a config."""
+"""Weights and proposals from elsewhere: read them, and check that they suit a config."""
 
+import logging
+import os
 import pickle
 import re
 from typing import Any, Dict, Mapping, Sequence
@@ -9,8 +11,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
+from ..config.keys import flat
 from ..errors import NATSError, one_line
 from ..method.architecture import Architecture
+
+logger = logging.getLogger(__name__)
 
 
 def fetched(path: str) -> str:
@@ -26,15 +31,35 @@ def fetched(path: str) -> str:
         ) from None
 
 
-def read_pkl(filename: str) -> Dict[str, Any]:
-    """Read a `.pkl` of Detectron2's or Caffe2's model zoo; its content tells which."""
+def read_arrays(filename: str, what: str) -> Dict[str, Any]:
+    """Read a pickle of NumPy arrays and plain types. No code in it is executed.
+
+    Args:
+        what: it should hold, such as "weights".
+
+    Raises:
+        NATSError: it holds anything else.
+    """
     with PathManager.open(filename, "rb") as file:
         try:
             content = _ArrayUnpickler(file, encoding="latin1").load()
         except Exception as error:  # unpicklers raise all kinds of errors for other files
-            raise NATSError(f"{filename}: not readable as weights: {one_line(error)}") from None
+            raise NATSError(f"{filename}: not readable as {what}: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise NATSError(f"{filename}: not readable as weights: it contains no dict")
+        raise NATSError(f"{filename}: not readable as {what}: it contains no dict")
+    return content
+
+
+def check_proposals(cfg: CfgNode, files: Sequence[str]) -> None:
+    """Check files of proposals, which Detectron2 unpickles, and would execute code from."""
+    for path in files if cfg.MODEL.LOAD_PROPOSALS else ():
+        if os.path.isfile(path):
+            read_arrays(path, "proposals")
+
+
+def read_pkl(filename: str) -> Dict[str, Any]:
+    """Read a `.pkl` of Detectron2's or Caffe2's model zoo; its content tells which."""
+    content = read_arrays(filename, "weights")
     if "model" in content and "__author__" in content:
         return content
     blobs = content.get("blobs", content)
@@ -48,6 +73,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     ALLOWED = {
         ("collections", "OrderedDict"),
         ("_codecs", "encode"),
+        ("detectron2.structures.boxes", "BoxMode"),  # in files of proposals
         ("numpy", "ndarray"),
         ("numpy", "dtype"),
     }
@@ -64,8 +90,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def from_torchvision(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Rename a torchvision ResNet's weights to Detectron2's names.
 
-    torchvision's networks take RGB images in [0, 1], normalised with their own mean and deviation.
-    INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be set accordingly.
+    See :func:`warn_of_torchvision` for what a config must say.
     """
     renamed = {}
     for key, value in state_dict.items():
@@ -77,6 +102,20 @@ def from_torchvision(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Ten
         if "fc." not in key and not key.endswith("num_batches_tracked"):
             renamed[key] = value
     return renamed
+
+
+def warn_of_torchvision(cfg: CfgNode) -> None:
+    """Name the keys that do not fit torchvision's weights, with which a detector trains badly."""
+    fitting = {
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    }
+    values = flat(cfg)
+    words = [f'{key} "{value}"' for key, value in fitting.items() if values[key] != value]
+    if words:
+        logger.warning(f"these are torchvision's weights: set {' '.join(words)}")
 
 
 def check_same_dilations(cfg: CfgNode, loaded: Mapping[str, Any], weights: str) -> None:
