@@ -44,6 +44,11 @@ def steps(trainer, first, count):
             trainer.run_step()
 
 
+# keeps a running mean of positive anchors, in no state dict
+RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5]
+RETINANET += ["MODEL.NATS.BASE_BACKBONE", "build_retinanet_resnet_fpn_backbone"]
+RETINANET += ["MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "MODEL.FPN.NORM", ""]
+
 SAMPLED = ["MODEL.NATS.SAMPLE", True]
 mixed_or_sampled = pytest.mark.parametrize("opts", [[], SAMPLED], ids=["mixed", "sampled"])
 
@@ -215,7 +220,11 @@ def test_how_decided_a_search_is_stands_in_its_results(tiny_config, tmp_path):
     assert "changed" not in first and "changed" in noted
 
 
-@pytest.mark.parametrize("opts", [["DATALOADER.NUM_WORKERS", 2], SAMPLED], ids=["mixed", "sampled"])
+@pytest.mark.parametrize(
+    "opts",
+    [["DATALOADER.NUM_WORKERS", 2], [*RETINANET, *SAMPLED]],
+    ids=["mixed", "RetinaNet, sampled"],
+)
 def test_resumes_bit_for_bit(tiny_config, tmp_path, opts):
     whole = make_trainer(tiny_config, tmp_path / "whole", *opts)
     whole.train()
@@ -286,10 +295,6 @@ def test_the_mean_is_of_weights_and_not_of_alpha(tiny_config, tmp_path):
 
 
 # -- the rehearsal of the α step ------------------------------------------------------------------
-
-RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5]
-RETINANET += ["MODEL.NATS.BASE_BACKBONE", "build_retinanet_resnet_fpn_backbone"]
-RETINANET += ["MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "MODEL.FPN.NORM", ""]
 
 
 @pytest.mark.parametrize(
