@@ -94,14 +94,16 @@ def test_threads_are_the_runs_own_unless_the_user_sets_them(trainer, tmp_path, c
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("either_trainer", [[], [*RETINANET, *SAMPLED]], indirect=True)
 def test_an_alpha_step_leaves_the_rest_bit_identical(either_trainer):
     trainer = either_trainer
     steps(trainer, 0, 1)
     trainer.model.train()
-    before = snapshot(trainer)
+    before, normalizer = snapshot(trainer), getattr(trainer.model, "loss_normalizer", None)
     with EventStorage(2) as trainer.storage:
         trainer.take_step("alpha")
     after = snapshot(trainer)
+    assert getattr(trainer.model, "loss_normalizer", None) == normalizer
     assert_equal(before[0], after[0], "weights and statistics")
     assert_equal(before[2], after[2], "momentum")
     assert all(not torch.equal(before[1][k], after[1][k]) for k in before[1])
