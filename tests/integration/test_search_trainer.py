@@ -44,6 +44,11 @@ def steps(trainer, first, count):
             trainer.run_step()
 
 
+# keeps a running mean of positive anchors, in no state dict
+RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5]
+RETINANET += ["MODEL.NATS.BASE_BACKBONE", "build_retinanet_resnet_fpn_backbone"]
+RETINANET += ["MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "MODEL.FPN.NORM", ""]
+
 SAMPLED = ["MODEL.NATS.SAMPLE", True]
 mixed_or_sampled = pytest.mark.parametrize("opts", [[], SAMPLED], ids=["mixed", "sampled"])
 
@@ -89,14 +94,16 @@ def test_threads_are_the_runs_own_unless_the_user_sets_them(trainer, tmp_path, c
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("either_trainer", [[], [*RETINANET, *SAMPLED]], indirect=True)
 def test_an_alpha_step_leaves_the_rest_bit_identical(either_trainer):
     trainer = either_trainer
     steps(trainer, 0, 1)
     trainer.model.train()
-    before = snapshot(trainer)
+    before, normalizer = snapshot(trainer), getattr(trainer.model, "loss_normalizer", None)
     with EventStorage(2) as trainer.storage:
         trainer.take_step("alpha")
     after = snapshot(trainer)
+    assert getattr(trainer.model, "loss_normalizer", None) == normalizer
     assert_equal(before[0], after[0], "weights and statistics")
     assert_equal(before[2], after[2], "momentum")
     assert all(not torch.equal(before[1][k], after[1][k]) for k in before[1])
@@ -215,7 +222,11 @@ def test_how_decided_a_search_is_stands_in_its_results(tiny_config, tmp_path):
     assert "changed" not in first and "changed" in noted
 
 
-@pytest.mark.parametrize("opts", [["DATALOADER.NUM_WORKERS", 2], SAMPLED], ids=["mixed", "sampled"])
+@pytest.mark.parametrize(
+    "opts",
+    [["DATALOADER.NUM_WORKERS", 2], [*RETINANET, *SAMPLED]],
+    ids=["mixed", "RetinaNet, sampled"],
+)
 def test_resumes_bit_for_bit(tiny_config, tmp_path, opts):
     whole = make_trainer(tiny_config, tmp_path / "whole", *opts)
     whole.train()
@@ -286,10 +297,6 @@ def test_the_mean_is_of_weights_and_not_of_alpha(tiny_config, tmp_path):
 
 
 # -- the rehearsal of the α step ------------------------------------------------------------------
-
-RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 5]
-RETINANET += ["MODEL.NATS.BASE_BACKBONE", "build_retinanet_resnet_fpn_backbone"]
-RETINANET += ["MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']", "MODEL.FPN.NORM", ""]
 
 
 @pytest.mark.parametrize(
