@@ -3,13 +3,19 @@
 import argparse
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from runs import make_trainer
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_train_loader,
+)
 from detectron2_nats import NATSError, SearchTrainer
 from detectron2_nats.commands import train
 from detectron2_nats.config import load_config
@@ -161,3 +167,24 @@ def test_a_test_set_that_cannot_be_evaluated_is_refused_at_the_start(
 def test_a_searchs_config_is_not_trained(tiny_config):
     with pytest.raises(NATSError, match="tiny.yaml describes a search.*search_net.py"):
         train.train(load_config(tiny_config), argparse.Namespace(config_file=tiny_config))
+
+
+def test_a_subclasss_own_loader_is_used_for_both_kinds_of_step(tiny_config, tmp_path):
+    """Detectron2's usual way to mappers and augmentations of one's own."""
+    seen = set()
+
+    class Mapper(DatasetMapper):
+        def __call__(self, record):
+            seen.add(Path(record["file_name"]).parent.name)
+            return super().__call__(record)
+
+    class Own(SearchTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg, mapper=Mapper(cfg, is_train=True))
+
+    cfg = load_config(tiny_config, ["OUTPUT_DIR", str(tmp_path), "SEARCH.ALPHA_START", "0.0"])
+    trainer = Own(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    assert seen == {"train", "calibration"}

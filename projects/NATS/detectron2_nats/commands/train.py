@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Iterator, Type
 
+import nats_commands
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import build_model
@@ -88,3 +89,8 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     run_in_processes(train, load_config(args.config_file, args.opts), args)
+
+
+def run() -> None:
+    """The command, with its words in `sys.argv`."""
+    nats_commands.main("train")

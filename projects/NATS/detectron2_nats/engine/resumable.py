@@ -38,6 +38,7 @@ from .evaluation import build_evaluator, check_evaluator
 from .hooks import AverageHook, CheckpointHook, EvalHook
 from .loader import EvaluationLoader, ResumableLoader
 from .machine import scaled_to_processes, with_cpu_sync_bn
+from .own_loader import OwnLoader
 from .phases import Phase, Phases
 from .steps import Objective, distributed, mean_over_ranks
 from .weights import warn_of_torchvision
@@ -109,6 +110,9 @@ class ResumableTrainer(DefaultTrainer):
 
     def build_loader(self, names: Sequence[str], images: int, seed: int) -> ResumableLoader:
         """Training batches of so many images of the data sets `names`."""
+        build = type(self).build_train_loader
+        if build.__func__ is not DefaultTrainer.build_train_loader.__func__:
+            return OwnLoader(build, self.cfg, names, total_batch_size=images, seed=seed)
         return ResumableLoader(self.cfg, names, total_batch_size=images, seed=seed)
 
     # -- steps ------------------------------------------------------------------------------------
@@ -138,8 +142,7 @@ class ResumableTrainer(DefaultTrainer):
                 if "more than 1 value per channel" not in str(error):
                     raise
                 raise NATSError(
-                    "a batch norm is given a single value: raise SOLVER.IMS_PER_BATCH or "
-                    "INPUT.MIN_SIZE_TRAIN, or set the NORM FrozenBN"
+                    "a batch norm is given one value: raise SOLVER.IMS_PER_BATCH or MIN_SIZE_TRAIN"
                 ) from error
             except FloatingPointError as error:  # Detectron2's, on this rank alone: all will end
                 self._end_not_finite(objective, str(error))
