@@ -19,7 +19,7 @@ ROWS = {
     "config": 356,
     "method": 1565,
     "search": 924,
-    "engine": 1677,
+    "engine": 1803,
     "data": 714,
     "look": 806,
     "show": 333,
