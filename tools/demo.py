@@ -68,7 +68,10 @@ def run(*command: str, log: str = "") -> None:
     if log:
         os.makedirs(os.path.dirname(log), exist_ok=True)
         with open(log, "w") as file:
-            status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
+            # two at a time, which must not share the cores' threads
+            environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)), **os.environ}
+            pipes = {"stdout": file, "stderr": subprocess.STDOUT}
+            status = subprocess.run(words, env=environment, **pipes).returncode
         print(f"{time.perf_counter() - start:.0f} s: {log}", flush=True)
     else:
         status = subprocess.run(words).returncode
