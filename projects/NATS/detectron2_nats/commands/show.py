@@ -75,8 +75,11 @@ def _cost(folder: SearchFolder, config: str) -> str:
 def _detector(folder: SearchFolder, args: argparse.Namespace) -> Dict[str, Tuple]:
     """Name → config and weights of the detector that a run has trained; none of a mere search."""
     for config, weights in (("retrain.yaml", "frozen.pth"), ("config.yaml", "model_final.pth")):
-        if not folder.has(config) or not folder.has(weights):
+        if not all(folder.has(name) for name in ("config.yaml", config, weights)):
             continue
+        search = folder.cfg.SEARCH
+        if weights == "frozen.pth" and search.FREEZE_AT == 1 and not search.FREEZE_WHEN_DECIDED:
+            continue  # what a retraining starts from
         from ..config import load_config
 
         cfg = load_config(folder.file(config), args.opts)
